@@ -1,0 +1,151 @@
+"""Checks of a recipe that need more than one field: layout against model, batch and row length.
+
+They run before any process starts and name the field to change. What Megatron itself would refuse in the middle of a
+start-up, or in its first step, is said here in the recipe's terms.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bft_megatron.errors import FieldError
+from bft_megatron.recipe import Recipe
+
+
+class ModelShape(Protocol):
+    """What the checks ask of a model's configuration (`hf.architectures.ModelConfig` has it)."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    max_positions: int
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise FieldError for values that cannot be, or cannot be together, whatever the model."""
+    _check_positive(recipe)
+    _check_objective(recipe)
+    train, parallel = recipe.train, recipe.parallel
+    if (train.iterations is None) == (train.epochs is None):
+        raise FieldError("train.iterations", "give either train.iterations or train.epochs")
+    if recipe.data.packing and train.micro_batch_size != 1:
+        raise FieldError(
+            "train.micro_batch_size",
+            f"a packed micro-batch is one row, not {train.micro_batch_size}: raise data.seq_length for a larger one, "
+            "or set data.packing to false",
+        )
+    _check_row_length(recipe)
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise FieldError("parallel.virtual_pipeline", "needs parallel.pipeline above 1")
+    if sequence_parallel(recipe) and parallel.tensor == 1:
+        raise FieldError("parallel.sequence", "sequence parallelism shards over tensor ranks: parallel.tensor is 1")
+    if train.warmup_iterations and train.iterations and train.warmup_iterations >= train.iterations:
+        raise FieldError("train.warmup_iterations", f"must be below train.iterations ({train.iterations})")
+
+
+def check_model(recipe: Recipe, model: ModelShape) -> None:
+    """Raise FieldError where the layout does not divide the model."""
+    parallel = recipe.parallel
+    for count, what in (
+        (model.heads, "attention heads"),
+        (model.kv_heads, "key/value heads"),
+        (model.ffn, "feed-forward columns"),
+    ):
+        if count % parallel.tensor:
+            raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide the model's {count} {what}")
+    uneven = any(flag.replace("_", "-") in UNEVEN_SPLIT_FLAGS for flag in recipe.megatron)
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if model.layers % chunks and not uneven:
+        raise FieldError(
+            "parallel.pipeline",
+            f"pipeline x virtual_pipeline = {chunks} does not divide the model's {model.layers} layers; for an uneven "
+            "split set `account-for-embedding-in-pipeline-split` or `num-layers-in-first-pipeline-stage` under `megatron`",
+        )
+    if recipe.data.seq_length > model.max_positions:
+        raise FieldError("data.seq_length", f"the model was made for at most {model.max_positions} positions")
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """Raise FieldError where the layout does not divide the processes, or the batch does not divide over them."""
+    parallel, train = recipe.parallel, recipe.train
+    one_copy = model_parallel_size(recipe)
+    if world_size % one_copy:
+        raise FieldError(
+            "parallel",
+            f"tensor x pipeline x context = {one_copy} processes hold the model once; {world_size} is not a multiple",
+        )
+    step_rows = world_size // one_copy * train.micro_batch_size
+    if train.global_batch_size % step_rows:
+        raise FieldError(
+            "train.global_batch_size",
+            f"{train.global_batch_size} is not a multiple of micro_batch_size x data-parallel size = {step_rows}",
+        )
+    if parallel.virtual_pipeline > 1 and train.global_batch_size // step_rows % parallel.pipeline:
+        raise FieldError(
+            "train.global_batch_size",
+            f"gives {train.global_batch_size // step_rows} micro-batches a step; with virtual_pipeline they must be a multiple "
+            f"of parallel.pipeline ({parallel.pipeline})",
+        )
+
+
+UNEVEN_SPLIT_FLAGS = {
+    "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+    "num-layers-in-first-pipeline-stage",
+    "num-layers-in-last-pipeline-stage",
+    "pipeline-model-parallel-layout",
+}
+
+
+def model_parallel_size(recipe: Recipe) -> int:
+    """Processes that hold the model once."""
+    return recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
+
+
+def sequence_parallel(recipe: Recipe) -> bool:
+    """Whether sequence parallelism is on: as the recipe says, else with tensor parallelism."""
+    sequence = recipe.parallel.sequence
+    return recipe.parallel.tensor > 1 if sequence is None else sequence
+
+
+def pad_multiple(recipe: Recipe) -> int:
+    """What a packed sample's length is padded to a multiple of: context parallelism cuts it into 2 x context chunks."""
+    return recipe.data.pad_multiple or _context_chunks(recipe)
+
+
+def _context_chunks(recipe: Recipe) -> int:
+    return 2 * recipe.parallel.context if recipe.parallel.context > 1 else 1
+
+
+def _check_positive(recipe: Recipe) -> None:
+    for group in ("data", "parallel", "train", "objective"):
+        for name, value in vars(getattr(recipe, group)).items():
+            must_be_positive = (
+                name not in MAY_BE_ZERO and isinstance(value, int | float) and not isinstance(value, bool)
+            )
+            if must_be_positive and value <= 0:
+                raise FieldError(f"{group}.{name}", f"must be above 0, not {value}")
+
+
+MAY_BE_ZERO = {"min_lr", "warmup_iterations", "weight_decay", "clip_grad", "seed", "adam_beta1", "adam_beta2"}
+
+
+def _check_objective(recipe: Recipe) -> None:
+    name = recipe.objective.name
+    if name not in ("sft", "dft", "bft") and ":" not in name:
+        raise FieldError("objective.name", f"{name!r} is none of sft, dft, bft, and no package.module:attribute")
+
+
+def _check_row_length(recipe: Recipe) -> None:
+    parallel, data = recipe.parallel, recipe.data
+    chunks = _context_chunks(recipe)
+    if pad_multiple(recipe) % chunks:
+        raise FieldError("data.pad_multiple", f"must be a multiple of 2 x parallel.context = {chunks}")
+    shards = chunks * (parallel.tensor if sequence_parallel(recipe) else 1)
+    for need, why in (
+        (shards, "what context and sequence parallelism cut it into"),
+        (pad_multiple(recipe), "data.pad_multiple"),
+    ):
+        if data.seq_length % need:
+            raise FieldError("data.seq_length", f"{data.seq_length} is not a multiple of {need}, {why}")

@@ -1,0 +1,128 @@
+"""Megatron's local layer spec with a norm that knows sequence parallelism and an attention that knows packed rows and
+CP.
+
+Weights, checkpoint names and everything but these two modules are the local spec's, whose `sharded_state_dict_keys_map`
+stores the norms under Transformer Engine's names: a checkpoint is the same with and without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models.gpt import GPTModelConfig
+from torch import Tensor
+
+from bft_megatron.objective.view import zigzag
+
+
+def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder's spec for `GPTModelConfig.transformer_layer_spec`: a whole block, since its final norm is replaced
+    too.
+    """
+    transformer = config.transformer
+    layer = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = CoreAttention
+    if transformer.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layers = get_num_layers_to_build(transformer, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, whose weight gradient Megatron sums over TP under sequence parallelism (`finalize_model_grads`)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal attention within each sample, over packed rows [t, n, d] or padded batches [s, b, n, d], on any CP size.
+
+    Under context parallelism a rank holds two chunks of every sample (`zigzag`). Keys and values are all-gathered over
+    CP (backward: a reduce-scatter) and put into sequence order; queries stay. One call of torch's kernel a sample keeps
+    the masks small and a sample's result independent, to the bit, of the others in its row.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        self.cp_group = pg_collection.cp
+        self.softmax_scale = softmax_scale
+        self.window = config.window_size
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [t/cp, n, d] with key and value [t/cp, g, d] -> [t/cp, n*d]; padded: [s/cp, b, n, d] -> [s/cp, b, n*d]."""
+        if packed_seq_params is not None:
+            return self._attend(query, key, value, packed_seq_params.cu_seqlens_q_padded)
+        s, b = query.shape[0] * self.cp_group.size(), query.shape[1]
+        query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))  # [b * s/cp, n, d]
+        out = self._attend(query, key, value, torch.arange(b + 1) * s)
+        return out.unflatten(0, (b, -1)).transpose(0, 1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
+        if cp > 1:
+            order = torch.cat([zigzag(cu_seqlens, cp, r) for r in range(cp)]).argsort()
+            key, value = (self._gather(x)[order] for x in (key, value))
+        lengths = cu_seqlens.diff()
+        position = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(
+            cu_seqlens[:-1], lengths
+        )  # in the sample
+        mine = position[zigzag(cu_seqlens, cp, rank)]
+        out = [
+            self._attend_sample(q, k, v, at)
+            for q, k, v, at in zip(
+                query.split((lengths // cp).tolist()),
+                key.split(lengths.tolist()),
+                value.split(lengths.tolist()),
+                mine.split((lengths // cp).tolist()),
+                strict=True,
+            )
+        ]
+        return torch.cat(out)
+
+    def _attend_sample(self, query: Tensor, key: Tensor, value: Tensor, at: Tensor) -> Tensor:
+        """query [q, n, d] at positions `at` [q] of a sample with key, value [k, g, d] -> [q, n*d]."""
+        back = at[:, None] - torch.arange(key.shape[0])  # [q, k]: how far the key lies before the query
+        allowed = back >= 0
+        if self.window is not None:
+            allowed &= back <= self.window[0]
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, n, q, d]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, allowed, self.dropout if self.training else 0.0, scale=self.softmax_scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        # torch.distributed.nn's all_gather has a backward that fails on gloo's subgroups; Megatron's own is right on
+        # all.
+        return tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)

@@ -1,0 +1,108 @@
+"""Local processes for a run on one machine: start one a rank, pass signals on, end all when one fails.
+
+On a cluster the scheduler starts the ranks and this is not used. It knows nothing of Megatron and imports no torch,
+unless the machine has GPUs to count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import glob
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+GRACE_SECONDS = 10
+"""Between asking the other ranks to end and ending them."""
+
+
+def started_by_launcher() -> bool:
+    """True in a process that torchrun, Slurm's scripts or `launch` below started as a rank."""
+    return "RANK" in os.environ
+
+
+def count_gpus() -> int:
+    """GPUs that a run here can use; torch is asked (seconds of import) only where the driver's device files exist."""
+    if not glob.glob("/dev/nvidia[0-9]*"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def launch(arguments: list[str], processes: int) -> int:
+    """Run `python -m bft_megatron *arguments` as ranks 0..processes-1 and wait.
+
+    Returns:
+        0, or the status of the first rank that failed (128 + signal number if it was killed); the others are ended
+        then.
+    """
+    environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    command = [sys.executable, "-m", "bft_megatron", *arguments]
+    ranks = [
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, preexec_fn=_die_with_parent
+        )
+        for r in range(processes)
+    ]
+    with _signals_passed_on(ranks):
+        return _wait(ranks)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _die_with_parent() -> None:
+    """In the child: end with the launcher, even if that is killed and can no longer end anybody (Linux)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals_passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 go to the ranks, which decide what they mean; the launcher waits for them."""
+
+    def forward(number: int, _: object) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    while True:
+        states = [rank.poll() for rank in ranks]
+        failed = [s for s in states if s]
+        if failed:
+            _end(ranks)
+            return failed[0] if failed[0] > 0 else 128 - failed[0]
+        if all(s == 0 for s in states):
+            return 0
+        time.sleep(0.05)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+        deadline = time.monotonic() + (seconds or 0)
+        for rank in ranks:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                rank.wait(None if seconds is None else max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,241 @@
+"""Reports: sums over counts of every step and validation, to metrics.jsonl, TensorBoard and the terminal.
+
+Megatron's own report means micro-batch values in fp32, knows no minimum, and prints for the second step of every start
+the mean of the first two. Here the step adds fp64 sums, one SUM and one MIN all-reduce over data and context parallel
+ranks make the step's totals, and three functions of Megatron's training loop, which it looks up at call time, are
+replaced to hear of its events.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+SUMS = (
+    "loss",  # the objective, before the division
+    "divisor",  # samples or supervised tokens, by the objective's `reduce`
+    "nll",  # -log p over supervised tokens
+    "p",
+    "correct",
+    "confidence",  # c_b over samples
+    "weight",  # sample weights
+    "samples",
+    "tokens",  # supervised
+    "real_tokens",  # all but padding
+)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """One step's or validation's sums over all micro-batches and ranks."""
+
+    sums: dict[str, float]
+    min_confidence: float
+
+    def report(self) -> dict[str, float | int]:
+        """The quantities to watch, each a sum over its count; NaN where nothing was counted."""
+        s = self.sums
+        return {
+            "loss": _ratio(s["loss"], s["divisor"]),
+            "lm_loss": _ratio(s["nll"], s["tokens"]),
+            "mean_p": _ratio(s["p"], s["tokens"]),
+            "accuracy": _ratio(s["correct"], s["tokens"]),
+            "mean_confidence": _ratio(s["confidence"], s["samples"]),
+            "min_confidence": self.min_confidence,
+            "mean_weight": _ratio(s["weight"], s["samples"]),
+            "samples": int(s["samples"]),
+            "tokens": int(s["tokens"]),
+        }
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else float("nan")
+
+
+class Meter:
+    """Sums of the running step on this rank; `reduce` turns them into the step's totals on every rank of its stage."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._minimum: Tensor | None = None
+        self.totals: Totals | None = None
+
+    def add(self, sums: dict[str, Tensor], min_confidence: Tensor) -> None:
+        """Add one micro-batch: scalars for all of `SUMS`, and the lowest c_b in it (+inf without a sample). No host
+        sync.
+        """
+        values = torch.stack([sums[name].double() for name in SUMS])
+        self._sums = values if self._sums is None else self._sums + values
+        low = min_confidence.double()
+        self._minimum = low if self._minimum is None else torch.minimum(self._minimum, low)
+
+    def reduce(self, group: dist.ProcessGroup) -> None:
+        """All-reduce (SUM [10], MIN [1], fp64) over `group`, data x context parallel, and start anew."""
+        device = torch.device("cuda")
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device) if self._sums is None else self._sums
+        low = torch.full((), torch.inf, dtype=torch.float64, device=device) if self._minimum is None else self._minimum
+        dist.all_reduce(sums, group=group)
+        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+        self.totals = Totals(dict(zip(SUMS, sums.tolist(), strict=True)), low.item())
+        self._sums = self._minimum = None
+
+
+class Reporter:
+    """Hears of Megatron's steps and validations, and writes them down on the last rank, which holds the loss."""
+
+    def __init__(self, meter: Meter, path: Path, console: TextIO, objective: str, iterations: int) -> None:
+        self.meter, self.path, self.console = meter, path, console
+        self.objective, self.iterations = objective, iterations
+        self.iteration = 0
+        self._clock = time.monotonic()
+        self._seconds: list[float] = []
+        self._validated: tuple[int, Any] | None = None
+
+    def install(self, start: int) -> None:
+        """Replace `train`, `training_log` and `evaluate` of Megatron's training loop; steps count on from `start`."""
+        from megatron.training import training
+
+        self.iteration = start
+        if _writes():
+            self._drop_lines_after(start)
+        training.train = self._after_a_first_validation(training.train, training)
+        training.training_log = self._log_step
+        training.evaluate = self._reported(training.evaluate)
+
+    def _after_a_first_validation(self, train: Callable[..., Any], training: Any) -> Callable[..., Any]:
+        """Megatron never validates before the first step; without it nobody sees what the training changed."""
+
+        def validate_and_train(forward_step_func: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            optimizer, _, _, valid_iterator, process_non_loss, config = args[:6]
+            margs = training.get_args()
+            if margs.iteration == 0 and margs.do_valid:
+                hooks = training.should_disable_forward_pre_hook(margs)
+                if hooks:
+                    training.disable_forward_pre_hook(model, optimizer=optimizer, param_sync=False)
+                training.evaluate(forward_step_func, valid_iterator, model, process_non_loss, config)
+                if hooks:
+                    training.enable_forward_pre_hook(model)
+            self._clock = time.monotonic()
+            return train(forward_step_func, model, *args, **kwargs)
+
+        return validate_and_train
+
+    def _log_step(self, loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> bool:
+        """In place of `training_log`, called on every rank after every step; returns its `report_memory_flag`."""
+        from megatron.training.global_vars import get_timers
+
+        _, report_memory, skipped, grad_norm = args[:4]
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        self.iteration = iteration
+        get_timers()("interval-time").elapsed(barrier=False)  # Megatron stops it at the end and expects it to be read
+        if _writes():
+            line = {
+                "iteration": iteration,
+                **self.meter.totals.report(),
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "lr": None if lr is None else float(lr),
+                "step_seconds": round(seconds, 4),
+                "tokens_per_second": round(self.meter.totals.sums["real_tokens"] / seconds, 1),
+            }
+            if skipped:
+                line["skipped"] = True
+            self._write(line, "train")
+            self._print_step(line, seconds)
+        return report_memory
+
+    def _reported(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        """`evaluate` with a report of its own; the one after the last step is not run twice (Megatron does)."""
+
+        def evaluate_and_report(*args: Any, **kwargs: Any) -> Any:
+            from megatron.core import parallel_state
+
+            if self._validated and self._validated[0] == self.iteration:
+                return self._validated[1]
+            result = evaluate(*args, **kwargs)
+            self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+            self._validated = (self.iteration, result)
+            if _writes():
+                line = {"iteration": self.iteration, "split": "valid", **self.meter.totals.report()}
+                self._write(line, "valid")
+                self._print_validation(line)
+            self._clock = time.monotonic()
+            return result
+
+        return evaluate_and_report
+
+    def _write(self, line: dict[str, Any], split: str) -> None:
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        writer = get_tensorboard_writer()
+        for name, value in line.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and name != "iteration":
+                writer.add_scalar(f"{split}/{name}", value, line["iteration"])
+        writer.flush()
+
+    def _drop_lines_after(self, start: int) -> None:
+        """Steps that a killed run took after its last checkpoint are taken again: their lines must not appear twice."""
+        if not self.path.exists():
+            return
+        kept = [
+            line
+            for line in self.path.read_text().splitlines()
+            if _whole(line) and json.loads(line)["iteration"] <= start
+        ]
+        if start == 0:
+            kept = []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self.path)
+
+    def _print_step(self, line: dict[str, Any], seconds: float) -> None:
+        self._seconds = [*self._seconds[-19:], seconds]
+        left = (self.iterations - line["iteration"]) * sum(self._seconds) / len(self._seconds)
+        if line.get("skipped"):
+            self._print(f"step {line['iteration']:>5}/{self.iterations}  skipped: the gradient was not finite")
+            return
+        self._print(
+            f"step {line['iteration']:>5}/{self.iterations}  {self._numbers(line)}  grad {line['grad_norm']:.3g}  "
+            f"lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tok/s  {_clock_time(left)} left"
+        )
+
+    def _print_validation(self, line: dict[str, Any]) -> None:
+        self._print(f"validation at {line['iteration']:<4}  {self._numbers(line)}  over {line['tokens']:,} tokens")
+
+    def _numbers(self, line: dict[str, Any]) -> str:
+        return (
+            f"{self.objective} {line['loss']:.4f}  lm {line['lm_loss']:.4f}  p {line['mean_p']:.4f}  "
+            f"acc {line['accuracy']:.4f}  conf {line['mean_confidence']:.4f} (min {line['min_confidence']:.4f})"
+        )
+
+    def _print(self, text: str) -> None:
+        print(text, file=self.console, flush=True)
+
+
+def _writes() -> bool:
+    """The last rank holds the loss and, in Megatron, the TensorBoard writer."""
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def _whole(line: str) -> bool:
+    """A process killed while writing may leave half a line."""
+    try:
+        return "iteration" in json.loads(line)
+    except ValueError:
+        return False
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,140 @@
+"""The objectives, each a record and a pure function of a `View`: plain fine-tuning, DFT, BFT, or a user's own by name.
+
+    loss = 1/N * sum_b s_b * r_b * sum_{t in b} w_t * -log p_t
+
+An objective says w_t, s_b and what it is a mean over. loss.py multiplies, Megatron divides by N.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bft_megatron.errors import UserError
+from bft_megatron.objective.view import View
+
+Reduce = Literal["tokens", "samples"]
+Confidence = Literal["geometric", "arithmetic"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    name: as reports show it.
+    reduce: "tokens": a mean over supervised tokens; "samples": a mean over samples, each the mean over its tokens.
+    needs: what the view must hold beyond log p: {"entropy"} or nothing.
+    weights: view -> (w [T], s [B]), floating point; no gradient flows through them.
+    """
+
+    name: str
+    reduce: Reduce
+    needs: frozenset[str]
+    weights: Callable[[View], tuple[Tensor, Tensor]]
+
+
+def _plain(view: View) -> tuple[Tensor, Tensor]:
+    return torch.ones_like(view.logp), torch.ones_like(view.weight)
+
+
+def _dynamic(view: View) -> tuple[Tensor, Tensor]:
+    return view.logp.double().exp(), torch.ones_like(view.weight)
+
+
+def balanced(group_size: int = 256, gamma: float = 1.0, confidence: Confidence = "geometric") -> Objective:
+    """Return Balanced Fine-Tuning: w_t = p_t, s_b = 1 - c_b^gamma, a mean over samples (arXiv 2511.21075).
+
+    Args:
+        group_size: supervised tokens of a confidence window.
+        gamma: exponent of the confidence, above 0.
+        confidence: as in `lowest_confidence`.
+
+    Raises:
+        UserError: names the setting that makes no sense.
+    """
+    if group_size < 1:
+        raise UserError(f"must be at least 1, not {group_size}", where="objective.group_size")
+    if not gamma > 0:
+        raise UserError(f"must be above 0, not {gamma}", where="objective.gamma")
+    if confidence not in get_args(Confidence):
+        raise UserError(f"must be one of {get_args(Confidence)}, not {confidence!r}", where="objective.confidence")
+
+    def weights(view: View) -> tuple[Tensor, Tensor]:
+        return view.logp.double().exp(), 1 - lowest_confidence(view, group_size, confidence) ** gamma
+
+    return Objective("bft", "samples", frozenset(), weights)
+
+
+sft = Objective("sft", "tokens", frozenset(), _plain)
+dft = Objective("dft", "tokens", frozenset(), _dynamic)
+bft = balanced()
+
+
+# The step reports the confidences that the objective has just weighed with: one view, so the second call is free,
+# collectives included, and on every rank alike.
+@lru_cache(maxsize=1)
+def lowest_confidence(view: View, group_size: int, confidence: Confidence) -> Tensor:
+    """Return c_b [B] fp64 in [0, 1]: how sure the model is of a sample where it is least sure.
+
+    The lowest mean of log p over windows of `group_size` consecutive supervised tokens, as a probability ("geometric"),
+    or the lowest mean of p ("arithmetic"). A sample without a whole window takes the mean over all its tokens, one
+    without tokens 0.
+    Collectives over context parallelism: those of `View.windows`, `View.min` and `View.mean`, whatever the data.
+    """
+    x = view.logp if confidence == "geometric" else view.logp.double().exp()
+    lowest, mean = view.min(view.windows(x, group_size)), view.mean(x)
+    c = torch.where(lowest.isposinf(), mean, lowest)
+    c = c.exp() if confidence == "geometric" else c
+    return torch.where(view.n > 0, c.clamp(0, 1), 0.0)
+
+
+def lookup(
+    name: str,
+    *,
+    group_size: int,
+    gamma: float,
+    confidence: Confidence,
+    reduce: Reduce | None = None,
+) -> Objective:
+    """Return the objective that a recipe names.
+
+    Args:
+        name: "sft", "dft", "bft", or "package.module:attribute": an `Objective`, or a function that returns one and is
+            given those of `group_size`, `gamma` and `confidence` that its signature names.
+        reduce: replaces the objective's own.
+
+    Raises:
+        UserError: no such objective; the message says what was tried.
+    """
+    settings: dict[str, Any] = {"group_size": group_size, "gamma": gamma, "confidence": confidence}
+    known: dict[str, Any] = {"sft": sft, "dft": dft, "bft": balanced}
+    found = known[name] if name in known else _import(name)
+    if not isinstance(found, Objective) and callable(found):
+        wanted = inspect.signature(found).parameters
+        found = found(**{key: value for key, value in settings.items() if key in wanted})
+    if not isinstance(found, Objective):
+        raise UserError(
+            f"{name!r} is neither an Objective nor a function that returns one: {found!r}", where="objective.name"
+        )
+    return found if reduce is None else replace(found, reduce=reduce)
+
+
+def _import(name: str) -> Any:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise UserError(
+            f"{name!r} is none of sft, dft, bft and has not the form package.module:attribute", where="objective.name"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UserError(f"tried to import {module!r} for {name!r}: {error}", where="objective.name") from error
+    except AttributeError as error:
+        raise UserError(f"imported {module!r}, which has no {attribute!r}", where="objective.name") from error

@@ -1,0 +1,242 @@
+"""A run as frozen dataclasses: what a recipe's YAML may say, its defaults, and reading it with key=value overrides.
+
+Checks that need more than one field are in `checks`; the translation to Megatron's arguments is in `arguments`. No
+torch here: a recipe is read and refused before anything slow or expensive starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bft_megatron import defaults
+from bft_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """`objective:`, what is minimised."""
+
+    name: str = "bft"
+    """`sft`, `dft`, `bft`, or a record of your own as `package.module:attribute`."""
+    group_size: int = field(default_factory=defaults.group_size)
+    """Supervised tokens in a confidence window; left out: BFT_GROUP_SIZE, or 256."""
+    gamma: float = field(default_factory=defaults.gamma)
+    """Exponent of the confidence in the sample weight 1 - c^gamma; left out: BFT_CONF_GAMMA, or 1."""
+    confidence: Literal["geometric", "arithmetic"] = "geometric"
+    """Window means of log p (the authors' code) or of p (their prose)."""
+    reduce: Literal["tokens", "samples"] | None = None
+    """What the loss is averaged over; left out: the objective's own (`tokens` for sft and dft, `samples` for bft)."""
+    cp_windows: Literal["per_rank", "exact"] = "per_rank"
+    """Under context parallelism: windows within a rank's contiguous chunks, or those of one process."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`data:`, which conversations, and how they become rows."""
+
+    train: str
+    """JSONL file of chat `messages`."""
+    valid: str | None = None
+    """Held-out JSONL file, read whole at every validation."""
+    seq_length: int = 4096
+    """Tokens in a row."""
+    packing: bool = True
+    """Many samples a row; `false`: one sample a row, padded."""
+    pad_multiple: int | None = None
+    """Tokens that a packed sample is padded to a multiple of; left out: 2 x context, or 1 where context is 1."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to samples longer than a row; both are counted."""
+    supervise: Literal["assistant", "last", "all"] = "assistant"
+    """Which turns are learned: all of the assistant's, its last one, or every token."""
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """`parallel:`, the layout."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    """Model chunks a pipeline rank holds (interleaved schedule above 1)."""
+    context: int = 1
+    data: int = 1
+    """Data-parallel size of a run on the CPU; elsewhere the number of GPUs decides."""
+    sequence: bool | None = None
+    """Sequence parallelism; left out: on where tensor is above 1."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """`train:`, the schedule and the optimizer (AdamW)."""
+
+    global_batch_size: int = 32
+    """Rows a step."""
+    micro_batch_size: int = 1
+    """Rows a forward pass; always 1 when packing."""
+    iterations: int | None = None
+    """Steps; give this or `epochs`."""
+    epochs: float | None = None
+    lr: float = 5.0e-6
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_iterations: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1.0e-8
+    clip_grad: float = 1.0
+    seed: int = 1234
+    """Of the data order, dropout and `init: random`."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    save_every: int | None = None
+    """Steps between checkpoints; left out: one, at the end."""
+    validate_every: int | None = None
+    """Steps between validations; left out: before the first step and after the last."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    model: str
+    """Hugging Face folder (or the id of a model in the local hub cache): architecture, weights, tokenizer, template."""
+    data: DataSettings
+    output: str
+    """Folder of the run: metrics, checkpoints, logs, packed data."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` draws the weights anew, the same on every layout."""
+    device: Literal["auto", "cpu"] = "auto"
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    megatron: dict[str, Any] = field(default_factory=dict)
+    """Megatron-LM's own flags by name: `recompute-granularity: selective`, `overlap-grad-reduce: true`."""
+
+
+# Fields that people bring from other trainers and that would be wrong here, with the reason.
+REFUSED_FIELDS = {
+    "objective.label_smoothing": "with label smoothing exp(-loss) is no longer the model's probability of the label, of which "
+    "the weights of bft and dft are made; leave it out",
+}
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe's YAML, apply `key=value` overrides, fill in the defaults.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key or a value of the wrong type, named by file, line and field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as e:
+        raise UserError(f"cannot read the recipe: {e.strerror}", str(path)) from None
+    source = _Source(path, text)
+    layers = [(source.tree, None), *((_override(o), o) for o in overrides or [])]
+    merged = OmegaConf.structured(Recipe)
+    for tree, override in layers:
+        for key in _leaf_keys(tree):
+            _refuse_unknown(key, override or source.where(key))
+        try:
+            merged = OmegaConf.merge(merged, tree)
+        except OmegaConfBaseException as e:
+            key = e.full_key or ""
+            raise UserError(e.msg.splitlines()[0] if e.msg else str(e), override or source.where(key)) from None
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise UserError(f"{', '.join(missing)} must be given", str(path))
+    return OmegaConf.to_object(merged)
+
+
+def where(path: str | Path, overrides: list[str], field_name: str) -> str:
+    """The place that gave a field its value: the last override that names it, else its line in the recipe's file."""
+    for override in reversed(overrides):
+        if override.partition("=")[0] == field_name:
+            return override
+    return _Source(Path(path), Path(path).read_text()).where(field_name)
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe with every default written out, as YAML that `load` reads back to the same recipe."""
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+class _Source:
+    """A YAML file that knows the line of each of its keys."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.lines = path, {}
+        try:
+            node = yaml.compose(text)
+            self.tree = OmegaConf.create(text)
+        except yaml.YAMLError as e:
+            mark = getattr(e, "problem_mark", None)
+            raise UserError(
+                f"not YAML: {getattr(e, 'problem', e)}", f"{path}:{mark.line + 1}" if mark else str(path)
+            ) from None
+        if not isinstance(node, yaml.MappingNode) or not isinstance(self.tree, DictConfig):
+            raise UserError("a recipe is a mapping of fields; see recipes/ for examples", str(path))
+        self._note_lines(node, "")
+
+    def _note_lines(self, node: yaml.MappingNode, prefix: str) -> None:
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            self.lines[name] = key.start_mark.line + 1
+            if isinstance(value, yaml.MappingNode):
+                self._note_lines(value, f"{name}.")
+
+    def where(self, key: str) -> str:
+        line = self.lines.get(key)
+        place = f"{self.path}:{line}" if line else str(self.path)
+        return f"{place}: {key}" if key else place
+
+
+def _override(text: str) -> DictConfig:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError("an override is written key=value, for example train.lr=1e-5", text)
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (yaml.YAMLError, OmegaConfBaseException) as e:
+        raise UserError(f"cannot read the value: {str(e).splitlines()[0]}", text) from None
+
+
+def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:
+    """Dotted keys of a tree, down to what is not a mapping; `megatron` is left whole, its keys are Megatron's."""
+    keys = []
+    for name in tree:
+        value = tree._get_node(name)
+        if isinstance(value, DictConfig) and f"{prefix}{name}" != "megatron" and not value._is_none():
+            keys += _leaf_keys(value, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def _refuse_unknown(key: str, where: str) -> None:
+    if key in REFUSED_FIELDS:
+        raise UserError(REFUSED_FIELDS[key], where)
+    schema: Any = Recipe
+    for i, name in enumerate(parts := key.split(".")):
+        known = {f.name for f in fields(schema)}
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = (
+                f"; did you mean `{'.'.join([*parts[:i], *close])}`?"
+                if close
+                else f"; known here: {', '.join(sorted(known))}"
+            )
+            raise UserError(f"unknown field{hint}", where)
+        schema = get_type_hints(schema)[name]
+        if not is_dataclass(schema):
+            if schema is not dict and i + 1 < len(parts) and name != "megatron":
+                raise UserError(f"`{'.'.join(parts[: i + 1])}` takes a value, not fields", where)
+            return
+    raise UserError(f"`{key}` is a group of fields; known here: {', '.join(f.name for f in fields(schema))}", where)

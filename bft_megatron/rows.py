@@ -1,0 +1,85 @@
+"""The rows of a run: prepared once, by one process, before any rank starts; opened by every rank.
+
+Preparing inside a running job would keep all its GPUs waiting in a collective until that times out. So `bft-megatron
+prepare`, or `train` where it starts the ranks itself, writes the rows and a small file that names them, and a rank
+reads that file or refuses.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bft_megatron.checks import pad_multiple
+from bft_megatron.data import prepare
+from bft_megatron.data.prepare import Prepared
+from bft_megatron.errors import UserError
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class RunRows:
+    """Training rows, and validation rows where the recipe has any."""
+
+    train: Prepared
+    valid: Prepared | None
+
+    def steps(self, recipe: Recipe) -> int:
+        """Steps of the whole run: the recipe's, or those that its epochs take; the last may be a part of a batch."""
+        if recipe.train.iterations is not None:
+            return recipe.train.iterations
+        return -(-self.rows(recipe) // recipe.train.global_batch_size)
+
+    def rows(self, recipe: Recipe) -> int:
+        """Rows of the whole run."""
+        if recipe.train.iterations is not None:
+            return recipe.train.iterations * recipe.train.global_batch_size
+        return max(1, round(recipe.train.epochs * self.train.rows))
+
+
+def prepare_rows(recipe: Recipe, model_folder: Path) -> RunRows:
+    """Tokenise and pack the recipe's files, or find them as they were prepared before. For one process.
+
+    Raises:
+        UserError: a fault in the data, named by file, line and field.
+    """
+    folder = RunFolder.of(recipe)
+
+    def one(path: str) -> Prepared:
+        return prepare.prepare(path, model_folder, recipe.data, pad_multiple(recipe), folder.data)
+
+    rows = RunRows(one(recipe.data.train), one(recipe.data.valid) if recipe.data.valid else None)
+    names = {"train": rows.train.folder.name, "valid": rows.valid and rows.valid.folder.name, **_wanted(recipe)}
+    temporary = folder.data / "rows.tmp"
+    temporary.write_text(json.dumps(names, indent=2))
+    temporary.replace(folder.data / "rows.json")
+    return rows
+
+
+def open_rows(recipe: Recipe) -> RunRows:
+    """The rows that `prepare_rows` wrote for this recipe.
+
+    Raises:
+        UserError: there are none, or they are another recipe's.
+    """
+    folder = RunFolder.of(recipe).data
+    path = folder / "rows.json"
+    try:
+        names = json.loads(path.read_text())
+    except OSError:
+        raise UserError(
+            "the data are not prepared: run `bft-megatron prepare RECIPE` once, before the job", str(path)
+        ) from None
+    for field, wanted in _wanted(recipe).items():
+        if names[field] != wanted:
+            raise UserError(
+                f"the rows were prepared with {field} {names[field]}, the recipe has {wanted}: run `bft-megatron prepare RECIPE`",
+                str(path),
+            )
+    return RunRows(prepare.load(folder / names["train"]), names["valid"] and prepare.load(folder / names["valid"]))
+
+
+def _wanted(recipe: Recipe) -> dict[str, object]:
+    return {"model": recipe.model, "data": asdict(recipe.data) | {"pad_multiple": pad_multiple(recipe)}}

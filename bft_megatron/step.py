@@ -1,0 +1,200 @@
+"""Megatron's GPT training step with the objective on the last pipeline stage.
+
+A micro-batch is read by every rank itself; the model runs; on the last stage `GPTModel`'s own hook, `output_processor`,
+turns hidden states into log p of the labels, and the loss function returns Megatron's three parts: this rank's sum, its
+count, a report. With `calculate_per_token_loss` Megatron all-reduces the count over data x context parallelism and
+divides once, so that the gradient is that of one process that saw the whole global batch. What the numbers mean is
+`objective`'s affair; who writes them down, `metrics`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from bft_megatron.metrics import Meter
+from bft_megatron.objective.logprobs import vocab_parallel_statistics
+from bft_megatron.objective.loss import objective_sum
+from bft_megatron.objective.records import Objective, lookup, lowest_confidence
+from bft_megatron.objective.view import Rows
+from bft_megatron.recipe import ObjectiveSettings
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch as the data set gives it, on the CPU: the whole rows, all context-parallel ranks' tokens.
+
+    tokens, labels, position_ids: [b, s] int64, labels -100 where nothing is learned. samples: [b] int64, how many
+        samples a row holds. weight: [b, k] fp32, the data's weight of each. cu_seqlens: [1, k + 1] int32, edges of a packed
+        row; None: padded rows.
+    real_tokens: [b] int64, tokens that are not padding.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    samples: Tensor
+    weight: Tensor
+    real_tokens: Tensor
+    cu_seqlens: Tensor | None = None
+    max_seqlen: Tensor | None = None
+    row: Tensor | None = None
+
+    @cached_property
+    def edges(self) -> Tensor:
+        """[B+1] int: the samples' edges in the flattened rows."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens[0]
+        b, s = self.tokens.shape
+        return torch.arange(b + 1) * s
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """[B] bool: the samples that are some; not a packed row's tail, not a filler row."""
+        if self.cu_seqlens is None:
+            return self.samples > 0
+        return torch.arange(len(self.edges) - 1) < self.samples
+
+    def rows(self, cp_windows: str) -> Rows:
+        """The batch's geometry for the objective, under this rank's context-parallel group."""
+        group = parallel_state.get_context_parallel_group()
+        return Rows(self.labels.flatten(), self.edges, self.counted, self.weight.flatten(), group, cp_windows)
+
+    def packed_seq_params(self) -> PackedSeqParams | None:
+        """What rotary embedding and attention need of a packed row, on every pipeline stage; None for padded rows."""
+        if self.cu_seqlens is None:
+            return None
+        edges, longest = self.edges.cuda(non_blocking=True), int(self.max_seqlen)
+        return PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=edges,
+            cu_seqlens_kv=edges,
+            # Padding lies at a sample's end, behind every query that counts: the padded edges serve in both places.
+            cu_seqlens_q_padded=edges,
+            cu_seqlens_kv_padded=edges,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+
+class Step:
+    """The functions that Megatron's loop calls, for one objective.
+
+    Args:
+        settings: the recipe's `objective:`.
+        vocab_size: the model's true vocabulary, without Megatron's padding.
+        meter: where the step adds its sums.
+    """
+
+    def __init__(self, settings: ObjectiveSettings, vocab_size: int, meter: Meter) -> None:
+        self.settings, self.vocab_size, self.meter = settings, vocab_size, meter
+        self.objective: Objective = lookup(
+            settings.name,
+            group_size=settings.group_size,
+            gamma=settings.gamma,
+            confidence=settings.confidence,
+            reduce=settings.reduce,
+        )
+
+    def forward(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, LossFunction]:
+        """Megatron's `forward_step_func`: one micro-batch through this stage -> (output, loss function)."""
+        batch = Batch(**next(data_iterator))
+        rows = batch.rows(self.settings.cp_windows)
+        b = len(batch.tokens)
+
+        def mine(x: Tensor) -> Tensor:  # [b, s] -> [b, s/cp], this context-parallel rank's share
+            return x.flatten()[rows.positions].view(b, -1).cuda(non_blocking=True)
+
+        head = Head(self.vocab_size)
+        output = model(
+            mine(batch.tokens),
+            mine(batch.position_ids),
+            None,  # attention is causal within each sample
+            labels=mine(batch.labels),
+            packed_seq_params=batch.packed_seq_params(),
+            output_processor=head,
+        )
+        return output, lambda logp: self._loss(logp, rows, head, batch)
+
+    def _loss(self, logp: Tensor, rows: Rows, head: Head, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """logp [b, s/cp] fp32 with its gradient -> (sum, count, report). Collectives: the objective's, over CP."""
+        assert head.correct is not None, (
+            "GPTModel did not call output_processor: this is not the release that is pinned"
+        )
+        logp = logp.flatten()
+        view = rows.view(logp)
+        result = objective_sum(self.objective, rows, view, logp)
+        confidence = lowest_confidence(view, self.settings.group_size, self.settings.confidence)
+        self._measure(result, view, confidence, rows, head.correct, batch)
+        count = torch.tensor(result.count, dtype=torch.int, device=logp.device)
+        report = {"loss": torch.stack((result.loss.detach(), count.float()))}
+        return result.loss, count, report
+
+    def _measure(self, result: Any, view: Any, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch) -> None:
+        """Add this rank's share of the micro-batch to the meter: token sums by rank, sample sums on CP rank 0 alone."""
+        device = confidence.device
+        counted = rows.counted.to(device, non_blocking=True)
+        ours = counted if rows.cp_rank == 0 else torch.zeros_like(counted)
+
+        def number(x: float) -> Tensor:
+            return torch.tensor(x, dtype=torch.float64, device=device)
+
+        self.meter.add(
+            {
+                "loss": result.loss.detach(),
+                "divisor": number(result.count),
+                "nll": -view.logp.double().sum(),
+                "p": view.logp.double().exp().sum(),
+                "correct": rows.take(correct.flatten()).sum(),
+                "confidence": torch.where(ours, confidence, 0.0).sum(),
+                "weight": torch.where(ours, result.sample_weight, 0.0).sum(),
+                "samples": ours.sum(),
+                "tokens": number(len(view.logp)),
+                "real_tokens": number(int(batch.real_tokens.sum()) if rows.cp_rank == 0 else 0),
+            },
+            torch.where(counted, confidence, torch.inf).min(),
+        )
+
+    def finalize_grads(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        """Megatron's `finalize_model_grads`, then the reports' two all-reduces over data x context parallelism."""
+        finalize_model_grads(model, num_tokens, **kwargs)
+        self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
+class Head:
+    """`output_processor` of one micro-batch: hidden states -> log p of the labels; keeps which labels are the argmax."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.correct: Tensor | None = None
+
+    def __call__(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, labels: Tensor, **_: Any
+    ) -> Tensor:
+        """hidden [s/cp (/tp under sequence parallelism), b, h], labels [b, s/cp] -> log p [b, s/cp] fp32, 0 without a
+        label.
+
+        Collectives over TP: the output layer's, and MAX and SUM of a few numbers a token.
+        """
+        logits, _ = output_layer(hidden_states, weight=output_weight)  # [s/cp, b, v/tp]
+        statistics = vocab_parallel_statistics(
+            logits,
+            labels.transpose(0, 1).contiguous(),
+            group=parallel_state.get_tensor_model_parallel_group(),
+            vocab_size=self.vocab_size,
+            overwrite=True,  # nothing else reads them
+        )
+        self.correct = statistics.correct.transpose(0, 1)
+        return statistics.logp.transpose(0, 1).contiguous()

@@ -1,0 +1,20 @@
+"""Imports torch and Megatron once for the whole session; tests fork their worlds from here."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+os.environ.update(
+    OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1", TOKENIZERS_PARALLELISM="false"
+)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import megatron.core.models.gpt
+    import megatron.training
+    import megatron.training.arguments  # noqa: F401
+    import torch
+
+torch.set_num_threads(1)  # a forked child must not inherit a thread pool

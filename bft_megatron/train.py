@@ -59,7 +59,8 @@ def _run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows,
     on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
     if on_cpu:
         backend.install()
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        if not dist.is_initialized():  # Megatron's own call would bind a CUDA device
+            dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     checkpoint.without_helper_process()
     arguments.check_passed_through(recipe)
     validation = validation_shape(recipe, rows.valid)

@@ -47,7 +47,8 @@ def _fork(rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[A
         store = dist.FileStore(str(folder / "store"), n)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
         (folder / f"{rank}.result").write_bytes(pickle.dumps(fn(*args)))
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         status = 0
     except BaseException:
         (folder / f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")

@@ -1,0 +1,145 @@
+"""Whole runs of the tiny model on a layout, and what they leave: metrics by step, every parameter's first gradient."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from bft_megatron import checks, recipe, rows, train
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.weights import part, weights
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+from tests.world import run_world
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
+MODEL = RECIPE.parent / "tiny"
+CHANGING = {"step_seconds", "tokens_per_second"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups, and what else must not change a number."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    sequence: bool = False
+    micro_batch_size: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    def __str__(self) -> str:
+        names = {"tensor": "tp", "pipeline": "pp", "virtual_pipeline": "vpp", "context": "cp", "data": "dp"}
+        sizes = [f"{short}{getattr(self, name)}" for name, short in names.items() if getattr(self, name) > 1]
+        sizes += ["sp"] * self.sequence + [f"mb{self.micro_batch_size}"] * (self.micro_batch_size > 1)
+        return "-".join(sizes) or "one"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective over rows, whatever the layout; `context_chunks` sets what the rows are padded to."""
+
+    objective: str = "bft"
+    reduce: str | None = None
+    confidence: str = "geometric"
+    cp_windows: str = "exact"
+    packing: bool = True
+    pad_multiple: int = 8
+
+    def __str__(self) -> str:
+        name = self.objective.rpartition(".")[2].partition(":")[0]
+        windows = [] if self.cp_windows == "exact" else [self.cp_windows]
+        kind = [] if self.confidence == "geometric" else [self.confidence]
+        return "-".join([name, *([self.reduce] if self.reduce else []), *kind, *windows, "packed" if self.packing else "padded"])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left."""
+
+    train: list[dict[str, Any]]
+    valid: list[dict[str, Any]]
+    gradients: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    """By Hugging Face name, of the first step."""
+
+
+def write_data(folder: Path) -> None:
+    """The tiny conversations with the data's own weights, and a few samples of one or two tokens beside them."""
+    random.seed(5)
+    for split in ("train", "valid"):
+        lines = [json.loads(line) for line in (MODEL / f"{split}.jsonl").read_text().splitlines()]
+        short = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "A"}]} for q in "BCDEF"]
+        with (folder / f"{split}.jsonl").open("w") as file:
+            for line in [*lines, *short]:
+                file.write(json.dumps(line | {"weight": round(random.uniform(0.2, 2), 3)}) + "\n")
+
+
+def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int, *overrides: str) -> Recipe:
+    """The tiny recipe for a case on a layout, checked as the command line checks it."""
+    objective = [f"objective.name={case.objective}", f"objective.confidence={case.confidence}"]
+    objective += [f"objective.reduce={case.reduce}"] if case.reduce else []
+    made = recipe.load(
+        RECIPE,
+        [
+            f"model={MODEL}",
+            *(f"data.{split}={data / f'{split}.jsonl'}" for split in ("train", "valid")),
+            *(f"data.{name}={getattr(case, name)}" for name in ("packing", "pad_multiple")),
+            *(f"parallel.{n}={getattr(layout, n)}" for n in vars(layout) if n != "micro_batch_size"),
+            *objective,
+            f"objective.cp_windows={case.cp_windows}",
+            f"train.micro_batch_size={layout.micro_batch_size}",
+            f"train.iterations={steps}",
+            "train.warmup_iterations=0",
+            "train.save_every=1",
+            "train.clip_grad=1e6",  # Adam's first moment then holds the gradient itself
+            f"output={folder}",
+            *overrides,
+        ],
+    )
+    checks.check_recipe(made)
+    checks.check_model(made, read_config(MODEL))
+    checks.check_world(made, layout.world)
+    return made
+
+
+def run(made: Recipe, world: int) -> Result:
+    """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left."""
+    rows.prepare_rows(made, MODEL)
+    run_world(world, train.run, made, read_config(MODEL), MODEL, megatron=True, timeout=240)
+    folder = RunFolder.of(made)
+    return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of metrics.jsonl, training and validation apart, without the times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k not in CHANGING} for line in lines]
+    return [k for k in kept if "split" not in k], [k for k in kept if "split" in k]
+
+
+def gradients(checkpoint: Path, made: Recipe) -> dict[str, Tensor]:
+    """Every parameter's gradient of step 1, whole, out of Adam's first moment: exp_avg = (1 - beta1) * gradient."""
+    reader, prefix = dcp.FileSystemReader(checkpoint), "optimizer.state.exp_avg."
+    metadata = reader.read_metadata().state_dict_metadata
+    moments = {key: torch.empty(stored.size) for key, stored in metadata.items() if key.startswith(prefix)}
+    dcp.load(moments, storage_reader=reader, no_dist=True)
+    found = {}
+    for weight in weights(read_config(MODEL)):
+        stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
+        whole = moments[prefix + stacked]
+        whole = whole if weight.layer is None else whole[weight.layer]
+        whole = whole[: sum(t.shape[0] for t in weight.tensors)] / (1 - made.train.adam_beta1)
+        found |= {tensor.name: part(weight, i, whole) for i, tensor in enumerate(weight.tensors)}
+    return found

@@ -22,7 +22,7 @@ $(DEMO_STAMP): $(STAMP)
 	@touch $@
 
 demo: $(DEMO_STAMP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo/run.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" python examples/demo/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -22,48 +22,14 @@ class ModelShape(Protocol):
     max_positions: int
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raise FieldError for values that cannot be, or cannot be together, whatever the model."""
+def check_recipe(recipe: Recipe, model: ModelShape) -> None:
+    """Raise FieldError for values that cannot be, cannot be together, or do not divide the model."""
     _check_positive(recipe)
     _check_objective(recipe)
-    train, parallel = recipe.train, recipe.parallel
-    if (train.iterations is None) == (train.epochs is None):
-        raise FieldError("train.iterations", "give either train.iterations or train.epochs")
-    if recipe.data.packing and train.micro_batch_size != 1:
-        raise FieldError(
-            "train.micro_batch_size",
-            f"a packed micro-batch is one row, not {train.micro_batch_size}: raise data.seq_length for a larger one, "
-            "or set data.packing to false",
-        )
-    _check_row_length(recipe)
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        raise FieldError("parallel.virtual_pipeline", "needs parallel.pipeline above 1")
-    if sequence_parallel(recipe) and parallel.tensor == 1:
-        raise FieldError("parallel.sequence", "sequence parallelism shards over tensor ranks: parallel.tensor is 1")
-    if train.warmup_iterations and train.iterations and train.warmup_iterations >= train.iterations:
-        raise FieldError("train.warmup_iterations", f"must be below train.iterations ({train.iterations})")
-
-
-def check_model(recipe: Recipe, model: ModelShape) -> None:
-    """Raise FieldError where the layout does not divide the model."""
-    parallel = recipe.parallel
-    for count, what in (
-        (model.heads, "attention heads"),
-        (model.kv_heads, "key/value heads"),
-        (model.ffn, "feed-forward columns"),
-    ):
-        if count % parallel.tensor:
-            raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide the model's {count} {what}")
-    uneven = any(flag.replace("_", "-") in UNEVEN_SPLIT_FLAGS for flag in recipe.megatron)
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    if model.layers % chunks and not uneven:
-        raise FieldError(
-            "parallel.pipeline",
-            f"pipeline x virtual_pipeline = {chunks} does not divide the model's {model.layers} layers; for an uneven "
-            "split set `account-for-embedding-in-pipeline-split` or `num-layers-in-first-pipeline-stage` under `megatron`",
-        )
-    if recipe.data.seq_length > model.max_positions:
-        raise FieldError("data.seq_length", f"the model was made for at most {model.max_positions} positions")
+    _check_schedule(recipe)
+    _check_layout(recipe)
+    _check_model(recipe, model)
+    _check_row_length(recipe, model)
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
@@ -84,8 +50,8 @@ def check_world(recipe: Recipe, world_size: int) -> None:
     if parallel.virtual_pipeline > 1 and train.global_batch_size // step_rows % parallel.pipeline:
         raise FieldError(
             "train.global_batch_size",
-            f"gives {train.global_batch_size // step_rows} micro-batches a step; with virtual_pipeline they must be a multiple "
-            f"of parallel.pipeline ({parallel.pipeline})",
+            f"gives {train.global_batch_size // step_rows} micro-batches a step; with virtual_pipeline they must be a "
+            f"multiple of parallel.pipeline ({parallel.pipeline})",
         )
 
 
@@ -137,8 +103,52 @@ def _check_objective(recipe: Recipe) -> None:
         raise FieldError("objective.name", f"{name!r} is none of sft, dft, bft, and no package.module:attribute")
 
 
-def _check_row_length(recipe: Recipe) -> None:
+def _check_schedule(recipe: Recipe) -> None:
+    train = recipe.train
+    if (train.iterations is None) == (train.epochs is None):
+        raise FieldError("train.iterations", "give either train.iterations or train.epochs")
+    if train.warmup_iterations and train.iterations and train.warmup_iterations >= train.iterations:
+        raise FieldError("train.warmup_iterations", f"must be below train.iterations ({train.iterations})")
+    if recipe.data.packing and train.micro_batch_size != 1:
+        raise FieldError(
+            "train.micro_batch_size",
+            f"a packed micro-batch is one row, not {train.micro_batch_size}: raise data.seq_length for a larger one, "
+            "or set data.packing to false",
+        )
+
+
+def _check_layout(recipe: Recipe) -> None:
+    parallel = recipe.parallel
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise FieldError("parallel.virtual_pipeline", "needs parallel.pipeline above 1")
+    if sequence_parallel(recipe) and parallel.tensor == 1:
+        raise FieldError("parallel.sequence", "sequence parallelism shards over tensor ranks: parallel.tensor is 1")
+
+
+def _check_model(recipe: Recipe, model: ModelShape) -> None:
+    parallel = recipe.parallel
+    for count, what in (
+        (model.heads, "attention heads"),
+        (model.kv_heads, "key/value heads"),
+        (model.ffn, "feed-forward columns"),
+    ):
+        if count % parallel.tensor:
+            raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide the model's {count} {what}")
+    uneven = any(flag.replace("_", "-") in UNEVEN_SPLIT_FLAGS for flag in recipe.megatron)
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if model.layers % chunks and not uneven:
+        raise FieldError(
+            "parallel.pipeline",
+            f"pipeline x virtual_pipeline = {chunks} does not divide the model's {model.layers} layers; for an uneven "
+            "split set `account-for-embedding-in-pipeline-split` or `num-layers-in-first-pipeline-stage` under "
+            "`megatron`",
+        )
+
+
+def _check_row_length(recipe: Recipe, model: ModelShape) -> None:
     parallel, data = recipe.parallel, recipe.data
+    if data.seq_length > model.max_positions:
+        raise FieldError("data.seq_length", f"the model was made for at most {model.max_positions} positions")
     chunks = _context_chunks(recipe)
     if pad_multiple(recipe) % chunks:
         raise FieldError("data.pad_multiple", f"must be a multiple of 2 x parallel.context = {chunks}")

@@ -17,7 +17,7 @@ import rich
 import typer
 from rich.markup import escape
 
-from bft_megatron import checks, launcher
+from bft_megatron import arguments, checks, launcher
 from bft_megatron import recipe as recipes
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
@@ -53,14 +53,17 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """
     recipe, config, model_folder = read(recipe_file, overrides or [])
     if launcher.started_by_launcher():
+        from bft_megatron.rows import open_rows
+
+        rows = open_rows(recipe)
         from bft_megatron import train as training
 
-        training.run(recipe, config, model_folder)
+        training.run(recipe, config, model_folder, rows)
         return
     processes = launcher.count_gpus() if recipe.device == "auto" else 0
     processes = processes or checks.model_parallel_size(recipe) * recipe.parallel.data
     _check(recipe_file, overrides, lambda: checks.check_world(recipe, processes))
-    rows = _prepare(recipe, model_folder)
+    rows = _prepare(recipe_file, overrides, recipe, config, model_folder)
     folder = RunFolder.of(recipe)
     folder.write_config(recipe, model_folder)
     if folder.saved_iteration() >= rows.steps(recipe):
@@ -72,8 +75,8 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenise and pack the recipe's data, so that a job starts at once. `train` does it by itself on one machine."""
-    recipe, _, model_folder = read(recipe_file, overrides or [])
-    _prepare(recipe, model_folder)
+    recipe, config, model_folder = read(recipe_file, overrides or [])
+    _prepare(recipe_file, overrides, recipe, config, model_folder)
 
 
 @app.command()
@@ -114,26 +117,28 @@ def read(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig, Path]:
     config = read_config(model_folder)
 
     def check() -> None:
-        checks.check_recipe(recipe)
-        checks.check_model(recipe, config)
+        checks.check_recipe(recipe, config)
+        arguments.passed_through(recipe)
         RunFolder.of(recipe).check_continues(recipe)
 
     _check(path, overrides, check)
     return recipe, config, model_folder
 
 
-def _check(path: Path, overrides: list[str] | None, check: Callable[[], None]) -> None:
-    """Run a check; a field's error gets the file and line, or the override, that gave the field its value."""
+def _check[T](path: Path, overrides: list[str] | None, check: Callable[[], T]) -> T:
+    """Call a function; an error about a field gets the file and line, or the override, that set the field."""
     try:
-        check()
+        return check()
     except FieldError as e:
         raise UserError(e.message, recipes.where(path, overrides or [], e.field)) from None
 
 
-def _prepare(recipe: Recipe, model_folder: Path) -> RunRows:
+def _prepare(
+    path: Path, overrides: list[str] | None, recipe: Recipe, config: ModelConfig, model_folder: Path
+) -> RunRows:
     from bft_megatron.rows import prepare_rows
 
-    rows = prepare_rows(recipe, model_folder)
+    rows = _check(path, overrides, lambda: prepare_rows(recipe, model_folder, config.vocab_size))
     print(f"{recipe.data.train}: {rows.train.summary()}")
     if rows.valid:
         print(f"{recipe.data.valid}: {rows.valid.summary()}")

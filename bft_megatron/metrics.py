@@ -107,7 +107,7 @@ class Reporter:
         if _writes():
             self._drop_lines_after(start)
         training.train = self._after_a_first_validation(training.train, training)
-        training.training_log = self._log_step
+        training.training_log = self._reported_step(training.training_log)
         training.evaluate = self._reported(training.evaluate)
 
     def _after_a_first_validation(self, train: Callable[..., Any], training: Any) -> Callable[..., Any]:
@@ -128,29 +128,32 @@ class Reporter:
 
         return validate_and_train
 
-    def _log_step(self, loss_dict: Any, total: Any, lr: Any, iteration: int, *args: Any, **kwargs: Any) -> bool:
-        """In place of `training_log`, called on every rank after every step; returns its `report_memory_flag`."""
-        from megatron.training.global_vars import get_timers
+    def _reported_step(self, training_log: Callable[..., bool]) -> Callable[..., bool]:
+        """`training_log`, which every rank calls after every step, with a report of its own; Megatron's goes to the
+        logs.
+        """
 
-        _, report_memory, skipped, grad_norm = args[:4]
-        now = time.monotonic()
-        seconds, self._clock = now - self._clock, now
-        self.iteration = iteration
-        get_timers()("interval-time").elapsed(barrier=False)  # Megatron stops it at the end and expects it to be read
-        if _writes():
-            line = {
-                "iteration": iteration,
-                **self.meter.totals.report(),
-                "grad_norm": None if grad_norm is None else float(grad_norm),
-                "lr": None if lr is None else float(lr),
-                "step_seconds": round(seconds, 4),
-                "tokens_per_second": round(self.meter.totals.sums["real_tokens"] / seconds, 1),
-            }
-            if skipped:
-                line["skipped"] = True
-            self._write(line, "train")
-            self._print_step(line, seconds)
-        return report_memory
+        def log_and_report(*args: Any, **kwargs: Any) -> bool:
+            learning_rate, iteration, _, _, skipped, grad_norm = args[2:8]
+            now = time.monotonic()
+            seconds, self._clock = now - self._clock, now
+            self.iteration = iteration
+            if _writes():
+                totals = self.meter.totals
+                line = {
+                    "iteration": iteration,
+                    **totals.report(),
+                    "grad_norm": None if grad_norm is None else float(grad_norm),
+                    "lr": None if learning_rate is None else float(learning_rate),
+                    "step_seconds": round(seconds, 4),
+                    "tokens_per_second": round(totals.sums["real_tokens"] / seconds, 1),
+                    **({"skipped": True} if skipped else {}),
+                }
+                self._write(line, "train")
+                self._print_step(line)
+            return training_log(*args, **kwargs)
+
+        return log_and_report
 
     def _reported(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
         """`evaluate` with a report of its own; the one after the last step is not run twice (Megatron does)."""
@@ -198,8 +201,8 @@ class Reporter:
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.replace(self.path)
 
-    def _print_step(self, line: dict[str, Any], seconds: float) -> None:
-        self._seconds = [*self._seconds[-19:], seconds]
+    def _print_step(self, line: dict[str, Any]) -> None:
+        self._seconds = [*self._seconds[-19:], line["step_seconds"]]
         left = (self.iterations - line["iteration"]) * sum(self._seconds) / len(self._seconds)
         if line.get("skipped"):
             self._print(f"step {line['iteration']:>5}/{self.iterations}  skipped: the gradient was not finite")

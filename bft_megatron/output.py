@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bft_megatron import recipe as recipes
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.hf.architectures import companions
 from bft_megatron.recipe import Recipe
 
 # What may differ when a run goes on: the layout and how often it saves, looks and runs, not what is trained on what.
@@ -96,8 +97,8 @@ class RunFolder:
             if before.get(field) != now.get(field) and field not in MAY_CHANGE:
                 raise FieldError(
                     field,
-                    f"{self.root} holds checkpoints of a run with {field} {before.get(field)}, not {now.get(field)}: set it back "
-                    "to go on with that run, or choose another output folder",
+                    f"{self.root} holds checkpoints of a run with {field} {before.get(field)}, not {now.get(field)}: "
+                    "set it back to go on with that run, or choose another output folder",
                 )
 
     def write_config(self, recipe: Recipe, model_folder: Path) -> None:
@@ -105,9 +106,8 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         self.config.write_text(recipes.dump(recipe))
         self.model.mkdir(exist_ok=True)
-        for file in sorted(model_folder.iterdir()):
-            if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, self.model / file.name)
+        for file in companions(model_folder):
+            shutil.copyfile(file, self.model / file.name)
 
 
 def _flat(recipe: Recipe) -> dict[str, object]:

@@ -122,8 +122,8 @@ class Recipe:
 
 # Fields that people bring from other trainers and that would be wrong here, with the reason.
 REFUSED_FIELDS = {
-    "objective.label_smoothing": "with label smoothing exp(-loss) is no longer the model's probability of the label, of which "
-    "the weights of bft and dft are made; leave it out",
+    "objective.label_smoothing": "with label smoothing exp(-loss) is no longer the model's probability of the label, "
+    "of which the weights of bft and dft are made; leave it out",
 }
 
 

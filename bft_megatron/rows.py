@@ -14,7 +14,7 @@ from pathlib import Path
 from bft_megatron.checks import pad_multiple
 from bft_megatron.data import prepare
 from bft_megatron.data.prepare import Prepared
-from bft_megatron.errors import UserError
+from bft_megatron.errors import FieldError, UserError
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
 
@@ -39,11 +39,16 @@ class RunRows:
         return max(1, round(recipe.train.epochs * self.train.rows))
 
 
-def prepare_rows(recipe: Recipe, model_folder: Path) -> RunRows:
+def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
     """Tokenise and pack the recipe's files, or find them as they were prepared before. For one process.
+
+    Args:
+        model_folder: of the tokenizer and its template.
+        vocab_size: the model's, which the tokenizer must not exceed.
 
     Raises:
         UserError: a fault in the data, named by file, line and field.
+        FieldError: a missing file, or a tokenizer that is not the model's.
     """
     folder = RunFolder.of(recipe)
 
@@ -51,6 +56,12 @@ def prepare_rows(recipe: Recipe, model_folder: Path) -> RunRows:
         return prepare.prepare(path, model_folder, recipe.data, pad_multiple(recipe), folder.data)
 
     rows = RunRows(one(recipe.data.train), one(recipe.data.valid) if recipe.data.valid else None)
+    highest = max(prepared.counts.highest_token for prepared in (rows.train, rows.valid) if prepared)
+    if highest >= vocab_size:  # a sharded embedding would take it for another token, silently
+        raise FieldError(
+            "model",
+            f"its tokenizer gives the token {highest:,}, its vocabulary ends at {vocab_size:,}: they do not match",
+        )
     names = {"train": rows.train.folder.name, "valid": rows.valid and rows.valid.folder.name, **_wanted(recipe)}
     temporary = folder.data / "rows.tmp"
     temporary.write_text(json.dumps(names, indent=2))
@@ -75,7 +86,8 @@ def open_rows(recipe: Recipe) -> RunRows:
     for field, wanted in _wanted(recipe).items():
         if names[field] != wanted:
             raise UserError(
-                f"the rows were prepared with {field} {names[field]}, the recipe has {wanted}: run `bft-megatron prepare RECIPE`",
+                f"the rows were prepared with {field} {names[field]}, the recipe has {wanted}: "
+                "run `bft-megatron prepare RECIPE`",
                 str(path),
             )
     return RunRows(prepare.load(folder / names["train"]), names["valid"] and prepare.load(folder / names["valid"]))

@@ -35,8 +35,8 @@ class Batch:
     """One micro-batch as the data set gives it, on the CPU: the whole rows, all context-parallel ranks' tokens.
 
     tokens, labels, position_ids: [b, s] int64, labels -100 where nothing is learned. samples: [b] int64, how many
-        samples a row holds. weight: [b, k] fp32, the data's weight of each. cu_seqlens: [1, k + 1] int32, edges of a packed
-        row; None: padded rows.
+        samples a row holds. weight: [b, k] fp32, the data's weight of each. cu_seqlens: [1, k + 1] int32, edges of a
+        packed row; None: padded rows.
     real_tokens: [b] int64, tokens that are not padding.
     """
 
@@ -174,7 +174,7 @@ class Step:
 
 
 class Head:
-    """`output_processor` of one micro-batch: hidden states -> log p of the labels; keeps which labels are the argmax."""
+    """`output_processor` of one micro-batch: hidden states -> log p of the labels; keeps which are the argmax."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size

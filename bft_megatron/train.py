@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from bft_megatron import arguments, checkpoint
+from bft_megatron.announce import sentence
 from bft_megatron.checks import model_parallel_size
 from bft_megatron.cpu import backend
 from bft_megatron.data.dataset import training_rows, validation_rows
@@ -29,7 +30,7 @@ from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.metrics import Meter, Reporter
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
-from bft_megatron.rows import RunRows, open_rows
+from bft_megatron.rows import RunRows
 from bft_megatron.step import Step
 
 GPU_FLAGS = ["--transformer-impl", "transformer_engine", "--distributed-backend", "nccl", "--num-workers", "1"]
@@ -38,19 +39,19 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After which ranks that wait for a lost one give up."""
 
 
-def run(recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:
+def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows) -> None:
     """Train this rank's share to the end of the run, continuing from the newest checkpoint of its folder.
 
     Args:
         config, model_folder: the model's architecture, and the folder that holds its weights.
+        rows: as prepared.
 
     Raises:
-        UserError: the rows are not prepared, or a flag under `megatron:` is none.
+        FieldError: a flag under `megatron:` that Megatron does not have.
 
     Environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun and launch/ set them.
     """
-    folder, rows = RunFolder.of(recipe), open_rows(recipe)
-    with output_to(folder.log(int(os.environ["RANK"]))) as console:
+    with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console:
         _run(recipe, config, model_folder, rows, console)
 
 
@@ -63,6 +64,9 @@ def _run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows,
             dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
     checkpoint.without_helper_process()
     arguments.check_passed_through(recipe)
+    if os.environ["RANK"] == "0":
+        world = int(os.environ["WORLD_SIZE"])
+        print(sentence(recipe, config, rows, world, folder.saved_iteration()), file=console, flush=True)
     validation = validation_shape(recipe, rows.valid)
     flags = arguments.megatron_arguments(
         recipe,
@@ -158,7 +162,7 @@ def validation_shape(recipe: Recipe, valid: Prepared | None) -> tuple[int, int]:
 
 
 def datasets(recipe: Recipe, rows: RunRows, validation: tuple[int, int]) -> Callable[..., tuple[Any, Any, None]]:
-    """Megatron's data set provider. Every rank, on every pipeline stage, reads its rows itself: nothing is broadcast."""
+    """Megatron's data set provider. Every rank, on every pipeline stage, reads its rows itself, without broadcast."""
 
     def provide(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
         train = training_rows(rows.train, seed=recipe.train.seed, limit=rows.rows(recipe))

@@ -23,8 +23,8 @@ _mode: TorchFunctionMode | None = None
 
 
 def gpu_is_visible() -> bool:
-    """True where torch sees a CUDA device. Ask before `install()`, after which Megatron must believe that there is one."""
-    return _mode is None and torch.cuda.is_available()
+    """True where torch sees a CUDA device, also after `install()`, which makes Megatron believe that there is one."""
+    return _mode is None and torch.cuda.is_available()  # installed: there was none
 
 
 def install() -> None:

@@ -38,7 +38,7 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, whose weight gradient Megatron sums over TP under sequence parallelism (`finalize_model_grads`)."""
+    """torch's RMSNorm, whose weight gradient `finalize_model_grads` sums over TP under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -80,7 +80,7 @@ class CoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [t/cp, n, d] with key and value [t/cp, g, d] -> [t/cp, n*d]; padded: [s/cp, b, n, d] -> [s/cp, b, n*d]."""
+        """query [t/cp, n, d], key and value [t/cp, g, d] -> [t/cp, n*d]; padded: [s/cp, b, n, d] -> [s/cp, b, n*d]."""
         if packed_seq_params is not None:
             return self._attend(query, key, value, packed_seq_params.cu_seqlens_q_padded)
         s, b = query.shape[0] * self.cp_group.size(), query.shape[1]

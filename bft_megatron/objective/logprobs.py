@@ -102,10 +102,9 @@ class _Statistics(torch.autograd.Function):
         whole = _combine(shard, group)
         log2_label = whole.label_logit * LOG2E - whole.shift
         log_odds = (whole.log2_others - log2_label) * LN2  # ln((1 - p) / p)
-        # Numerators left in the logits are relative to the shard's own shift; recomputed ones to the common shift.
-        shift = shard.shift if keep_numerators else whole.shift
-        log2_scale = shift - whole.shift - torch.logaddexp2(whole.log2_others, log2_label)
-        ctx.save_for_backward(logits, shift.float(), log2_scale.exp2().float(), log_odds.sigmoid().float())
+        # What turns numerators, which are relative to the shard's own shift, into the softmax.
+        log2_scale = shard.shift - whole.shift - torch.logaddexp2(whole.log2_others, log2_label)
+        ctx.save_for_backward(logits, shard.shift.float(), log2_scale.exp2().float(), log_odds.sigmoid().float())
         ctx.label, ctx.overwrite, ctx.has_numerators, ctx.spent = label, overwrite, keep_numerators, False
         logp = torch.where(label.valid, torch.nn.functional.logsigmoid(-log_odds), 0.0).float()
         correct = label.valid & (whole.label_logit >= whole.top)
@@ -201,7 +200,8 @@ def _shift(top: Tensor) -> Tensor:
 def _others_(x: Tensor, shift: Tensor, label: _Labels, block: slice) -> Tensor:
     """x [r, columns] fp32 logits of a block, shift [r] -> numerators 2^(x log2 e - shift), 0 at the label, in place."""
     torch.add(-shift[:, None], x, alpha=LOG2E, out=x).exp2_()
-    return x.scatter_reduce_(1, label.column[block, None], label.not_owned[block, None], "prod")
+    column = label.column[block, None]
+    return x.scatter_(1, column, x.gather(1, column) * label.not_owned[block, None])
 
 
 def _shard_sums(rows: Tensor, label: _Labels, keep_numerators: bool) -> _Sums:

@@ -157,8 +157,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What an objective sees: this rank's supervised tokens, detached, and helpers that hide packing and context
-    parallelism.
+    """What an objective sees: this rank's supervised tokens, detached, and helpers that hide all layout from it.
 
     `x` below is [T], a value for each token. Every rank of the context-parallel group must make the same calls in the
     same order, one without a supervised token too.
@@ -226,8 +225,7 @@ class _Gather:
 
 
 def _trailing_means(x: Tensor, span: Tensor, g: int) -> Tensor:
-    """x [T], span [T] non-decreasing -> [T] fp64: mean of the g values of one span that end at t, +inf where there are
-    fewer.
+    """x [T], span [T] non-decreasing -> [T] fp64, the mean of the g values of one span that end at t, or +inf.
 
     By prefix sums, in fp64 always: in fp32 they would make a sample's numbers depend on its place in a packed row.
     """

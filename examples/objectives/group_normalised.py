@@ -1,11 +1,11 @@
 """An objective of your own: the token weight measured against the confidence of its neighbourhood.
 
-A reading, in words only, of "group-normalised token reweighting" (the 2026 revision of the BFT paper, arXiv 2511.21075v3):
+A reading of "group-normalised token reweighting", which the 2026 revision of the BFT paper names (arXiv 2511.21075v3):
 
     w_t = clip(p_t / C_t, 0, 1)     C_t: mean p of the g supervised tokens that end at t
     s_b = 1 - min over t of C_t
 
-where a sample's first g - 1 tokens, and samples shorter than g, take the mean over the whole sample as C_t. In a recipe:
+where a sample's first g - 1 tokens, and samples shorter than g, take the sample's mean as C_t. In a recipe:
 
     objective: {name: examples.objectives.group_normalised:record, group_size: 256}
 """

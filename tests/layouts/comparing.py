@@ -26,7 +26,8 @@ def differences(result: Result, expected: Result) -> dict[str, float]:
 
 def assert_same(result: Result, expected: Result) -> None:
     """Fail with the worst difference where one is above the tolerance; the two must report the same quantities."""
-    assert result.train and result.valid
+    assert result.train
+    assert result.valid
     assert result.train[0].keys() >= expected.train[0].keys()
     assert result.gradients.keys() == expected.gradients.keys()
     found = differences(result, expected)

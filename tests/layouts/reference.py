@@ -1,4 +1,6 @@
-"""The first step and validation in plain float64: transformers' model, one sample at a time, the formula in Python loops."""
+"""The first step and validation in plain float64: transformers' model, one sample at a time, the formula in Python
+loops.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def first_step(made: Recipe, windows_cp: int = 1) -> Result:
         windows_cp: with per_rank windows, the context-parallel size whose chunks they stay in.
     """
     model = _model(made)
-    run_rows = rows.prepare_rows(made, MODEL)
+    run_rows = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
     batch = made.train.global_batch_size
     training = training_rows(run_rows.train, seed=made.train.seed, limit=batch)
     validation = validation_rows(run_rows.valid, batch=1)
@@ -48,7 +50,9 @@ def first_step(made: Recipe, windows_cp: int = 1) -> Result:
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
-    return Result([{"iteration": 1, **train, "grad_norm": norm}], [{"iteration": 0, "split": "valid", **valid}], gradients)
+    return Result(
+        [{"iteration": 1, **train, "grad_norm": norm}], [{"iteration": 0, "split": "valid", **valid}], gradients
+    )
 
 
 def _model(made: Recipe) -> LlamaForCausalLM:
@@ -68,7 +72,9 @@ def _samples(row: dict[str, Tensor]) -> Iterator[Sample]:
         yield Sample(row["tokens"][place], row["labels"][place], float(row["weight"][k]))
 
 
-def _report(made: Recipe, model: LlamaForCausalLM, batch: list[dict[str, Tensor]], cp: int) -> tuple[dict[str, Any], Tensor]:
+def _report(
+    made: Recipe, model: LlamaForCausalLM, batch: list[dict[str, Tensor]], cp: int
+) -> tuple[dict[str, Any], Tensor]:
     """The reported quantities over a list of rows, and the objective with its graph."""
     settings = made.objective
     total, nll, p, correct, tokens = torch.zeros((), dtype=torch.float64), 0.0, 0.0, 0, 0

@@ -62,7 +62,9 @@ class Case:
         name = self.objective.rpartition(".")[2].partition(":")[0]
         windows = [] if self.cp_windows == "exact" else [self.cp_windows]
         kind = [] if self.confidence == "geometric" else [self.confidence]
-        return "-".join([name, *([self.reduce] if self.reduce else []), *kind, *windows, "packed" if self.packing else "padded"])
+        return "-".join(
+            [name, *([self.reduce] if self.reduce else []), *kind, *windows, "packed" if self.packing else "padded"]
+        )
 
 
 @dataclass(frozen=True)
@@ -108,16 +110,15 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
             *overrides,
         ],
     )
-    checks.check_recipe(made)
-    checks.check_model(made, read_config(MODEL))
+    checks.check_recipe(made, read_config(MODEL))
     checks.check_world(made, layout.world)
     return made
 
 
 def run(made: Recipe, world: int) -> Result:
     """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left."""
-    rows.prepare_rows(made, MODEL)
-    run_world(world, train.run, made, read_config(MODEL), MODEL, megatron=True, timeout=240)
+    prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
+    run_world(world, train.run, made, read_config(MODEL), MODEL, prepared, megatron=True, timeout=240)
     folder = RunFolder.of(made)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 

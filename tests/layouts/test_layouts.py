@@ -1,7 +1,7 @@
 """Loss, every reported number and every parameter's gradient are the same on every layout.
 
-Step 1 is held to plain float64: transformers' model, one sample at a time, the objective in Python loops. Step 2, after an
-update of every parameter, is held to one process.
+Step 1 is held to plain float64: transformers' model, one sample at a time, the objective in Python loops. Step 2, after
+    an update of every parameter, is held to one process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.layouts.cases import CHOSEN, OBJECTIVES, drawn
-from tests.layouts.comparing import assert_same, differences
+from tests.layouts.comparing import assert_same
 from tests.layouts.runs import Case, Layout, Result, make_recipe, run
 
 STEPS = 2

@@ -67,16 +67,16 @@ class Setting:
 
 def loss(setting: Setting, logp: Tensor, labels: Tensor, edges: Sequence[int], weight: Tensor, cp: int = 1) -> Tensor:
     """logp [N] float64 with its graph, labels [N], -> the whole rows' sum, not divided; windows within cp's chunks."""
-    total = logp.sum() * 0
+    total, values = logp.sum() * 0, logp.tolist()
     for b, (start, end) in enumerate(pairwise(edges)):
         chunks = [[t for t in chunk if labels[t] != NONE] for chunk in split(range(start, end), cp)]
         tokens = [t for chunk in chunks for t in chunk]
-        detached = [[float(logp[t]) for t in chunk] for chunk in chunks]
+        detached = [[values[t] for t in chunk] for chunk in chunks]
         c = confidence(detached, setting.group_size, setting.confidence)
         s = 1 - c**setting.gamma if setting.name == "bft" else 1.0
         r = 1 / max(len(tokens), 1) if setting.reduce == "samples" else 1.0
         for t in tokens:
-            w = 1.0 if setting.name == "sft" else math.exp(float(logp[t]))
+            w = 1.0 if setting.name == "sft" else math.exp(values[t])
             total = total - float(weight[b]) * s * r * w * logp[t]
     return total
 

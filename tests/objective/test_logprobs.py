@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bft_megatron.objective.logprobs import vocab_parallel_logprobs, vocab_parallel_statistics
+from bft_megatron.objective.logprobs import CPU_BLOCK_BYTES, vocab_parallel_logprobs, vocab_parallel_statistics
 from tests.objective import reference
 from tests.world import run_world
 
@@ -25,6 +25,8 @@ CASES = {  # s, b, v, vocabulary, share masked, scale of the logits
     "large logits": (16, 2, 64, 60, 0.2, 40.0),
     "several blocks, some without a label": (40, 1, 32000, 31990, 0.6, 3.0),
 }
+
+UPSTREAM = 3.0  # the largest upstream gradient
 
 
 def _inputs(case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -39,7 +41,7 @@ def _inputs(case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]
     ]
     targets[: round(s * masked)] = reference.NONE
     targets[-1, 0] = reference.NONE
-    return logits, targets, torch.randn(s, b, generator=generator), vocabulary
+    return logits, targets, torch.randn(s, b, generator=generator).clamp(-UPSTREAM, UPSTREAM), vocabulary
 
 
 def _expected(logits: Tensor, targets: Tensor, upstream: Tensor, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,16 +64,16 @@ def _run(logits: Tensor, targets: Tensor, upstream: Tensor, **options: Any) -> t
 def _check(found: tuple[Tensor, Tensor, Tensor], expected: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> None:
     """log p to fp32's digits whatever the dtype, the gradient to those of the logits' dtype, which it has.
 
-    Its smallest entries, 2^-100 and below, carry the rounding of an exponent of that size; the others do better.
+    fp32: 2e-7 of the upstream gradient, and 1e-5 of every single entry, even the tiniest, whose exponent is rounded.
     """
     torch.testing.assert_close(found[0].double(), expected[0], rtol=5e-7, atol=1e-7)
     assert found[0].dtype == torch.float32
     assert found[1].dtype == dtype
     rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
-    atol = 1e-7 if dtype == torch.float16 else 1e-30  # below fp16's smallest number it has multiples of it
+    atol = 1e-7 if dtype == torch.float16 else 1e-15  # fp16's smallest number; float64's own rounding of 1 - p
     torch.testing.assert_close(found[1].double(), expected[1], rtol=rtol, atol=atol)
     if dtype == torch.float32:
-        assert (found[1] - expected[1]).abs().max() <= 3e-7 * expected[1].abs().max()
+        assert (found[1] - expected[1]).abs().max() <= 2e-7 * UPSTREAM
     assert torch.equal(found[2], expected[2])
 
 
@@ -141,7 +143,7 @@ def test_two_collectives_forward_and_none_backward():
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_shape_and_mask(data: st.DataObject):
     s, b, v = (data.draw(st.integers(1, high), name) for name, high in (("s", 6), ("b", 3), ("v", 40)))
     vocabulary = data.draw(st.integers(1, v), "vocabulary")
@@ -149,7 +151,7 @@ def test_any_shape_and_mask(data: st.DataObject):
     targets = torch.tensor(data.draw(st.lists(label, min_size=s * b, max_size=s * b), "targets")).view(s, b)
     torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
     logits = (torch.randn(s, b, v) * data.draw(st.sampled_from([0.1, 3.0, 30.0]), "scale")).clamp(-80, 80)
-    upstream = torch.randn(s, b)
+    upstream = torch.randn(s, b).clamp(-UPSTREAM, UPSTREAM)
     expected = _expected(logits, targets, upstream, vocabulary)
     for overwrite in (False, True):
         found = _run(logits, targets, upstream, vocab_size=vocabulary, overwrite=overwrite)
@@ -198,6 +200,32 @@ def test_overwriting_takes_the_logits_storage(dtype: torch.dtype):
     assert gradient.data_ptr() == x.data_ptr()
     with pytest.raises(RuntimeError, match="second backward"):
         torch.autograd.grad(logp.sum(), x)
+
+
+class _Allocations(TorchDispatchMode):
+    """Records the size of every storage that was not there before."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.known, self.largest = {t.untyped_storage().data_ptr() for t in known}, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, tuple) else (result,):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_overwriting_allocates_no_more_than_a_block(dtype: torch.dtype):
+    logits, targets, upstream, _ = _inputs("several blocks, some without a label", dtype)
+    assert logits.nbytes > 2 * CPU_BLOCK_BYTES
+    x = logits.requires_grad_()
+    with _Allocations(x) as allocations:
+        logp = vocab_parallel_logprobs(x, targets, overwrite=True)
+        torch.autograd.grad((logp * upstream).sum(), x)
+    assert 0 < allocations.largest <= CPU_BLOCK_BYTES
 
 
 def test_overwriting_refuses_logits_that_it_would_have_to_copy():

@@ -1,0 +1,39 @@
+"""An answer from a Hugging Face model folder, through transformers alone: to try an export, not to serve one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bft_megatron.errors import UserError
+
+
+def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
+    """Answer a prompt greedily, in the model's chat template where it has one, on a GPU where there is one.
+
+    Raises:
+        UserError: no model and tokenizer in the folder that transformers can load.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds: only when a prompt is to be answered
+
+    if not (folder / "config.json").is_file():
+        raise UserError("no model folder: it has no config.json", str(folder))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+    except (OSError, ValueError) as e:
+        raise UserError(f"transformers cannot load it: {e}", str(folder)) from e
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if tokenizer.chat_template is None:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    inputs = inputs.to(model.device)
+    # None for what the model's own generation config may have and what a greedy search warns of.
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

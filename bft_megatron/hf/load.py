@@ -1,0 +1,141 @@
+"""Weights into Megatron's model: from a Hugging Face folder, or drawn at random, each rank only its own part.
+
+Which tensor goes where is in `weights`, the files are in `shards`. The way in is `GPTModelConfig.pre_wrap_hooks`, which
+Megatron calls when all pipeline chunks of the rank are built, and not yet wrapped for mixed precision or data parallel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from bft_megatron.errors import UserError
+from bft_megatron.hf import shards
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.weights import Weight, global_path, join, weights
+
+
+class Source(Protocol):
+    """Where values come from: indices start to stop of a Hugging Face tensor along an axis (None: all of it)."""
+
+    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor: ...
+
+
+def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Callable[[list[GPTModel]], list[GPTModel]]:
+    """A hook for `GPTModelConfig.pre_wrap_hooks` that fills every parameter of the rank's model chunks.
+
+    Args:
+        folder: safetensors of the model, one file or many with an index; None: draw the weights at random, the same
+            model on every layout.
+        config: of the model.
+        seed: of the random weights.
+
+    Returns:
+        The hook. It issues no collective: a rank reads or draws its own parts, one tensor at a time.
+
+    Raises:
+        UserError: at once and on every rank alike, by `check_weights`; by the hook, where TP does not divide the model.
+    """
+    source = _Random(config, seed) if folder is None else shards.Reader(check_weights(folder, config))
+    table = {w.path: w for w in weights(config)}
+    if config.tied:
+        # On a last pipeline stage that is not the first: Megatron keeps the two copies equal from here on.
+        table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
+
+    @torch.no_grad()
+    def fill(chunks: list[GPTModel]) -> list[GPTModel]:
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        if config.kv_heads % tp:
+            raise UserError(f"tensor parallelism {tp} does not divide the model's {config.kv_heads} key/value heads")
+        for chunk in chunks:
+            layer_numbers = [layer.layer_number for layer in chunk.decoder.layers]
+            for name, parameter in chunk.named_parameters():
+                _fill(parameter, table[global_path(name, layer_numbers)], source)
+        return chunks
+
+    return fill
+
+
+def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
+    """Compare the headers of a folder's safetensors with what the model needs; returns them.
+
+    Raises:
+        UserError: a tensor is missing, has another shape or a dtype that is not a plain float, or is not known to the
+            model; a shard is missing or truncated.
+    """
+    entries = shards.read_headers(folder)
+    expected = {t.name: t.shape for w in weights(config) for t in w.tensors}
+    missing = sorted(expected.keys() - entries.keys())
+    if missing:
+        raise UserError(f"{len(missing)} tensors of {config.architecture} are missing, {_some(missing)}", str(folder))
+    for name, shape in expected.items():
+        entry = entries[name]
+        if entry.shape != shape:
+            raise UserError(f"{name} has the shape {entry.shape}, by config.json it is {shape}", str(entry.file))
+        if entry.dtype not in shards.DTYPES:
+            raise UserError(
+                f"{name} has the dtype {entry.dtype}; can be read: {', '.join(shards.DTYPES)}", str(entry.file)
+            )
+    unknown = sorted(name for name in entries.keys() - expected.keys() if not _is_redundant(name, config))
+    if unknown:
+        # Not to be passed over: it would be a bias or a norm that the model computes with and ours does not.
+        raise UserError(
+            f"{len(unknown)} tensors that {config.architecture} does not have, {_some(unknown)}", str(folder)
+        )
+    return entries
+
+
+def _is_redundant(name: str, config: ModelConfig) -> bool:
+    """Old files carry the rotary frequencies, some with tied embeddings the output layer as well."""
+    return name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+
+
+def _some(names: list[str]) -> str:
+    return f"among them {', '.join(names[:3])}" if len(names) > 3 else ", ".join(names)
+
+
+def _fill(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> None:
+    """Copy this TP rank's part of a weight into the parameter, which may have another dtype and device."""
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    tp, rank = (1, 0) if weight.axis is None else (tp, rank)
+    if weight.padded:
+        rows = parameter.shape[0]
+        (tensor,) = weight.tensors
+        own = source(tensor.name, 0, min(rank * rows, tensor.shape[0]), min((rank + 1) * rows, tensor.shape[0]))
+        parameter[: len(own)] = own
+        parameter[len(own) :] = 0
+        return
+    parts = []
+    for tensor in weight.tensors:
+        n = tensor.shape[weight.axis or 0] // tp
+        parts.append(source(tensor.name, weight.axis, rank * n, (rank + 1) * n))
+    value = join(parts, max(weight.blocks // tp, 1))
+    assert value.shape == parameter.shape, f"{weight.path}: {tuple(value.shape)} for {tuple(parameter.shape)}"
+    parameter.copy_(value)
+
+
+class _Random:
+    """Draws any part of any tensor: the whole tensor from a generator of its own, seeded by its name, then the part."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        self._shapes = {t.name: t.shape for w in weights(config) for t in w.tensors}
+        self._std, self._seed = config.initializer_range, seed
+
+    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
+        whole = self._draw(name)
+        return whole if axis is None else whole.narrow(axis, start, stop - start)
+
+    def _draw(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:  # as transformers initialises them: norms by one, biases by zero
+            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.randn(shape, generator=generator) * self._std

@@ -1,0 +1,133 @@
+"""Safetensors files of a model folder: their headers, reading slices by memory map, writing tensor by tensor.
+
+Only safetensors: no file of a model folder is ever unpickled. What the tensors mean is in `weights`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from bft_megatron.errors import UserError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor as a file's header has it."""
+
+    file: Path
+    dtype: str
+    """The header's own word, `BF16`."""
+    shape: tuple[int, ...]
+
+
+def read_headers(folder: Path) -> dict[str, Entry]:
+    """Every tensor in the folder's safetensors, by name, from the headers alone, which the files' sizes must match.
+
+    Raises:
+        UserError: no safetensors, a shard that the index names and that is missing or truncated.
+    """
+    entries: dict[str, Entry] = {}
+    for file in _files(folder):
+        entries |= _read_header(file)
+    return entries
+
+
+class Reader:
+    """Reads parts of tensors of a folder's safetensors, of which one file at a time is mapped."""
+
+    def __init__(self, entries: dict[str, Entry]) -> None:
+        self._entries = entries
+        self._file: Path | None = None
+
+    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
+        """From start to stop of the tensor along `axis` (None: all of it), in its dtype: a view of the mapped file."""
+        file = self._entries[name].file
+        if file != self._file:
+            self._file, self._mapped = file, safe_open(file, framework="pt")
+        tensor = self._mapped.get_slice(name)
+        if axis is None:
+            return tensor[:]
+        return tensor[start:stop] if axis == 0 else tensor[:, start:stop]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written: everything the header needs, and how to get it when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write(path: Path, tensors: Iterable[Output], advance: Callable[[int], None]) -> None:
+    """Write one safetensors file, of which only one tensor is ever in memory, and flush it to the disk.
+
+    `safetensors.torch.save_file` wants all tensors of a file at once. `advance` is told the bytes of each tensor.
+    """
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for t in tensors:
+        header[t.name] = {"dtype": words[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.bytes]}
+        at += t.bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    with open(path, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for t in tensors:
+            value = t.read()
+            assert value.shape == t.shape, f"{t.name}: {tuple(value.shape)} in place of {t.shape}"
+            out.write(value.to(t.dtype).contiguous().view(torch.uint8).numpy().data)
+            advance(t.bytes)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        try:
+            return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError("not an index of safetensors", str(index)) from None
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    raise UserError("no safetensors in this folder (other formats of weights are not read)", str(folder))
+
+
+def _read_header(file: Path) -> dict[str, Entry]:
+    try:
+        with open(file, "rb") as f:
+            (length,) = struct.unpack("<Q", f.read(8))
+            size = os.fstat(f.fileno()).st_size
+            header = json.loads(f.read(min(length, size)))
+            header.pop("__metadata__", None)
+            end = max((x["data_offsets"][1] for x in header.values()), default=0)
+            entries = {name: Entry(file, x["dtype"], tuple(x["shape"])) for name, x in header.items()}
+    except FileNotFoundError:
+        raise UserError("this shard of the model is missing", str(file)) from None
+    except OSError as e:
+        raise UserError(f"cannot read this shard of the model: {e.strerror}", str(file)) from None
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError("not a whole safetensors file; download it again", str(file)) from None
+    if size != 8 + length + end:
+        raise UserError(f"{size} bytes in place of {8 + length + end}: a broken download; get it again", str(file))
+    return entries

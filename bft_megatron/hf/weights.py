@@ -1,0 +1,119 @@
+"""The one table of names and layouts: which Hugging Face tensors make up each of Megatron's parameters, and how.
+
+Loading, export and adapters all read it. A Megatron parameter joins one or more Hugging Face tensors by rows, in
+`blocks`: query, key and value are interleaved per key/value group, gate and up lie one above the other in one block.
+Under tensor parallelism a rank holds its part of *every* joined tensor, joined by the same rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bft_megatron.hf.architectures import ModelConfig
+
+
+@dataclass(frozen=True)
+class HFTensor:
+    """A tensor of the Hugging Face model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of Megatron's model, whole (not cut over TP), as Hugging Face tensors."""
+
+    name: str
+    """Within its layer, or within the model; the name in a checkpoint, where norms bear Transformer Engine's."""
+    layer: int | None
+    """Counted from 0 over the whole model; None outside the layers."""
+    tensors: tuple[HFTensor, ...]
+    axis: int | None
+    """Cut over TP along this axis; None: every rank has it whole."""
+    blocks: int = 1
+    """Blocks of rows that the tensors are interleaved in; they are cut over TP too."""
+    padded: bool = False
+    """Rows are the vocabulary, to which Megatron adds rows of zeros."""
+
+    @property
+    def path(self) -> str:
+        """Name in the whole model, `decoder.layers.7.mlp.linear_fc1.weight`."""
+        return self.name if self.layer is None else f"decoder.layers.{self.layer}.{self.name}"
+
+
+def weights(config: ModelConfig) -> list[Weight]:
+    """Every parameter of the model, in the order of the layers; tied embeddings once."""
+    h, v = config.hidden, config.vocab_size
+    embedding = HFTensor("model.embed_tokens.weight", (v, h))
+    norm = HFTensor("model.norm.weight", (h,))
+    head = HFTensor("lm_head.weight", (v, h))
+    return [
+        Weight("embedding.word_embeddings.weight", None, (embedding,), 0, padded=True),
+        *(w for layer in range(config.layers) for w in _layer_weights(config, layer)),
+        Weight("decoder.final_layernorm.weight", None, (norm,), None),
+        *([] if config.tied else [Weight("output_layer.weight", None, (head,), 0, padded=True)]),
+    ]
+
+
+def _layer_weights(config: ModelConfig, layer: int) -> list[Weight]:
+    h, ffn, d, groups = config.hidden, config.ffn, config.head_dim, config.kv_heads
+    q, kv = config.heads * d, groups * d
+
+    def weight(name: str, tensors: dict[str, tuple[int, ...]], axis: int | None = None, blocks: int = 1) -> Weight:
+        return Weight(
+            name, layer, tuple(HFTensor(f"model.layers.{layer}.{n}", s) for n, s in tensors.items()), axis, blocks
+        )
+
+    def qkv(kind: str, *columns: int) -> Weight:
+        shapes = {f"self_attn.{x}_proj.{kind}": (n, *columns) for x, n in (("q", q), ("k", kv), ("v", kv))}
+        return weight(f"self_attention.linear_qkv.{kind}", shapes, axis=0, blocks=groups)
+
+    return [
+        weight("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
+        qkv("weight", h),
+        *([qkv("bias")] if config.qkv_bias else []),
+        *(
+            [weight(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": (d,)}) for x in "qk"]
+            if config.qk_norm
+            else []
+        ),
+        weight("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}, axis=1),
+        weight("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)}),
+        weight("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, h), "mlp.up_proj.weight": (ffn, h)}, axis=0),
+        weight("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (h, ffn)}, axis=1),
+    ]
+
+
+# The local layer spec has norms as modules of their own, Transformer Engine's inside the linear layer that follows.
+_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+def global_path(parameter: str, layer_numbers: Sequence[int]) -> str:
+    """The `Weight.path` of a parameter of a pipeline chunk whose layers have these numbers (from 1, over the model)."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
+    if match is None:
+        return parameter
+    return f"decoder.layers.{layer_numbers[int(match[1])] - 1}.{_NORMS.get(match[2], match[2])}"
+
+
+def join(tensors: Sequence[Tensor], blocks: int) -> Tensor:
+    """Tensors [rows_i, ...] as Megatron has them, [sum of rows_i, ...]: in each block a part of every tensor."""
+    if len(tensors) == 1:
+        return tensors[0]
+    return torch.cat([t.unflatten(0, (blocks, -1)) for t in tensors], 1).flatten(0, 1)
+
+
+def part(weight: Weight, index: int, joined: Tensor) -> Tensor:
+    """The Hugging Face tensor number `index` of a whole joined parameter: `join` undone."""
+    rows = [t.shape[0] // weight.blocks for t in weight.tensors]
+    first = sum(rows[:index])
+    return joined.unflatten(0, (weight.blocks, -1))[:, first : first + rows[index]].flatten(0, 1)

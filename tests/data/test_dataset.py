@@ -1,0 +1,164 @@
+"""Rows as tensors: each learned token once, no label across an edge, and the order of a run."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from bft_megatron.data import chat, sources, tokenizers
+from bft_megatron.data.dataset import RowDataset, Shuffled, training_rows, validation_rows
+from bft_megatron.data.prepare import Prepared, prepare
+from bft_megatron.recipe import DataSettings
+from tests.data.material import TINY
+
+SETTINGS = DataSettings(train=str(TINY / "train.jsonl"), seq_length=256)
+
+
+@pytest.fixture(scope="module")
+def weighted(tmp_path_factory: pytest.TempPathFactory) -> DataSettings:
+    """The tiny conversations, each with a weight of its own."""
+    path = tmp_path_factory.mktemp("source") / "weighted.jsonl"
+    lines = Path(SETTINGS.train).read_text().splitlines()
+    path.write_text("".join(f'{line[:-1]}, "weight": {i + 1}}}\n' for i, line in enumerate(lines)))
+    return replace(SETTINGS, train=str(path))
+
+
+@pytest.fixture(scope="module", params=[1, 4, 16])
+def packed(
+    request: pytest.FixtureRequest, weighted: DataSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Prepared:
+    return prepare(weighted.train, TINY, weighted, request.param, tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture(scope="module")
+def padded(weighted: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    settings = replace(weighted, packing=False)
+    return prepare(settings.train, TINY, settings, 1, tmp_path_factory.mktemp("padded"))
+
+
+def expected(settings: DataSettings, tokenizer: tokenizers.ChatTokenizer) -> Counter:
+    """Samples as inputs, labels and weight, made from the source itself."""
+    made = []
+    for conversation in sources.read(settings.train):
+        tokens, learned = chat.encode(conversation.messages, tokenizer, "assistant")
+        labels = [token if on else -100 for token, on in zip(tokens[1:], learned[1:], strict=True)]
+        made.append((tuple(tokens[:-1]), tuple(labels), conversation.weight))
+    return Counter(made)
+
+
+def test_packed_rows_hold_each_sample_once(
+    packed: Prepared, weighted: DataSettings, tiny: tokenizers.ChatTokenizer
+) -> None:
+    """Whatever the packing, an epoch's segments are the source's samples, padded, with their labels inside them."""
+    found, want = Counter(), expected(weighted, tiny)
+    by_weight = {weight: (tokens, labels) for tokens, labels, weight in want}
+    for row in (validation_rows(packed, batch=1)[i] for i in range(packed.rows)):
+        edges, real = row["cu_seqlens"].tolist(), 0
+        assert (edges[0], edges[-1]) == (0, 256)
+        assert all(edge % packed.pad_multiple == 0 for edge in edges)
+        assert int(row["max_seqlen"]) == max(b - a for a, b in pairwise(edges))
+        for k, (start, end) in enumerate(pairwise(edges)):
+            assert row["position_ids"][start:end].tolist() == list(range(end - start))
+            weight = float(row["weight"][k])
+            tokens, labels = by_weight[weight] if k < row["samples"] else ((), ())
+            padding = end - start - len(tokens)
+            assert padding < packed.pad_multiple or k == row["samples"]
+            assert row["tokens"][start:end].tolist() == [*tokens, *[0] * padding]
+            assert row["labels"][start:end].tolist() == [*labels, *[-100] * padding]
+            found.update([(tokens, labels, weight)] if tokens else [])
+            real += len(tokens)
+        assert len(row["weight"]) - row["samples"] in (0, 1), "one segment at most is none"
+        assert row["real_tokens"] == real
+    assert found == want
+
+
+def test_padded_rows_hold_one_sample_each(
+    padded: Prepared, weighted: DataSettings, tiny: tokenizers.ChatTokenizer
+) -> None:
+    found: Counter = Counter()
+    for row in (validation_rows(padded, batch=1)[i] for i in range(padded.rows)):
+        n = int(row["real_tokens"])
+        assert row["position_ids"].tolist() == list(range(256))
+        assert row["samples"] == 1
+        assert not row["tokens"][n:].any()
+        assert (row["labels"][n:] == -100).all()
+        assert "cu_seqlens" not in row
+        (weight,) = row["weight"].tolist()
+        found.update([(tuple(row["tokens"][:n].tolist()), tuple(row["labels"][:n].tolist()), weight)])
+    assert found == expected(weighted, tiny)
+
+
+def test_types_and_shapes(packed: Prepared, padded: Prepared) -> None:
+    kinds = {"weight": torch.float32, "cu_seqlens": torch.int32}
+    whole = {"tokens", "labels", "position_ids"}
+    for prepared in (packed, padded):
+        for row in (training_rows(prepared, seed=0, limit=1)[i] for i in range(2)):  # a row, and one past the end
+            assert all(value.dtype == kinds.get(name, torch.int64) for name, value in row.items())
+            assert all(value.shape == (256,) for name, value in row.items() if name in whole)
+            assert all(row[name].shape == () for name in {"samples", "real_tokens", "row", "max_seqlen"} & row.keys())
+
+
+def numbers(rows: RowDataset, places: range) -> list[int]:
+    return [int(rows[place]["row"]) for place in places]
+
+
+def test_each_epoch_is_a_permutation_of_its_own(packed: Prepared) -> None:
+    n = packed.rows
+    rows = training_rows(packed, seed=1, limit=3 * n)
+    epochs = [numbers(rows, range(e * n, (e + 1) * n)) for e in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_place_holds_the_same_row_in_any_process_at_any_time(packed: Prepared) -> None:
+    """What resuming in the middle of an epoch, at its edge or after it rests on; and another seed is another order."""
+    places = range(3 * packed.rows)
+    whole = numbers(training_rows(packed, seed=1, limit=len(places)), places)
+    backwards = numbers(training_rows(packed, seed=1, limit=len(places)), places[::-1])
+    assert backwards[::-1] == whole
+    assert numbers(training_rows(packed, seed=2, limit=len(places)), places) != whole
+
+
+def test_the_order_never_changes() -> None:
+    """A run that is resumed with another release must find the order that it began with."""
+    order = Shuffled(rows=10, seed=1234, limit=20)
+    first, second = [5, 6, 3, 9, 7, 4, 1, 2, 8, 0], [9, 2, 0, 7, 6, 1, 8, 4, 5, 3]
+    assert [order.row(place) for place in range(22)] == [*first, *second, None, None]
+
+
+def test_past_the_end_are_rows_without_samples(packed: Prepared, padded: Prepared) -> None:
+    for prepared in (packed, padded):
+        rows = training_rows(prepared, seed=1, limit=5)
+        assert all(rows[place]["samples"] > 0 for place in range(5))
+        for place in (5, 6, 10**9):
+            row = rows[place]
+            assert (row["samples"], row["real_tokens"], row["row"]) == (0, 0, -1)
+            assert row["weight"].tolist() == [0]
+            assert (row["labels"] == -100).all()
+    assert rows[5].keys() == rows[4].keys()
+    assert training_rows(packed, seed=1, limit=5)[5]["cu_seqlens"].tolist() == [0, 256]
+
+
+def test_validation_repeats_whole_passes(packed: Prepared) -> None:
+    n = packed.rows
+    rows = validation_rows(packed, batch=n + 3)
+    want = [*range(n), -1, -1, -1]
+    assert numbers(rows, range(2 * (n + 3))) == want * 2
+    assert numbers(validation_rows(packed, batch=1), range(n + 1)) == [*range(n), 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")  # as Megatron's loaders fork theirs
+def test_longer_than_any_run_and_read_by_workers(padded: Prepared) -> None:
+    rows = training_rows(padded, seed=1, limit=4)
+    assert len(rows) > 10**12
+    again = pickle.loads(pickle.dumps(rows))
+    for place, batch in enumerate(DataLoader(again, batch_sampler=[[0, 1], [2, 3]], num_workers=1, timeout=60)):
+        for name, value in batch.items():
+            assert torch.equal(value, torch.stack([rows[2 * place][name], rows[2 * place + 1][name]]))

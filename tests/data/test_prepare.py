@@ -1,0 +1,196 @@
+"""Preparing: counts, the cache's key, and that nothing ever looks whole that isn't."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from bft_megatron.data import chat, sources, tokenizers
+from bft_megatron.data.prepare import Counts, Prepared, load, prepare
+from bft_megatron.errors import FieldError, UserError
+from bft_megatron.recipe import DataSettings
+from tests.data.material import CHATML, TINY, chat_of, unmarked
+
+SETTINGS = DataSettings(train=str(TINY / "train.jsonl"), valid=str(TINY / "valid.jsonl"), seq_length=256)
+
+
+def prepared(cache: Path, settings: DataSettings = SETTINGS, model: Path = TINY, multiple: int = 4) -> Prepared:
+    return prepare(settings.train, model, settings, multiple, cache)
+
+
+def source(folder: Path, *rows: dict, name: str = "rows.jsonl") -> DataSettings:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(SETTINGS, train=str(path))
+
+
+PROGRAM = """
+import resource, sys
+from bft_megatron.data.prepare import prepare
+from bft_megatron.errors import UserError
+from bft_megatron.recipe import DataSettings
+
+source, model, cache, file_size = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_size), -1))
+try:
+    prepare(source, model, DataSettings(source, seq_length=256), 4, cache)
+except UserError as e:
+    sys.exit(str(e))
+assert "torch" not in sys.modules
+"""
+
+
+def started(cache: Path, settings: DataSettings = SETTINGS, file_size: int = -1) -> subprocess.Popen[str]:
+    """`prepared` in a process of its own, which imports no torch and may write files of `file_size` bytes."""
+    command = [sys.executable, "-c", PROGRAM, settings.train, str(TINY), str(cache), str(file_size)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_keeps_every_conversation_as_it_is_encoded(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
+    rows = [{"messages": chat_of("a", "b" * n), "weight": n} for n in (1, 5, 9)]
+    result = prepared(tmp_path / "cache", source(tmp_path, *rows))
+    samples = list(Dataset.from_file(str(result.folder / "samples.arrow")))
+    for line, (row, sample) in enumerate(zip(rows, samples, strict=True), start=1):
+        assert (sample["tokens"], sample["learned"]) == chat.encode(row["messages"], tiny, "assistant")
+        assert (sample["weight"], sample["line"]) == (row["weight"], line)
+
+
+def test_counts_what_it_keeps(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
+    result = prepared(tmp_path)
+    encoded = [chat.encode(c.messages, tiny, "assistant") for c in sources.read(SETTINGS.train)]
+    assert result.counts == Counts(
+        conversations=40,
+        samples=40,
+        rows=result.rows,
+        tokens=sum(len(tokens) - 1 for tokens, _ in encoded),
+        supervised=sum(sum(mask) for _, mask in encoded),
+        highest_token=max(max(tokens) for tokens, _ in encoded),
+    )
+    assert result.efficiency == result.counts.tokens / (result.rows * 256)
+    rows = Dataset.from_file(str(result.folder / "rows.arrow"))["samples"]
+    assert len(rows) == result.rows
+    assert sorted(sample for row in rows for sample in row) == list(range(40))
+
+
+def test_without_packing_a_row_is_a_sample(tmp_path: Path) -> None:
+    result = prepared(tmp_path, replace(SETTINGS, packing=False))
+    assert list(Dataset.from_file(str(result.folder / "rows.arrow"))["samples"]) == [[i] for i in range(40)]
+
+
+def test_overlong_samples_are_dropped_or_truncated_and_counted(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, seq_length=64)
+    dropped = prepared(tmp_path, settings)
+    truncated = prepared(tmp_path, replace(settings, overlong="truncate"))
+    assert dropped.counts.overlong == truncated.counts.overlong > 0
+    assert dropped.counts.samples + dropped.counts.overlong == 40
+    assert truncated.counts.samples + truncated.counts.unsupervised == 40
+    lengths = [len(tokens) - 1 for tokens in Dataset.from_file(str(truncated.folder / "samples.arrow"))["tokens"]]
+    assert max(lengths) == 64
+    assert "longer than 64 tokens dropped" in dropped.summary()
+    assert "longer than 64 tokens truncated" in truncated.summary()
+
+
+def test_samples_without_a_learned_label_are_dropped_and_counted(tmp_path: Path) -> None:
+    short, long = chat_of("a", "b"), chat_of("a b c d e f g h i j k l m n o", "b")
+    settings = replace(source(tmp_path, {"messages": short}, {"messages": long}), seq_length=16, overlong="truncate")
+    counts = prepared(tmp_path, settings).counts
+    assert (counts.conversations, counts.overlong, counts.unsupervised, counts.samples) == (2, 1, 1, 1)
+    with pytest.raises(UserError, match=r"rows\.jsonl: nothing is left to learn from.*overlong=1"):
+        prepared(tmp_path, replace(source(tmp_path, {"messages": long}), seq_length=16))
+
+
+def test_is_found_again_and_is_the_same(tmp_path: Path) -> None:
+    first = prepared(tmp_path)
+    before = {file: file.stat() for file in first.folder.iterdir()}
+    assert prepared(tmp_path) == first == load(first.folder)
+    assert {file: file.stat() for file in first.folder.iterdir()} == before
+
+
+def test_anything_that_changes_the_rows_changes_the_folder(tmp_path: Path, model_with: Callable[..., Path]) -> None:
+    rows = [{"messages": chat_of("a", "b", "c", "d")}, {"messages": chat_of("x", "y")}]
+    settings = source(tmp_path, *rows)
+    model = model_with(unmarked(CHATML))
+    made = [
+        prepared(tmp_path, settings, model),
+        prepared(tmp_path, source(tmp_path, rows[0], name="other.jsonl"), model),
+        prepared(tmp_path, settings, model, multiple=8),
+        prepared(tmp_path, settings, model_with(CHATML, name="marked")),
+        prepared(tmp_path, settings, model_with(unmarked(CHATML), "<|new|>", name="new_token")),
+        *(
+            prepared(tmp_path, replace(settings, **change), model)
+            for change in ({"seq_length": 128}, {"packing": False}, {"overlong": "truncate"}, {"supervise": "last"})
+        ),
+    ]
+    assert len({result.folder for result in made}) == len(made)
+
+
+def test_the_same_content_elsewhere_is_the_same(tmp_path: Path) -> None:
+    row = {"messages": chat_of("a", "b")}
+    first = prepared(tmp_path, source(tmp_path, row))
+    assert prepared(tmp_path, source(tmp_path, row, name="copy.jsonl")) == first
+
+
+def test_a_bad_line_leaves_nothing_behind(tmp_path: Path) -> None:
+    settings = source(tmp_path, {"messages": chat_of("a", "b")}, {"messages": chat_of("a", "")})
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: messages\[1\].content"):
+        prepared(tmp_path / "cache", settings)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_the_template_refuses_is_named_by_line(tmp_path: Path) -> None:
+    settings = source(tmp_path, {"messages": chat_of("a", "b")}, {"messages": chat_of("a", "\ufdd0")})
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the text holds"):
+        prepared(tmp_path, settings)
+
+
+def test_a_missing_file_names_its_field(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, valid="none.jsonl")
+    with pytest.raises(FieldError) as error:
+        prepare(settings.valid, TINY, settings, 4, tmp_path)
+    assert error.value.field == "data.valid"
+
+
+def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    many, cache = tmp_path / "many.jsonl", tmp_path / "cache"
+    many.write_text(Path(SETTINGS.train).read_text() * 50)
+    settings = replace(SETTINGS, train=str(many))
+    with started(cache, settings) as process:
+        while not list(cache.glob(".*/samples.arrow")):
+            assert process.poll() is None, "it ended too early to be killed"
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -9
+    assert [path.name[0] for path in cache.iterdir()] == ["."]
+    result = prepared(cache, settings)
+    assert result.counts.samples == 40 * 50
+    assert len(Dataset.from_file(str(result.folder / "samples.arrow"))) == 40 * 50
+
+
+def test_two_at_once_end_with_one_folder(tmp_path: Path) -> None:
+    for process in [started(tmp_path), started(tmp_path)]:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    (folder,) = tmp_path.iterdir()
+    assert load(folder).counts.samples == 40
+
+
+def test_a_full_disk_is_the_users_error_and_leaves_nothing(tmp_path: Path) -> None:
+    """The kernel refuses to let a file grow, as where a disk or a quota is full."""
+    process = started(tmp_path, file_size=4096)
+    _, errors = process.communicate(timeout=60)
+    assert errors == f"{tmp_path}: cannot write the prepared data: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the prepared data"):
+        prepared(tmp_path / "file" / "cache")

@@ -1,0 +1,113 @@
+"""Reading conversations: what is accepted, and that every fault is named by file, line and field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bft_megatron.data import sources
+from bft_megatron.errors import FieldError, UserError
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def write(folder: Path, *rows: Any) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_bytes(b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows))
+    return path
+
+
+def test_reads_in_order_and_skips_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), b"", b"  ", GOOD | {"weight": 2})
+    first, second = sources.read(path)
+    assert (first.line, first.messages, first.weight) == (1, GOOD["messages"], 1.0)
+    assert (second.line, second.weight) == (4, 2.0)
+    assert sources.check(path) == 2
+
+
+def test_keeps_a_messages_other_fields_for_the_template(tmp_path: Path) -> None:
+    messages = [{"role": "tool", "content": "", "name": "search"}, {"role": "assistant", "content": "é\u2028x"}]
+    path = write(tmp_path, {"messages": messages})
+    assert next(sources.read(path)).messages == messages
+
+
+def with_message(**message: Any) -> dict[str, Any]:
+    return {"messages": [*GOOD["messages"], message]}
+
+
+FAULTS = [
+    (b"{not json", "", "not JSON"),
+    (b"[1, 2]", "", "must be an object"),
+    (b'"text"', "", "must be an object"),
+    (b'{"messages": "\xff"}', "", "not UTF-8 at byte 15"),
+    (b"[" * 100_000, "", "not JSON that can be read"),
+    (b'{"messages": ' + b"9" * 5000 + b"}", "", "not JSON that can be read"),
+    ({"conversations": []}, ": messages", "no such field"),
+    ({"messages": []}, ": messages", "at least one message"),
+    ({"messages": {"role": "user"}}, ": messages", "at least one message"),
+    ({"messages": ["Hi"]}, ": messages[0]", "must be an object"),
+    ({"messages": [{"role": "user", "content": "Hi"}]}, ": messages", "no message is the assistant's"),
+    (with_message(role="gpt", content="x"), ": messages[2].role", 'not "gpt"'),
+    (with_message(role=["user"], content="x"), ": messages[2].role", "must be one of"),
+    (with_message(content="x"), ": messages[2].role", "not null"),
+    (with_message(role="assistant", content=""), ": messages[2].content", "must not be empty"),
+    (with_message(role="assistant", content=" \n"), ": messages[2].content", "must not be empty"),
+    (with_message(role="user", content=None), ": messages[2].content", "must be text, not null"),
+    (with_message(role="user", content=3), ": messages[2].content", "must be text, not 3"),
+    (with_message(role="user", content="a\ud800"), ": messages[2].content", "surrogate pair at character 2"),
+    (GOOD | {"weight": "2"}, ": weight", "must be a number"),
+    (GOOD | {"weight": True}, ": weight", "must be a number"),
+    (GOOD | {"weight": -1}, ": weight", "finite and not negative"),
+    (GOOD | {"weight": float("nan")}, ": weight", "finite and not negative"),
+    (GOOD | {"weight": 10**400}, ": weight", "finite and not negative"),
+]
+
+
+@pytest.mark.parametrize(("row", "field", "message"), FAULTS, ids=[m for _, _, m in FAULTS])
+def test_a_fault_is_named_by_file_line_and_field(tmp_path: Path, row: Any, field: str, message: str) -> None:
+    path = write(tmp_path, GOOD, row, GOOD)
+    with pytest.raises(UserError) as error:
+        sources.check(path)
+    assert str(error.value).startswith(f"{path}:2{field}: ")
+    assert message in str(error.value)
+
+
+def test_a_missing_file_names_the_recipes_field(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="No such file") as error:
+        sources.check(tmp_path / "none.jsonl", "data.valid")
+    assert error.value.field == "data.valid"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="holds no conversation"):
+        sources.check(path)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
+messages = st.fixed_dictionaries(
+    {}, optional={"role": st.sampled_from(["user", "assistant", "x"]) | trees, "content": st.text() | trees}
+)
+rows = st.fixed_dictionaries({}, optional={"messages": st.lists(messages, max_size=3) | trees, "weight": trees})
+
+
+@given(st.binary(max_size=60) | (trees | rows).map(lambda row: json.dumps(row).encode()))
+def test_any_line_is_read_or_refused_by_its_number(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
+    path = write(tmp_path_factory.mktemp("fuzz"), GOOD, line)
+    read, refused = [], ""
+    try:
+        read = list(sources.read(path))
+    except UserError as error:
+        refused = str(error)
+    assert bool(read) != refused.startswith(f"{path}:")
+    for conversation in read:
+        assert {"role", "content"} <= conversation.messages[0].keys()
+        assert conversation.weight >= 0

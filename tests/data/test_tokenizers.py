@@ -1,0 +1,76 @@
+"""Loading a tokenizer and its template: what is refused, what it costs, what its fingerprint covers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from bft_megatron.data import tokenizers
+from bft_megatron.errors import FieldError, UserError
+from tests.data.material import TINY
+
+
+def test_the_tiny_model_is_what_its_recipe_needs() -> None:
+    config = json.loads((TINY / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert len(tokenizer) == config["vocab_size"]
+    assert config["vocab_size"] % 128, "a padded vocabulary must show in tests"
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (config["eos_token_id"], config["pad_token_id"])
+
+
+def test_loads_what_transformers_loads(tiny: tokenizers.ChatTokenizer) -> None:
+    reference = AutoTokenizer.from_pretrained(TINY)
+    assert tiny.template == reference.chat_template
+    assert tiny.variables == reference.special_tokens_map
+    assert set(tiny.control) == {"<pad>", "<|im_start|>", "<|im_end|>"}
+    text = "<|im_start|>user\nThe heart, é🙂!<|im_end|>\n"
+    assert tiny.backend.encode(text).ids == reference.encode(text)
+
+
+def test_loading_and_rendering_import_no_torch() -> None:
+    code = (
+        "import sys; from bft_megatron.data import chat, tokenizers\n"
+        f"chat.encode([{{'role': 'assistant', 'content': 'x'}}], tokenizers.load({str(TINY)!r}), 'assistant')\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_refuses_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer that can be read"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer that can be read"):
+        tokenizers.load(tmp_path)
+    with pytest.raises(FieldError, match="no folder"):
+        tokenizers.load(tmp_path / "none")
+
+
+def test_refuses_a_tokenizer_without_a_template(model_with: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"no chat template.*chat_template\.jinja"):
+        tokenizers.load(model_with(None))
+
+
+def test_reads_a_template_from_its_own_file(model_with: Callable[..., Path]) -> None:
+    folder = model_with(None)
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert tokenizers.load(folder).render([{"role": "user", "content": "Hi"}]) == ("Hi", [])
+
+
+def test_fingerprint_follows_content_alone(model_with: Callable[..., Path]) -> None:
+    folder, copy = model_with("a"), model_with("a", name="copy")
+    before = tokenizers.fingerprint(folder)
+    assert tokenizers.fingerprint(copy) == before
+    (folder / "config.json").write_text("{}")
+    assert tokenizers.fingerprint(folder) == before
+    seen = {before}
+    for file, content in [("chat_template.jinja", "b"), ("tokenizer_config.json", "{}"), ("tokenizer.json", "{}")]:
+        (folder / file).write_text(content)
+        seen.add(tokenizers.fingerprint(folder))
+    assert len(seen) == 4

@@ -24,6 +24,7 @@ from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
+from bft_megatron.terminal import output_to
 
 if TYPE_CHECKING:
     from bft_megatron.rows import RunRows
@@ -56,9 +57,10 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         from bft_megatron.rows import open_rows
 
         rows = open_rows(recipe)
-        from bft_megatron import train as training
+        with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console:
+            from bft_megatron import train as training
 
-        training.run(recipe, config, model_folder, rows)
+            training.run(recipe, config, model_folder, rows, console)
         return
     processes = launcher.count_gpus() if recipe.device == "auto" else 0
     processes = processes or checks.model_parallel_size(recipe) * recipe.parallel.data

@@ -20,11 +20,12 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from bft_megatron.errors import FieldError
 from bft_megatron.metrics import Meter
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
-from bft_megatron.objective.loss import objective_sum
+from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Objective, lookup, lowest_confidence
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Rows, View
 from bft_megatron.recipe import ObjectiveSettings
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -32,23 +33,26 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch as the data set gives it, on the CPU: the whole rows, all context-parallel ranks' tokens.
-
-    tokens, labels, position_ids: [b, s] int64, labels -100 where nothing is learned. samples: [b] int64, how many
-        samples a row holds. weight: [b, k] fp32, the data's weight of each. cu_seqlens: [1, k + 1] int32, edges of a
-        packed row; None: padded rows.
-    real_tokens: [b] int64, tokens that are not padding.
-    """
+    """One micro-batch as the data set gives it, on the CPU: the whole rows, all context-parallel ranks' tokens."""
 
     tokens: Tensor
+    """[b, s] int64"""
     labels: Tensor
+    """[b, s] int64, the next token, -100 where nothing is learned"""
     position_ids: Tensor
+    """[b, s] int64, from 0 in each sample"""
     samples: Tensor
+    """[b] int64, how many samples a row holds; 0 for a filler row"""
     weight: Tensor
+    """[b, k] fp32, the data's weight of each sample"""
     real_tokens: Tensor
+    """[b] int64, tokens that are not padding"""
+    row: Tensor
+    """[b] int64, the row's number in the prepared data, -1 for a filler row"""
     cu_seqlens: Tensor | None = None
+    """[1, k + 1] int32, the samples' edges in a packed row; None: padded rows"""
     max_seqlen: Tensor | None = None
-    row: Tensor | None = None
+    """[1] int64, the longest sample of a packed row"""
 
     @cached_property
     def edges(self) -> Tensor:
@@ -105,6 +109,9 @@ class Step:
             confidence=settings.confidence,
             reduce=settings.reduce,
         )
+        if self.objective.needs:
+            names = ", ".join(sorted(self.objective.needs))
+            raise FieldError("objective.name", f"{self.objective.name} needs {names}, which the step does not compute")
 
     def forward(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
@@ -142,7 +149,9 @@ class Step:
         report = {"loss": torch.stack((result.loss.detach(), count.float()))}
         return result.loss, count, report
 
-    def _measure(self, result: Any, view: Any, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch) -> None:
+    def _measure(
+        self, result: LossSum, view: View, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch
+    ) -> None:
         """Add this rank's share of the micro-batch to the meter: token sums by rank, sample sums on CP rank 0 alone."""
         device = confidence.device
         counted = rows.counted.to(device, non_blocking=True)

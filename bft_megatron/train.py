@@ -1,17 +1,15 @@
 """One rank of a run: from a checked recipe to Megatron's `pretrain`.
 
-Reads top to bottom as what happens: device, logs, process group, rows, arguments, model, the step, the loop. Starting
-    the ranks is `launcher`'s, the recipe's checks are `checks`', all numbers `metrics`'.
+Reads top to bottom as what happens: device, process group, arguments, model, the step, the loop. Starting the ranks is
+`launcher`'s, the recipe's checks are `checks`', all numbers are `metrics`'.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +22,6 @@ from bft_megatron.checks import model_parallel_size
 from bft_megatron.cpu import backend
 from bft_megatron.data.dataset import training_rows, validation_rows
 from bft_megatron.data.prepare import Prepared
-from bft_megatron.errors import UserError
 from bft_megatron.hf import architectures, load
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.metrics import Meter, Reporter
@@ -39,23 +36,19 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """After which ranks that wait for a lost one give up."""
 
 
-def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows) -> None:
+def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, console: TextIO) -> None:
     """Train this rank's share to the end of the run, continuing from the newest checkpoint of its folder.
 
     Args:
         config, model_folder: the model's architecture, and the folder that holds its weights.
         rows: as prepared.
+        console: where a person looks; the rest of what is printed goes wherever stdout does.
 
     Raises:
         FieldError: a flag under `megatron:` that Megatron does not have.
 
     Environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun and launch/ set them.
     """
-    with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console:
-        _run(recipe, config, model_folder, rows, console)
-
-
-def _run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, console: TextIO) -> None:
     folder, steps = RunFolder.of(recipe), rows.steps(recipe)
     on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
     if on_cpu:
@@ -83,40 +76,6 @@ def _run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows,
     reporter.install(folder.saved_iteration())
     pretrain(margs, model, step, datasets(recipe, rows, validation))
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def output_to(log: Path) -> Iterator[TextIO]:
-    """Send what this process and its libraries print to a file; yields the terminal (or Slurm's file) for our own
-    lines.
-
-    A failure's traceback goes to the file and its last line to the terminal; a user's error is left to the command
-    line.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    before = [os.dup(1), os.dup(2)]
-    console = os.fdopen(os.dup(1), "w")
-    with log.open("a") as file:
-        _redirect([file.fileno(), file.fileno()])
-    try:
-        yield console
-    except UserError:
-        raise
-    except Exception as e:
-        traceback.print_exc()
-        print(
-            f"rank {os.environ['RANK']}: {type(e).__name__}: {e} (the traceback is in {log})", file=console, flush=True
-        )
-        sys.exit(1)
-    finally:
-        _redirect(before)
-
-
-def _redirect(targets: list[int]) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for descriptor, target in zip((1, 2), targets, strict=True):
-        os.dup2(target, descriptor)
 
 
 def parse(flags: list[str]) -> Any:

@@ -15,7 +15,9 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
     Raises:
         UserError: no model and tokenizer in the folder that transformers can load.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds: only when a prompt is to be answered
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # seconds: only when it is needed
+
+    logging.disable_progress_bar()
 
     if not (folder / "config.json").is_file():
         raise UserError("no model folder: it has no config.json", str(folder))

@@ -148,7 +148,7 @@ class Rows:
         place = supervised.cumsum(0) - 1  # [N], a supervised position's place among all supervised tokens of the rows
         held = [zigzag(self.cu_seqlens, self.cp, rank) for rank in range(self.cp)]
         tokens = [positions[supervised[positions]] for positions in held]
-        longest = max(1, *(len(t) for t in tokens))
+        longest = max(1, *(len(t) for t in tokens))  # never an empty collective, whatever the back end makes of one
         slots = torch.empty(int(supervised.sum()), dtype=torch.int64, device=self.labels.device)
         for rank, t in enumerate(tokens):
             slots[place[t]] = rank * longest + torch.arange(len(t), device=self.labels.device)

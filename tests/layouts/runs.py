@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.weights import part, weights
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
+from bft_megatron.terminal import output_to
 from tests.world import run_world
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
@@ -118,9 +120,15 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
 def run(made: Recipe, world: int) -> Result:
     """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left."""
     prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
-    run_world(world, train.run, made, read_config(MODEL), MODEL, prepared, megatron=True, timeout=240)
     folder = RunFolder.of(made)
+    run_world(world, _train, made, prepared, megatron=True, timeout=240)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
+
+
+def _train(made: Recipe, prepared: rows.RunRows) -> None:
+    """What the command does in a rank."""
+    with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
+        train.run(made, read_config(MODEL), MODEL, prepared, console)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -1,7 +1,7 @@
 """Loss, every reported number and every parameter's gradient are the same on every layout.
 
 Step 1 is held to plain float64: transformers' model, one sample at a time, the objective in Python loops. Step 2, after
-    an update of every parameter, is held to one process.
+an update of every parameter, is held to one process.
 """
 
 from __future__ import annotations

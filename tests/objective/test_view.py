@@ -21,6 +21,7 @@ LAYOUTS = {  # lengths of samples, multiples of 8 to split over 4 ranks; the las
     "padded": [48, 48, 48, 48],
     "packed": [16, 64, 24, 8, 80, 40],
     "one sample": [64],
+    "nothing supervised": [16, 8],
     "packed to the brim": [32, 8, 8, 16, 0],
 }
 
@@ -32,6 +33,8 @@ def _rows(layout: str, group: Any = None, windows: Any = "per_rank") -> tuple[Ro
     labels = reference.random_rows(generator, lengths, 100)
     if layout.startswith("packed") and lengths[-1]:
         labels[-lengths[-1] :] = reference.NONE
+    if layout == "nothing supervised":
+        labels[:] = reference.NONE
     if layout == "one sample":  # nothing but the first chunk of four ranks: three of them have no supervised token
         labels[8:] = reference.NONE
     counted = torch.tensor([True] * (len(lengths) - 1) + [layout in ("padded", "one sample")])

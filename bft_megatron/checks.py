@@ -6,6 +6,8 @@ start-up, or in its first step, is said here in the recipe's terms.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 from typing import Protocol
 
 from bft_megatron.errors import FieldError
@@ -99,8 +101,15 @@ MAY_BE_ZERO = {"min_lr", "warmup_iterations", "weight_decay", "clip_grad", "seed
 
 def _check_objective(recipe: Recipe) -> None:
     name = recipe.objective.name
-    if name not in ("sft", "dft", "bft") and ":" not in name:
+    if name in ("sft", "dft", "bft"):
+        return
+    module, colon, _ = name.partition(":")
+    if not colon:
         raise FieldError("objective.name", f"{name!r} is none of sft, dft, bft, and no package.module:attribute")
+    with contextlib.suppress(ImportError, ValueError):
+        if importlib.util.find_spec(module):
+            return
+    raise FieldError("objective.name", f"there is no module {module!r} here or among the installed packages")
 
 
 def _check_schedule(recipe: Recipe) -> None:

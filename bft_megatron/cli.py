@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import rich
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from bft_megatron import arguments, checks, launcher
@@ -154,5 +154,5 @@ def main() -> None:
         app()
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
-            rich.print(f"[red]error:[/] {escape(str(e))}", file=sys.stderr)
+            Console(stderr=True).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
         sys.exit(USER_ERROR)

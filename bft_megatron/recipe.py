@@ -134,6 +134,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         UserError: no such file, not YAML, an unknown key or a value of the wrong type, named by file, line and field.
     """
     path = Path(path)
+    ObjectiveSettings()  # a bad environment variable is refused as such
     try:
         text = path.read_text()
     except OSError as e:

@@ -62,6 +62,7 @@ def refused(recipe: Path, *overrides: str) -> str:
         ("iterations: 2", "iterations: two", 8, "train.iterations: Value 'two' of type 'str'"),
         ("init: random", "objective: {label_smoothing: 0.1}", 2, "with label smoothing exp(-loss) is no longer"),
         ("init: random", "objective: {name: bfd}", 2, "'bfd' is none of sft, dft, bft"),
+        ("init: random", "objective: {name: 'no.module:record'}", 2, "there is no module 'no.module' here"),
         ("init: random", "parallel: {tensor: 3}", 2, "3 does not divide the model's 4 attention heads"),
         ("init: random", "parallel: {pipeline: 3}", 2, "does not divide the model's 4 layers"),
         ("init: random", "parallel: {data: 3}", 7, "4 is not a multiple of micro_batch_size x data-parallel size = 3"),
@@ -77,6 +78,11 @@ def test_bad_recipe(recipe: Path, old: str, new: str, line: int, message: str):
     said = refused(recipe)
     assert message in said
     assert f"{recipe}:{line}: " in said
+
+
+def test_bad_environment_variable(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("BFT_GROUP_SIZE", "many")
+    assert refused(recipe) == "error: environment variable BFT_GROUP_SIZE: must be a positive integer, not 'many'"
 
 
 def test_bad_override_is_named_as_it_was_typed(recipe: Path):

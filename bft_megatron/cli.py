@@ -50,28 +50,24 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Fine-tune as the recipe says; the same command again goes on where the run stopped.
 
     Watch mean p and accuracy for bft and dft, lm loss for sft: the loss of bft and dft, p (-log p), is not the function
-        that they descend, and their plain cross entropy may rise while mean p rises.
+    that they descend, and their plain cross entropy may rise while mean p rises.
     """
     recipe, config, model_folder = read(recipe_file, overrides or [])
-    if launcher.started_by_launcher():
-        from bft_megatron.rows import open_rows
-
-        rows = open_rows(recipe)
-        with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console:
-            from bft_megatron import train as training
-
-            training.run(recipe, config, model_folder, rows, console)
-        return
-    processes = launcher.count_gpus() if recipe.device == "auto" else 0
-    processes = processes or checks.model_parallel_size(recipe) * recipe.parallel.data
+    in_rank = launcher.started_by_launcher()
+    processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(recipe)
     _check(recipe_file, overrides, lambda: checks.check_world(recipe, processes))
-    rows = _prepare(recipe_file, overrides, recipe, config, model_folder)
+    if in_rank:
+        rows = _open_rows(recipe)
+    else:
+        rows = _prepare(recipe_file, overrides, recipe, config, model_folder)
     folder = RunFolder.of(recipe)
-    folder.write_config(recipe, model_folder)
     if folder.saved_iteration() >= rows.steps(recipe):
-        print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
-        return
-    sys.exit(launcher.launch(sys.argv[1:], processes))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
+    elif in_rank:
+        _train_rank(recipe, config, model_folder, rows)
+    else:
+        sys.exit(launcher.launch(sys.argv[1:], processes))
 
 
 @app.command()
@@ -133,6 +129,22 @@ def _check[T](path: Path, overrides: list[str] | None, check: Callable[[], T]) -
         return check()
     except FieldError as e:
         raise UserError(e.message, recipes.where(path, overrides or [], e.field)) from None
+
+
+def _open_rows(recipe: Recipe) -> RunRows:
+    from bft_megatron.rows import open_rows
+
+    return open_rows(recipe)
+
+
+def _train_rank(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows) -> None:
+    folder, rank = RunFolder.of(recipe), int(os.environ["RANK"])
+    if rank == 0:
+        folder.write_config(recipe, model_folder)
+    with output_to(folder.log(rank)) as console:
+        from bft_megatron import train as training
+
+        training.run(recipe, config, model_folder, rows, console)
 
 
 def _prepare(

@@ -17,6 +17,9 @@ import sys
 import time
 from collections.abc import Iterator
 
+from bft_megatron.checks import model_parallel_size
+from bft_megatron.recipe import Recipe
+
 GRACE_SECONDS = 10
 """Between asking the other ranks to end and ending them."""
 
@@ -26,8 +29,14 @@ def started_by_launcher() -> bool:
     return "RANK" in os.environ
 
 
-def count_gpus() -> int:
-    """GPUs that a run here can use; torch is asked (seconds of import) only where the driver's device files exist."""
+def local_processes(recipe: Recipe) -> int:
+    """Ranks of a run on this machine: one a GPU, or on the CPU as many as the recipe's layout needs."""
+    on_cpu = model_parallel_size(recipe) * recipe.parallel.data
+    return on_cpu if recipe.device == "cpu" else _count_gpus() or on_cpu
+
+
+def _count_gpus() -> int:
+    """torch is asked (seconds of import) only where the driver's device files exist."""
     if not glob.glob("/dev/nvidia[0-9]*"):
         return 0
     import torch

@@ -104,7 +104,9 @@ class RunFolder:
     def write_config(self, recipe: Recipe, model_folder: Path) -> None:
         """Write the resolved recipe, and keep what an export needs beside the weights: config, tokenizer, template."""
         self.root.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(recipes.dump(recipe))
+        temporary = self.config.with_suffix(".tmp")
+        temporary.write_text(recipes.dump(recipe))
+        temporary.replace(self.config)  # at once: other ranks may be reading it
         self.model.mkdir(exist_ok=True)
         for file in companions(model_folder):
             shutil.copyfile(file, self.model / file.name)

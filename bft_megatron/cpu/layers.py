@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
+from bft_megatron.errors import FieldError
 from bft_megatron.objective.view import zigzag
 
 
@@ -68,7 +69,8 @@ class CoreAttention(torch.nn.Module):
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self.window = config.window_size
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if config.attention_dropout:
+            raise FieldError("megatron.attention-dropout", "the attention for the CPU has no dropout; leave it out")
 
     def forward(
         self,
@@ -118,7 +120,7 @@ class CoreAttention(torch.nn.Module):
             allowed &= back <= self.window[0]
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, n, q, d]
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, allowed, self.dropout if self.training else 0.0, scale=self.softmax_scale, enable_gqa=True
+            q, k, v, allowed, scale=self.softmax_scale, enable_gqa=True
         )
         return out[0].transpose(0, 1).flatten(1)
 

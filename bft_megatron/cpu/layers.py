@@ -7,6 +7,7 @@ stores the norms under Transformer Engine's names: a checkpoint is the same with
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
-from bft_megatron.errors import FieldError
 from bft_megatron.objective.view import zigzag
 
 
@@ -69,8 +69,7 @@ class CoreAttention(torch.nn.Module):
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self.window = config.window_size
-        if config.attention_dropout:
-            raise FieldError("megatron.attention-dropout", "the attention for the CPU has no dropout; leave it out")
+        self.dropout = config.attention_dropout
 
     def forward(
         self,
@@ -119,9 +118,12 @@ class CoreAttention(torch.nn.Module):
         if self.window is not None:
             allowed &= back <= self.window[0]
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, n, q, d]
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, allowed, scale=self.softmax_scale, enable_gqa=True
-        )
+        dropout = self.dropout if self.training else 0.0
+        # Tensor-parallel ranks hold different heads, so each draws from its own stream.
+        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, allowed, dropout, scale=self.softmax_scale, enable_gqa=True
+            )
         return out[0].transpose(0, 1).flatten(1)
 
     def _gather(self, x: Tensor) -> Tensor:

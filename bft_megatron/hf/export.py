@@ -118,6 +118,21 @@ class Checkpoint:
             raise UserError(f"cannot read {weight.path}, a file is missing or broken: {e}", str(self.folder)) from e
         return out.view(size)
 
+    def read_tensor(self, weight: Weight, index: int) -> Tensor:
+        """The Hugging Face tensor number `index` of a parameter. Raises UserError as `read`."""
+        rows = [t.shape[0] for t in weight.tensors]
+        if weight.blocks == 1:  # its rows lie together; the vocabulary's padding is left behind
+            return self.read(weight, sum(rows[:index]), rows[index])
+        return part(weight, index, self.read(weight, 0, sum(rows)))
+
+    def check_shape(self, weight: Weight) -> None:
+        """Raise a UserError where the checkpoint's parameter is not the size that config.json says."""
+        rows = sum(t.shape[0] for t in weight.tensors)
+        shape, needed = self.shape(weight), (rows, *weight.tensors[0].shape[1:])
+        fits = shape[0] >= rows and shape[1:] == needed[1:] if weight.padded else shape == needed
+        if not fits:
+            raise UserError(f"{weight.path} is {shape} in the checkpoint, {needed} by config.json", str(self.folder))
+
     def _find(self, weight: Weight) -> tuple[str, TensorStorageMetadata]:
         stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
         for key in (stacked, weight.path):
@@ -145,18 +160,9 @@ class _Into:
 def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dtype | None) -> shards.Output:
     """Tensor number `index` of a weight, read when it is written."""
     tensor = weight.tensors[index]
-    rows = sum(t.shape[0] for t in weight.tensors)
-    shape, needed = checkpoint.shape(weight), (rows, *tensor.shape[1:])
-    fits = shape[0] >= rows and shape[1:] == needed[1:] if weight.padded else shape == needed
-    if not fits:
-        raise UserError(f"{weight.path} is {shape} in the checkpoint, {needed} by config.json", str(checkpoint.folder))
-
-    def read() -> Tensor:
-        if weight.blocks == 1:  # its rows lie together; the vocabulary's padding is left behind
-            return checkpoint.read(weight, sum(t.shape[0] for t in weight.tensors[:index]), tensor.shape[0])
-        return part(weight, index, checkpoint.read(weight, 0, rows))
-
-    return shards.Output(tensor.name, dtype or checkpoint.dtype(weight), tensor.shape, read)
+    checkpoint.check_shape(weight)
+    dtype = dtype or checkpoint.dtype(weight)
+    return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))
 
 
 def _iteration_folder(checkpoints: Path, iteration: int | None) -> Path:

@@ -96,7 +96,16 @@ def _check_positive(recipe: Recipe) -> None:
                 raise FieldError(f"{group}.{name}", f"must be above 0, not {value}")
 
 
-MAY_BE_ZERO = {"min_lr", "warmup_iterations", "weight_decay", "clip_grad", "seed", "adam_beta1", "adam_beta2"}
+MAY_BE_ZERO = {
+    "min_lr",
+    "warmup_iterations",
+    "weight_decay",
+    "clip_grad",
+    "seed",
+    "adam_beta1",
+    "adam_beta2",
+    "keep_best",
+}
 
 
 def _check_objective(recipe: Recipe) -> None:
@@ -116,8 +125,21 @@ def _check_schedule(recipe: Recipe) -> None:
     train = recipe.train
     if (train.iterations is None) == (train.epochs is None):
         raise FieldError("train.iterations", "give either train.iterations or train.epochs")
+    if train.min_lr > train.lr:
+        raise FieldError("train.min_lr", f"is the end of the schedule, and above train.lr ({train.lr})")
     if train.warmup_iterations and train.iterations and train.warmup_iterations >= train.iterations:
         raise FieldError("train.warmup_iterations", f"must be below train.iterations ({train.iterations})")
+    if train.keep_best and not (
+        recipe.data.valid
+        and train.save_every
+        and train.validate_every
+        and train.save_every % train.validate_every == 0
+    ):
+        raise FieldError(
+            "train.keep_best",
+            "a checkpoint is judged by the validation at its step: give data.valid, train.save_every and "
+            "train.validate_every, of which save_every is a multiple",
+        )
     if recipe.data.packing and train.micro_batch_size != 1:
         raise FieldError(
             "train.micro_batch_size",

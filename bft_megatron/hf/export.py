@@ -55,7 +55,7 @@ def export(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("is not empty; choose another folder, or remove it", str(out))
-    checkpoint = Checkpoint(_iteration_folder(checkpoints, iteration))
+    checkpoint = newest_checkpoint(checkpoints, iteration)
     table = weights(read_config(hf_folder))
     tensors = [_output(checkpoint, weight, i, dtype) for weight in table for i in range(len(weight.tensors))]
     partial = out.absolute().with_name(f".{out.name}.partial")
@@ -165,7 +165,12 @@ def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dty
     return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))
 
 
-def _iteration_folder(checkpoints: Path, iteration: int | None) -> Path:
+def newest_checkpoint(checkpoints: Path, iteration: int | None = None) -> Checkpoint:
+    """The newest checkpoint of a folder of them, or that of an iteration.
+
+    Raises:
+        UserError: there is none, or it was never finished.
+    """
     if iteration is None:
         tracker = checkpoints / "latest_checkpointed_iteration.txt"
         try:
@@ -177,7 +182,7 @@ def _iteration_folder(checkpoints: Path, iteration: int | None) -> Path:
     folder = checkpoints / f"iter_{iteration:07d}"
     if not (folder / "metadata.json").exists():  # Megatron writes it last
         raise UserError("no such checkpoint, or one that was never finished", str(folder))
-    return folder
+    return Checkpoint(folder)
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:

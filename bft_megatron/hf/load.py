@@ -1,4 +1,4 @@
-"""Weights into Megatron's model: from a Hugging Face folder, or drawn at random, each rank only its own part.
+"""Weights into Megatron's model: from a folder or a checkpoint, or drawn at random, each rank only its own part.
 
 Which tensor goes where is in `weights`, the files are in `shards`. The way in is `GPTModelConfig.pre_wrap_hooks`, which
 Megatron calls when all pipeline chunks of the rank are built, and not yet wrapped for mixed precision or data parallel.
@@ -17,8 +17,9 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf import shards
+from bft_megatron.hf import hub, shards
 from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.export import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import Weight, global_path, join, weights
 
 
@@ -32,8 +33,8 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
     """A hook for `GPTModelConfig.pre_wrap_hooks` that fills every parameter of the rank's model chunks.
 
     Args:
-        folder: safetensors of the model, one file or many with an index; None: draw the weights at random, the same
-            model on every layout.
+        folder: safetensors of the model, one file or many with an index, or what a run keeps beside its torch_dist
+            checkpoints (`hub.find_model`); None: draw the weights at random, the same model on every layout.
         config: of the model.
         seed: of the random weights.
 
@@ -43,7 +44,7 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
     Raises:
         UserError: at once and on every rank alike, by `check_weights`; by the hook, where TP does not divide the model.
     """
-    source = _Random(config, seed) if folder is None else shards.Reader(check_weights(folder, config))
+    source = _source(folder, config, seed)
     table = {w.path: w for w in weights(config)}
     if config.tied:
         # On a last pipeline stage that is not the first: Megatron keeps the two copies equal from here on.
@@ -61,6 +62,15 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
         return chunks
 
     return fill
+
+
+def _source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
+    if folder is None:
+        return _Random(config, seed)
+    checkpoints = hub.checkpoints_of(folder)
+    if checkpoints:
+        return _FromCheckpoint(newest_checkpoint(checkpoints), config)
+    return shards.Reader(check_weights(folder, config))
 
 
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
@@ -119,6 +129,20 @@ def _fill(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> None
     value = join(parts, max(weight.blocks // tp, 1))
     assert value.shape == parameter.shape, f"{weight.path}: {tuple(value.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(value)
+
+
+class _FromCheckpoint:
+    """Reads parts of a torch_dist checkpoint of any layout: the whole tensor, one at a time, then the part."""
+
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
+        self._checkpoint = checkpoint
+        self._places = {t.name: (w, i) for w in weights(config) for i, t in enumerate(w.tensors)}
+        for weight in weights(config):
+            checkpoint.check_shape(weight)
+
+    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
+        whole = self._checkpoint.read_tensor(*self._places[name])
+        return whole if axis is None else whole.narrow(axis, start, stop - start)
 
 
 class _Random:

@@ -117,18 +117,18 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
     return made
 
 
-def run(made: Recipe, world: int) -> Result:
+def run(made: Recipe, world: int, model: Path = MODEL) -> Result:
     """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left."""
     prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
     folder = RunFolder.of(made)
-    run_world(world, _train, made, prepared, megatron=True, timeout=240)
+    run_world(world, _train, made, prepared, model, megatron=True, timeout=240)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 
-def _train(made: Recipe, prepared: rows.RunRows) -> None:
+def _train(made: Recipe, prepared: rows.RunRows, model: Path) -> None:
     """What the command does in a rank."""
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
-        train.run(made, read_config(MODEL), MODEL, prepared, console)
+        train.run(made, read_config(model), model, prepared, console)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -18,7 +18,8 @@ def test_a_run_starts_from_the_weights_that_another_one_ended_with(tmp_path: Pat
     first = make_recipe(tmp_path / "first", tmp_path, Case(), Layout(tensor=2), 2)
     run(first, 2)
     RunFolder.of(first).write_config(first, MODEL)
-    still = ("init=pretrained", f"model={tmp_path / 'first'}", "train.lr=1e-30", "train.min_lr=0")  # takes a step and changes nothing
+    # A step that changes nothing.
+    still = ("init=pretrained", f"model={tmp_path / 'first'}", "train.lr=1e-30", "train.min_lr=0")
     second = make_recipe(tmp_path / "second", tmp_path, Case(), Layout(pipeline=2), 1, *still)
     run(second, 2, find_model(second.model))
     weights = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,16 +118,20 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
     return made
 
 
-def run(made: Recipe, world: int, model: Path = MODEL) -> Result:
-    """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left."""
+def run(made: Recipe, world: int, model: Path = MODEL, breaking: Callable[[], None] = lambda: None) -> Result:
+    """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left.
+
+    `breaking` is called in each process first, for tests of the tests.
+    """
     prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
     folder = RunFolder.of(made)
-    run_world(world, _train, made, prepared, model, megatron=True, timeout=240)
+    run_world(world, _train, made, prepared, model, breaking, megatron=True, timeout=240)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 
-def _train(made: Recipe, prepared: rows.RunRows, model: Path) -> None:
+def _train(made: Recipe, prepared: rows.RunRows, model: Path, breaking: Callable[[], None]) -> None:
     """What the command does in a rank."""
+    breaking()
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
         train.run(made, read_config(model), model, prepared, console)
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: venv demo test lint format clean
+.PHONY: venv demo test matrix soak lint format clean
 
 venv: $(STAMP)
 
@@ -26,6 +26,13 @@ demo: $(DEMO_STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# A run killed thirty times at random moments must end with the bits of one left alone; some ten minutes.
+soak: $(STAMP)
+	$(BIN)/python -m tests.checkpoint.soak --kills 30
+
+matrix: $(STAMP)
+	$(BIN)/python -m tests.layouts.matrix $(N)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -43,7 +43,7 @@ def first_step(made: Recipe, windows_cp: int = 1) -> Result:
     model = _model(made)
     run_rows = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
     batch = made.train.global_batch_size
-    training = training_rows(run_rows.train, seed=made.train.seed, limit=batch)
+    training = training_rows(run_rows.train, seed=made.train.seed, limit=run_rows.rows(made))
     validation = validation_rows(run_rows.valid, batch=1)
     valid, _ = _report(made, model, [validation[i] for i in range(run_rows.valid.rows)], windows_cp)
     train, loss = _report(made, model, [training[i] for i in range(batch)], windows_cp)

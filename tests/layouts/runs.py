@@ -92,7 +92,7 @@ def write_data(folder: Path) -> None:
 
 
 def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int, *overrides: str) -> Recipe:
-    """The tiny recipe for a case on a layout, checked as the command line checks it."""
+    """The tiny recipe for a case on a layout, checked as the command line checks it; 0 steps: by its epochs."""
     objective = [f"objective.name={case.objective}", f"objective.confidence={case.confidence}"]
     objective += [f"objective.reduce={case.reduce}"] if case.reduce else []
     made = recipe.load(
@@ -105,7 +105,7 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
             *objective,
             f"objective.cp_windows={case.cp_windows}",
             f"train.micro_batch_size={layout.micro_batch_size}",
-            f"train.iterations={steps}",
+            f"train.iterations={steps}" if steps else "train.iterations=null",
             "train.warmup_iterations=0",
             "train.save_every=1",
             "train.clip_grad=1e6",  # Adam's first moment then holds the gradient itself
@@ -118,20 +118,20 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
     return made
 
 
-def run(made: Recipe, world: int, model: Path = MODEL, breaking: Callable[[], None] = lambda: None) -> Result:
+def run(made: Recipe, world: int, model: Path = MODEL, before: Callable[[], None] = lambda: None) -> Result:
     """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left.
 
-    `breaking` is called in each process first, for tests of the tests.
+    `before` is called in each process first.
     """
     prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
     folder = RunFolder.of(made)
-    run_world(world, _train, made, prepared, model, breaking, megatron=True, timeout=240)
+    run_world(world, _train, made, prepared, model, before, megatron=True, timeout=240)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 
-def _train(made: Recipe, prepared: rows.RunRows, model: Path, breaking: Callable[[], None]) -> None:
+def _train(made: Recipe, prepared: rows.RunRows, model: Path, before: Callable[[], None]) -> None:
     """What the command does in a rank."""
-    breaking()
+    before()
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
         train.run(made, read_config(model), model, prepared, console)
 

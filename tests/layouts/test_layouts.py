@@ -25,25 +25,15 @@ def test_one_process_agrees_with_plain_float64(
     assert_same(one_process(case), plain(case, 1))
 
 
-def test_packed_rows_and_padded_rows_of_the_same_samples_give_the_same_numbers(
-    data: Path, plain: Callable[[Case, int], Result]
-):
+def test_packed_rows_and_padded_rows_of_the_same_samples_give_the_same_numbers(data: Path):
     """One global batch that holds each sample once: packed, padded, and (the reference) one by one."""
     results = {}
     for packing in (True, False):
-        case = Case(packing=packing)
-        made = make_recipe(data / f"epoch-{packing}", data, case, Layout(), 1, "train.global_batch_size=64")
-        made = _one_epoch(made)
+        whole = ("train.global_batch_size=64", "train.epochs=1")
+        made = make_recipe(data / f"epoch-{packing}", data, Case(packing=packing), Layout(), 0, *whole)
         results[packing] = run(made, 1)
     assert results[True].train[0]["samples"] == 45
     assert_same(results[True], results[False])
-
-
-def _one_epoch(made):
-    """The same recipe for all rows once; what is left of the batch is filler."""
-    from dataclasses import replace
-
-    return replace(made, train=replace(made.train, iterations=None, epochs=1.0))
 
 
 @pytest.mark.parametrize(("case", "layout"), [*CHOSEN, *drawn(12, seed=20)], ids=str)

@@ -67,5 +67,5 @@ def test_a_broken_layout_is_seen(
     plain: Callable[[Case, int], Result],
 ):
     made = make_recipe(data / f"broken-{breaking.__name__}", data, case, layout, 1)
-    found = differences(run(made, layout.world, breaking=breaking), plain(case, 1))
+    found = differences(run(made, layout.world, before=breaking), plain(case, 1))
     assert found[hurt] > 20 * TOLERANCE

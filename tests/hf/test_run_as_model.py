@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from bft_megatron.hf.export import export
-from bft_megatron.hf.hub import find_model
 from bft_megatron.output import RunFolder
 from tests.layouts.runs import MODEL, Case, Layout, make_recipe, run, write_data
 
@@ -21,7 +20,7 @@ def test_a_run_starts_from_the_weights_that_another_one_ended_with(tmp_path: Pat
     # A step that changes nothing.
     still = ("init=pretrained", f"model={tmp_path / 'first'}", "train.lr=1e-30", "train.min_lr=0")
     second = make_recipe(tmp_path / "second", tmp_path, Case(), Layout(pipeline=2), 1, *still)
-    run(second, 2, find_model(second.model))
+    run(second, 2)
     weights = {}
     for made in (first, second):
         folder = RunFolder.of(made)

@@ -40,6 +40,11 @@ CHOSEN = [
     (Case("bft", cp_windows="per_rank"), Layout(tensor=2, context=2, sequence=True)),
     (Case("bft", confidence="arithmetic", cp_windows="per_rank"), Layout(context=4, data=2)),
     (Case(OWN, cp_windows="per_rank"), Layout(pipeline=2, context=2)),
+    # Biases, norms of heads, tied embeddings on two stages, a sliding window: what the tiny Llama has not.
+    (Case(model="qwen2"), Layout(tensor=2, sequence=True)),
+    (Case(model="qwen3"), Layout(tensor=2, pipeline=2, sequence=True)),
+    (Case(model="qwen3", packing=False), Layout(pipeline=2, virtual_pipeline=2)),
+    (Case(model="mistral"), Layout(tensor=2, context=2)),
 ]
 
 

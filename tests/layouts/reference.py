@@ -4,7 +4,6 @@ loops.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bft_megatron import rows
 from bft_megatron.data.dataset import training_rows, validation_rows
 from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.load import _Random
 from bft_megatron.recipe import Recipe
-from tests.layouts.runs import MODEL, Result
+from tests.layouts.runs import Result
 from tests.objective import reference
 
 NONE = -100
@@ -41,7 +41,8 @@ def first_step(made: Recipe, windows_cp: int = 1) -> Result:
         windows_cp: with per_rank windows, the context-parallel size whose chunks they stay in.
     """
     model = _model(made)
-    run_rows = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
+    folder = find_model(made.model)
+    run_rows = rows.prepare_rows(made, folder, read_config(folder).vocab_size)
     batch = made.train.global_batch_size
     training = training_rows(run_rows.train, seed=made.train.seed, limit=run_rows.rows(made))
     validation = validation_rows(run_rows.valid, batch=1)
@@ -55,9 +56,10 @@ def first_step(made: Recipe, windows_cp: int = 1) -> Result:
     )
 
 
-def _model(made: Recipe) -> LlamaForCausalLM:
-    config = read_config(MODEL)
-    model = LlamaForCausalLM(LlamaConfig(**json.loads((MODEL / "config.json").read_text()))).double()
+def _model(made: Recipe) -> torch.nn.Module:
+    folder = find_model(made.model)
+    config = read_config(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").double()
     draw = _Random(config, made.train.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -73,7 +75,7 @@ def _samples(row: dict[str, Tensor]) -> Iterator[Sample]:
 
 
 def _report(
-    made: Recipe, model: LlamaForCausalLM, batch: list[dict[str, Tensor]], cp: int
+    made: Recipe, model: torch.nn.Module, batch: list[dict[str, Tensor]], cp: int
 ) -> tuple[dict[str, Any], Tensor]:
     """The reported quantities over a list of rows, and the objective with its graph."""
     settings = made.objective

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from bft_megatron import checks, recipe, rows, train
 from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.weights import part, weights
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
@@ -52,7 +54,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Case:
-    """An objective over rows, whatever the layout; `context_chunks` sets what the rows are padded to."""
+    """An objective over rows of a model, whatever the layout."""
 
     objective: str = "bft"
     reduce: str | None = None
@@ -60,14 +62,29 @@ class Case:
     cp_windows: str = "exact"
     packing: bool = True
     pad_multiple: int = 8
+    model: str = "tiny"
+    """The tiny Llama, or one of VARIANTS."""
 
     def __str__(self) -> str:
         name = self.objective.rpartition(".")[2].partition(":")[0]
         windows = [] if self.cp_windows == "exact" else [self.cp_windows]
         kind = [] if self.confidence == "geometric" else [self.confidence]
-        return "-".join(
-            [name, *([self.reduce] if self.reduce else []), *kind, *windows, "packed" if self.packing else "padded"]
-        )
+        model = [] if self.model == "tiny" else [self.model]
+        packing = "packed" if self.packing else "padded"
+        return "-".join([*model, name, *([self.reduce] if self.reduce else []), *kind, *windows, packing])
+
+
+VARIANTS = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 24},
+}
+"""What the tiny Llama has not: QKV biases, a norm of each head with tied embeddings, a sliding window."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +98,7 @@ class Result:
 
 
 def write_data(folder: Path) -> None:
-    """The tiny conversations with the data's own weights, and a few samples of one or two tokens beside them."""
+    """The tiny conversations with weights of their own and a few answers of one token; a model folder a variant."""
     random.seed(5)
     for split in ("train", "valid"):
         lines = [json.loads(line) for line in (MODEL / f"{split}.jsonl").read_text().splitlines()]
@@ -89,6 +106,10 @@ def write_data(folder: Path) -> None:
         with (folder / f"{split}.jsonl").open("w") as file:
             for line in [*lines, *short]:
                 file.write(json.dumps(line | {"weight": round(random.uniform(0.2, 2), 3)}) + "\n")
+    config = json.loads((MODEL / "config.json").read_text())
+    for name, changes in VARIANTS.items():
+        shutil.copytree(MODEL, folder / name)
+        (folder / name / "config.json").write_text(json.dumps(config | changes))
 
 
 def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int, *overrides: str) -> Recipe:
@@ -98,7 +119,7 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
     made = recipe.load(
         RECIPE,
         [
-            f"model={MODEL}",
+            f"model={MODEL if case.model == 'tiny' else data / case.model}",
             *(f"data.{split}={data / f'{split}.jsonl'}" for split in ("train", "valid")),
             *(f"data.{name}={getattr(case, name)}" for name in ("packing", "pad_multiple")),
             *(f"parallel.{n}={getattr(layout, n)}" for n in vars(layout) if n != "micro_batch_size"),
@@ -113,25 +134,26 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
             *overrides,
         ],
     )
-    checks.check_recipe(made, read_config(MODEL))
+    checks.check_recipe(made, read_config(find_model(made.model)))
     checks.check_world(made, layout.world)
     return made
 
 
-def run(made: Recipe, world: int, model: Path = MODEL, before: Callable[[], None] = lambda: None) -> Result:
+def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None) -> Result:
     """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left.
 
     `before` is called in each process first.
     """
-    prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
-    folder = RunFolder.of(made)
-    run_world(world, _train, made, prepared, model, before, megatron=True, timeout=240)
+    folder, model = RunFolder.of(made), find_model(made.model)
+    prepared = rows.prepare_rows(made, model, read_config(model).vocab_size)
+    run_world(world, _train, made, prepared, before, megatron=True, timeout=240)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 
-def _train(made: Recipe, prepared: rows.RunRows, model: Path, before: Callable[[], None]) -> None:
+def _train(made: Recipe, prepared: rows.RunRows, before: Callable[[], None]) -> None:
     """What the command does in a rank."""
     before()
+    model = find_model(made.model)
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
         train.run(made, read_config(model), model, prepared, console)
 
@@ -150,7 +172,7 @@ def gradients(checkpoint: Path, made: Recipe) -> dict[str, Tensor]:
     moments = {key: torch.empty(stored.size) for key, stored in metadata.items() if key.startswith(prefix)}
     dcp.load(moments, storage_reader=reader, no_dist=True)
     found = {}
-    for weight in weights(read_config(MODEL)):
+    for weight in weights(read_config(find_model(made.model))):
         stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
         whole = moments[prefix + stacked]
         whole = whole if weight.layer is None else whole[weight.layer]

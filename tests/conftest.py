@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core.models.gpt
+    import megatron.core.tokenizers.text  # what Megatron's start would import in every process
     import megatron.training
     import megatron.training.arguments  # noqa: F401
     import torch

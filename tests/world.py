@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -23,6 +24,7 @@ def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, 
     With `megatron` the CPU backend is installed in them first. A rank that raises fails the call with its traceback and
     ends the others; so does running past `timeout` seconds. The calling process never holds a process group.
     """
+    gc.freeze()  # what is imported is not looked through again, in each child, at every collection
     with tempfile.TemporaryDirectory() as folder:
         pids = [_fork(rank, n, Path(folder), fn, args, megatron) for rank in range(n)]
         failed = _wait(pids, timeout)

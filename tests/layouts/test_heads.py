@@ -1,0 +1,80 @@
+"""The head without logits and the objectives that need entropy give one number on any layout.
+
+The chunked head is held to plain float64 and to one process with logits; objectives that are not in the plain reference
+to one process. Small chunks: the tiny rows would fit into one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bft_megatron.objective.view import Rows
+from examples.objectives import eaft, focal
+from tests.layouts.comparing import assert_same
+from tests.layouts.runs import Case, Layout, Result, make_recipe, run
+
+CHUNKED = ("objective.head=chunked", "objective.chunk_size=24")
+EAFT, FOCAL = Case("examples.objectives.eaft:record"), Case("examples.objectives.focal:record")
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [
+        (Case("bft"), Layout()),
+        (Case("bft"), Layout(tensor=2)),
+        (Case("bft"), Layout(tensor=2, sequence=True, context=2)),
+        (Case("sft", packing=False), Layout(tensor=2, sequence=True, pipeline=2, micro_batch_size=2)),
+    ],
+    ids=str,
+)
+def test_without_logits_as_with_them(
+    case: Case,
+    layout: Layout,
+    data: Path,
+    plain: Callable[[Case, int], Result],
+    one_process: Callable[[Case], Result],
+):
+    result = run(make_recipe(data / f"chunked-{case}-{layout}", data, case, layout, 2, *CHUNKED), layout.world)
+    assert_same(result, plain(case, 1))
+    assert_same(result, one_process(case))
+
+
+@pytest.mark.parametrize("case", [EAFT, FOCAL], ids=str)
+@pytest.mark.parametrize("overrides", [(), CHUNKED], ids=["logits", "chunked"])
+def test_examples_agree_with_one_process(
+    case: Case, overrides: tuple[str, ...], data: Path, one_process: Callable[[Case], Result]
+):
+    layout = Layout(tensor=2, sequence=True, context=2)
+    made = make_recipe(data / f"{case}-{len(overrides)}", data, case, layout, 2, *overrides)
+    assert_same(run(made, layout.world), one_process(case))
+
+
+def test_overlapped_gathering_of_parameters_waits_for_the_output_layer(data: Path):
+    """Large steps over small buckets: a weight that is one step old shows in the second loss."""
+    overlap = ["megatron={overlap-grad-reduce: true, overlap-param-gather: true, ddp-bucket-size: 20000}"]
+    case, layout, steps = Case("bft"), Layout(data=2), 4
+    results = [
+        run(make_recipe(data / f"overlap-{i}", data, case, layout, steps, "train.lr=1e-2", *CHUNKED, *more), 2)
+        for i, more in enumerate(([], overlap))
+    ]
+    assert len(results[0].train) == steps
+    assert_same(results[1], results[0])
+
+
+def test_the_examples_weights():
+    logp = torch.tensor([-0.5, -3.0, -1e-6, -2.0])
+    rows = Rows(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]), torch.tensor([True]), torch.ones(1))
+    view = rows.view(logp, torch.tensor([0.0, 1.0, 2.0, 9.0]))
+    token, sample = eaft.record(gamma=2).weights(view)
+    assert token.tolist() == pytest.approx([0, (1 / math.log(20)) ** 2, (2 / math.log(20)) ** 2, 1])
+    assert sample.tolist() == [1]
+    token, sample = focal.record(gamma=2).weights(view)
+    assert token.tolist() == pytest.approx(
+        [(1 - math.exp(x)) ** 2 for x in (-0.5, -3)] + [1e-12, (1 - math.exp(-2)) ** 2]
+    )
+    assert sample.tolist() == [1]

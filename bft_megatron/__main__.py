@@ -1,6 +1,18 @@
-"""`python -m bft_megatron`: the command line, as the launcher starts its ranks."""
+"""`python -m bft_megatron` and `bft-megatron`: the command line. A rank listens to signals before all else."""
 
-from bft_megatron.cli import main
+import os
+
+
+def main() -> None:
+    """Entry point."""
+    if "RANK" in os.environ:
+        from bft_megatron.checkpoint import signals
+
+        signals.listen()
+    from bft_megatron import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":  # Megatron's checkpoint writer may import the main module again in a helper process
     main()

@@ -27,6 +27,11 @@ REFUSED = {
     "calculate-per-token-loss": "the exact divisor depends on it",
     "use-cpu-initialization": "it is set where it is right",
     "freeze-all-layers": "it disables the distributed optimizer",
+    "loss-scale": "the skipping of steps whose gradient is not finite depends on it",
+    "check-for-nan-in-loss-and-grad": "such steps are skipped and counted; the check would end every restart again",
+    "async-save": "its helper processes die of the signal that asks for a save, and the run would wait for them",
+    "exit-signal": "SIGUSR1, SIGTERM and SIGINT are all answered",
+    "exit-interval": "status 0 would say that the run is done",
     "label-smoothing": "exp(-loss) would no longer be the probability of the label",
 }
 
@@ -54,6 +59,8 @@ OWNED = {
     "save-interval": "train.save_every",
     "eval-interval": "train.validate_every",
     "tensorboard-dir": "output",
+    "exit-duration-in-mins": "train.exit_after",
+    "save-retain-interval": "train.keep_last",
 }
 
 
@@ -101,6 +108,7 @@ def megatron_arguments(
         "loss-scale": 1.0,
         "no-check-for-nan-in-loss-and-grad": True,
         "rerun-mode": "disabled",
+        "exit-signal-handler": True,  # `checkpoint.stopping` stands in for it
         "save": run.checkpoints,
         "load": run.checkpoints,
         "save-interval": train.save_every or iterations,

@@ -11,7 +11,7 @@ import importlib.util
 from typing import Protocol
 
 from bft_megatron.errors import FieldError
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe import LORA_TARGETS, Recipe
 
 
 class ModelShape(Protocol):
@@ -32,6 +32,7 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_layout(recipe)
     _check_model(recipe, model)
     _check_row_length(recipe, model)
+    _check_lora(recipe)
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
@@ -130,10 +131,7 @@ def _check_schedule(recipe: Recipe) -> None:
     if train.warmup_iterations and train.iterations and train.warmup_iterations >= train.iterations:
         raise FieldError("train.warmup_iterations", f"must be below train.iterations ({train.iterations})")
     if train.keep_best and not (
-        recipe.data.valid
-        and train.save_every
-        and train.validate_every
-        and train.save_every % train.validate_every == 0
+        recipe.data.valid and train.save_every and train.validate_every and train.save_every % train.validate_every == 0
     ):
         raise FieldError(
             "train.keep_best",
@@ -190,3 +188,20 @@ def _check_row_length(recipe: Recipe, model: ModelShape) -> None:
     ):
         if data.seq_length % need:
             raise FieldError("data.seq_length", f"{data.seq_length} is not a multiple of {need}, {why}")
+
+
+def _check_lora(recipe: Recipe) -> None:
+    """What `_check_model` says of the heads holds for adapters too: a TP rank has whole heads of q, k and v."""
+    lora = recipe.lora
+    if lora is None:
+        return
+    for name in ("rank", "alpha"):
+        if getattr(lora, name) <= 0:
+            raise FieldError(f"lora.{name}", f"must be above 0, not {getattr(lora, name)}")
+    if not 0 <= lora.dropout < 1:
+        raise FieldError("lora.dropout", f"must be at least 0 and below 1, not {lora.dropout}")
+    known = [name for names in LORA_TARGETS.values() for name in names]
+    unknown = [name for name in lora.modules if name not in known]
+    if unknown or not lora.modules:
+        what = ", ".join(map(str, unknown)) or "an empty list"
+        raise FieldError("lora.target", f"{what}: takes all, attention, mlp, or a list of {', '.join(known)}")

@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from bft_megatron import arguments, checks, launcher
 from bft_megatron import recipe as recipes
-from bft_megatron.errors import FieldError, UserError
+from bft_megatron.errors import USER_ERROR, FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.output import RunFolder
@@ -28,9 +28,6 @@ from bft_megatron.terminal import output_to
 
 if TYPE_CHECKING:
     from bft_megatron.rows import RunRows
-
-USER_ERROR = 2
-"""Exit status where the input is at fault."""
 
 app = typer.Typer(
     add_completion=False,
@@ -61,10 +58,12 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     else:
         rows = _prepare(recipe_file, overrides, recipe, config, model_folder)
     folder = RunFolder.of(recipe)
-    if folder.saved_iteration() >= rows.steps(recipe):
+    if folder.is_done(rows.steps(recipe)):
         if os.environ.get("RANK", "0") == "0":
             print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
-    elif in_rank:
+        return
+    _check_adapters(recipe, config, model_folder)
+    if in_rank:
         _train_rank(recipe, config, model_folder, rows)
     else:
         sys.exit(launcher.launch(sys.argv[1:], processes))
@@ -77,18 +76,45 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     _prepare(recipe_file, overrides, recipe, config, model_folder)
 
 
+@app.command(hidden=True)
+def preflight(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    world: Annotated[int, typer.Option(help="Ranks of the job.")] = 1,
+    per_node: Annotated[int, typer.Option(help="Ranks on this node.")] = 1,
+) -> None:
+    """What launch/ asks on every node before the ranks start; the first one names the run's folder."""
+    from bft_megatron.preflight import preflight
+
+    recipe, config, _ = read(recipe_file, overrides or [])
+    _check(recipe_file, overrides, lambda: preflight(recipe, config, world, per_node))
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        print(f"run: {recipe.output}")
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output folder.")],
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder to write, for transformers or vLLM.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a LoRA run: base and adapters as one whole model.")
+    ] = False,
 ) -> None:
-    """Write the newest checkpoint of a run as a Hugging Face model."""
-    from bft_megatron.hf.export import export
-
+    """Write the newest checkpoint of a run as a Hugging Face model; of a LoRA run, its adapters as a PEFT folder."""
     source = RunFolder(run)
     if not source.saved_iteration():
         raise UserError("holds no checkpoint of a run", str(source.checkpoints))
-    export(source.checkpoints, folder, source.model)
+    recipe = recipes.load(source.config) if source.config.exists() else None
+    if recipe is not None and recipe.lora is not None:
+        from bft_megatron.lora.peft import export_adapter, export_merged
+
+        (export_merged if merge else export_adapter)(source, recipe, folder)
+    elif merge:
+        raise UserError("is no LoRA run: there is nothing to merge, leave out --merge", str(run))
+    else:
+        from bft_megatron.hf.export import export
+
+        export(source.checkpoints, folder, source.model)
     print(f"wrote {folder}")
 
 
@@ -114,13 +140,14 @@ def read(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig, Path]:
     model_folder = find_model(recipe.model)
     config = read_config(model_folder)
 
-    def check() -> None:
-        checks.check_recipe(recipe, config)
-        arguments.passed_through(recipe)
-        RunFolder.of(recipe).check_continues(recipe)
+    def check() -> Recipe:
+        resolved = RunFolder.of(recipe).with_pack(recipe)
+        checks.check_recipe(resolved, config)
+        arguments.passed_through(resolved)
+        RunFolder.of(resolved).check_continues(resolved)
+        return resolved
 
-    _check(path, overrides, check)
-    return recipe, config, model_folder
+    return _check(path, overrides, check), config, model_folder
 
 
 def _check[T](path: Path, overrides: list[str] | None, check: Callable[[], T]) -> T:
@@ -129,6 +156,25 @@ def _check[T](path: Path, overrides: list[str] | None, check: Callable[[], T]) -
         return check()
     except FieldError as e:
         raise UserError(e.message, recipes.where(path, overrides or [], e.field)) from None
+
+
+def _check_adapters(recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:
+    """Of a LoRA run: whether the base model is the one it began with, and `lora.adapter` fits it."""
+    if recipe.lora is None:
+        return
+    from bft_megatron.lora.base import check_base
+    from bft_megatron.lora.peft import AdapterFolder
+
+    check_base(RunFolder.of(recipe), recipe, config, model_folder)
+    if recipe.lora.adapter is not None:
+        AdapterFolder(Path(recipe.lora.adapter), config, recipe.lora)
+
+
+def _record_base(recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:
+    if recipe.lora is not None:
+        from bft_megatron.lora.base import record_base
+
+        record_base(RunFolder.of(recipe), recipe, config, model_folder)
 
 
 def _open_rows(recipe: Recipe) -> RunRows:
@@ -141,6 +187,8 @@ def _train_rank(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: R
     folder, rank = RunFolder.of(recipe), int(os.environ["RANK"])
     if rank == 0:
         folder.write_config(recipe, model_folder)
+        _record_base(recipe, config, model_folder)
+        folder.mark_unfinished("running")
     with output_to(folder.log(rank)) as console:
         from bft_megatron import train as training
 

@@ -1,10 +1,16 @@
-"""The one error that a user can cause and mend: bad recipe, bad data, missing file.
+"""The error that a user can cause and mend (bad recipe, bad data, missing file), and the one that nobody should retry.
 
 The command line prints its message without a traceback and exits with status 2; everything else is a bug and keeps its
 traceback.
 """
 
 from __future__ import annotations
+
+USER_ERROR = 2
+"""Exit status where the input is at fault."""
+
+BAD_STEPS = 65
+"""Exit status where too many steps in a row were skipped; starting again would meet the same."""
 
 
 class UserError(Exception):
@@ -25,3 +31,7 @@ class FieldError(UserError):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message, field)
         self.field, self.message = field, message
+
+
+class BadSteps(Exception):
+    """The gradient was not finite in too many steps in a row; the last good checkpoint is untouched."""

@@ -17,11 +17,12 @@ import sys
 import time
 from collections.abc import Iterator
 
+from bft_megatron.checkpoint import signals
 from bft_megatron.checks import model_parallel_size
 from bft_megatron.recipe import Recipe
 
-GRACE_SECONDS = 10
-"""Between asking the other ranks to end and ending them."""
+GRACE_SECONDS = 3
+"""In which the other ranks fail by themselves, with a message, when one is lost, before they are ended."""
 
 
 def started_by_launcher() -> bool:
@@ -49,7 +50,7 @@ def launch(arguments: list[str], processes: int) -> int:
 
     Returns:
         0, or the status of the first rank that failed (128 + signal number if it was killed); the others are ended
-        then.
+        then. A rank holds signals back until it can answer them (`checkpoint.signals.listen`).
     """
     environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -57,7 +58,10 @@ def launch(arguments: list[str], processes: int) -> int:
     command = [sys.executable, "-m", "bft_megatron", *arguments]
     ranks = [
         subprocess.Popen(
-            command, env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}, preexec_fn=_die_with_parent
+            command,
+            env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
+            preexec_fn=_prepare_child,
+            process_group=0,  # Ctrl-C comes through the launcher alone
         )
         for r in range(processes)
     ]
@@ -71,22 +75,26 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _die_with_parent() -> None:
-    """In the child: end with the launcher, even if that is killed and can no longer end anybody (Linux)."""
+def _prepare_child() -> None:
+    """In the child: hold signals back, and end with the launcher, even if that is killed (Linux)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 @contextlib.contextmanager
 def _signals_passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 go to the ranks, which decide what they mean; the launcher waits for them."""
+    """SIGINT, SIGTERM and SIGUSR1 go to the ranks, which save and stop; the launcher waits. Ctrl-C again ends them."""
+    interrupted = False
 
     def forward(number: int, _: object) -> None:
+        nonlocal interrupted
+        twice, interrupted = interrupted and number == signal.SIGINT, interrupted or number == signal.SIGINT
         for rank in ranks:
             if rank.poll() is None:
-                rank.send_signal(number)
+                rank.send_signal(signal.SIGKILL if twice else number)
 
-    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {s: signal.signal(s, forward) for s in signals.ASKING}
     try:
         yield
     finally:
@@ -97,21 +105,24 @@ def _signals_passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     while True:
         states = [rank.poll() for rank in ranks]
-        failed = [s for s in states if s]
+        failed = [(rank, s) for rank, s in enumerate(states) if s]
         if failed:
             _end(ranks)
-            return failed[0] if failed[0] > 0 else 128 - failed[0]
+            rank, status = failed[0]
+            if status < 0:
+                print(f"rank {rank} was killed by {signal.Signals(-status).name}", flush=True)
+            return status if status > 0 else 128 - status
         if all(s == 0 for s in states):
             return 0
         time.sleep(0.05)
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    for number, seconds in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.send_signal(number)
-        deadline = time.monotonic() + (seconds or 0)
-        for rank in ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                rank.wait(None if seconds is None else max(0.0, deadline - time.monotonic()))
+    deadline = time.monotonic() + GRACE_SECONDS
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(0.0, deadline - time.monotonic()))
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.kill()
+            rank.wait()

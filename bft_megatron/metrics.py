@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bft_megatron.errors import BadSteps
+
 SUMS = (
     "loss",  # the objective, before the division
     "divisor",  # samples or supervised tokens, by the objective's `reduce`
@@ -95,9 +97,17 @@ class Reporter:
         self.meter, self.path, self.console = meter, path, console
         self.objective, self.iterations = objective, iterations
         self.iteration = 0
+        self.step_seconds = 0.0
+        self.skipped_in_a_row = 0
+        self._max_skipped: int | None = None
+        self._rows_of: Callable[[int], list[int]] | None = None
         self._clock = time.monotonic()
         self._seconds: list[float] = []
         self._validated: tuple[int, Any] | None = None
+
+    def give_up(self, max_skipped: int, rows_of: Callable[[int], list[int]]) -> None:
+        """Raise BadSteps, on every rank alike, where so many steps in a row were skipped; name the rows of each."""
+        self._max_skipped, self._rows_of = max_skipped, rows_of
 
     def install(self, start: int) -> None:
         """Replace `train`, `training_log` and `evaluate` of Megatron's training loop; steps count on from `start`."""
@@ -137,7 +147,8 @@ class Reporter:
             learning_rate, iteration, _, _, skipped, grad_norm = args[2:8]
             now = time.monotonic()
             seconds, self._clock = now - self._clock, now
-            self.iteration = iteration
+            self.iteration, self.step_seconds = iteration, seconds
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
             if _writes():
                 totals = self.meter.totals
                 line = {
@@ -147,11 +158,14 @@ class Reporter:
                     "lr": None if learning_rate is None else float(learning_rate),
                     "step_seconds": round(seconds, 4),
                     "tokens_per_second": round(totals.sums["real_tokens"] / seconds, 1),
-                    **({"skipped": True} if skipped else {}),
+                    **({"skipped": True, "rows": self._rows_of(iteration) if self._rows_of else []} if skipped else {}),
                 }
                 self._write(line, "train")
                 self._print_step(line)
-            return training_log(*args, **kwargs)
+            result = training_log(*args, **kwargs)
+            if self.skipped_in_a_row == self._max_skipped:
+                raise BadSteps(f"the gradient of {self._max_skipped} steps in a row was not finite; nothing was saved")
+            return result
 
         return log_and_report
 
@@ -205,7 +219,10 @@ class Reporter:
         self._seconds = [*self._seconds[-19:], line["step_seconds"]]
         left = (self.iterations - line["iteration"]) * sum(self._seconds) / len(self._seconds)
         if line.get("skipped"):
-            self._print(f"step {line['iteration']:>5}/{self.iterations}  skipped: the gradient was not finite")
+            self._print(
+                f"step {line['iteration']:>5}/{self.iterations}  skipped: the gradient was not finite; rows "
+                f"{', '.join(map(str, line['rows']))}"
+            )
             return
         self._print(
             f"step {line['iteration']:>5}/{self.iterations}  {self._numbers(line)}  grad {line['grad_norm']:.3g}  "

@@ -5,16 +5,19 @@ config.yaml      the recipe with every default     metrics.jsonl  a line a step
 checkpoints/     Megatron's torch_dist format      tensorboard/   the same numbers as curves
 data/            the packed rows                   model/         config, tokenizer and template for the export
 logs/            what each rank printed
+unfinished       from the start of the run until it is complete, with a line: why the last process stopped
+done             from the save of the last step on
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bft_megatron import checks
 from bft_megatron import recipe as recipes
-from bft_megatron.errors import FieldError, UserError
+from bft_megatron.errors import FieldError
 from bft_megatron.hf.architectures import companions
 from bft_megatron.recipe import Recipe
 
@@ -29,6 +32,11 @@ MAY_CHANGE = {
     "train.micro_batch_size",
     "train.save_every",
     "train.validate_every",
+    "train.exit_after",
+    "train.keep_last",
+    "train.keep_best",
+    "train.best_metric",
+    "train.max_skipped",
     "device",
     "output",
 }
@@ -68,29 +76,81 @@ class RunFolder:
     def model(self) -> Path:
         return self.root / "model"
 
+    @property
+    def base(self) -> Path:
+        """Of a LoRA run: which weights its adapters belong to (`lora.base`)."""
+        return self.root / "base.json"
+
     def log(self, rank: int) -> Path:
         """What a rank printed, Megatron's thousand lines included."""
         return self.root / "logs" / f"rank-{rank:05d}.log"
 
+    @property
+    def tracker(self) -> Path:
+        """Megatron's file with the number of the newest checkpoint."""
+        return self.checkpoints / "latest_checkpointed_iteration.txt"
+
+    def write_tracker(self, iteration: int) -> None:
+        """At once, or not at all."""
+        _write(self.tracker, str(iteration))
+
+    def checkpoint(self, iteration: int) -> Path:
+        return self.checkpoints / f"iter_{iteration:07d}"
+
+    def iterations(self) -> list[int]:
+        """Of all checkpoint folders, in no order, saved to the end or not."""
+        names = (path.name.removeprefix("iter_") for path in self.checkpoints.glob("iter_*"))
+        return [int(name) for name in names if name.isdigit()]
+
     def saved_iteration(self) -> int:
-        """Iteration of the newest checkpoint, 0 where there is none yet.
+        """Iteration of the newest checkpoint that was saved to its end, 0 where there is none yet.
+
+        Whether its files are whole still is not looked at here: a training rank does (`checkpoint.recovery`).
+        """
+        return max((i for i in self.iterations() if (self.checkpoint(i) / "metadata.json").exists()), default=0)
+
+    def is_done(self, steps: int) -> bool:
+        """Whether the run is complete, its last checkpoint in place."""
+        return (self.root / "done").exists() and self.saved_iteration() >= steps
+
+    def mark_unfinished(self, why: str) -> None:
+        """Say that the run has steps left to do, and why the last process stopped (`running`: it did not, or died)."""
+        _write(self.root / "unfinished", f"{why}\n")
+        (self.root / "done").unlink(missing_ok=True)
+
+    def mark_done(self) -> None:
+        """Say that the last step is saved."""
+        _write(self.root / "done", "")
+        (self.root / "unfinished").unlink(missing_ok=True)
+
+    def with_pack(self, recipe: Recipe) -> Recipe:
+        """The recipe with `data.pad_multiple` filled in: as the run began where it has checkpoints, else its default.
+
+        The pack, and with it the order of the rows, stays when the layout changes.
 
         Raises:
-            UserError: the file that names it is damaged.
+            FieldError: the pack of this run cannot be cut for the recipe's context-parallel size.
         """
-        tracker = self.checkpoints / "latest_checkpointed_iteration.txt"
-        if not tracker.exists():
-            return 0
-        text = tracker.read_text().strip()
-        if not text.isdigit():
-            raise UserError(
-                f"should hold the number of the newest checkpoint, not {text!r}; write it there", str(tracker)
-            )
-        return int(text)
+        if recipe.data.pad_multiple is not None:
+            return recipe
+        multiple = checks.pad_multiple(recipe)
+        if self._continues():
+            multiple, chunks = recipes.load(self.config).data.pad_multiple or multiple, multiple
+            if multiple % chunks:
+                raise FieldError(
+                    "parallel.context",
+                    f"{self.root} holds checkpoints of a run whose samples are padded to a multiple of {multiple}, and "
+                    f"context {recipe.parallel.context} needs {chunks}: go on with a context that fits, or begin anew "
+                    f"in another output folder with data.pad_multiple={chunks}",
+                )
+        return replace(recipe, data=replace(recipe.data, pad_multiple=multiple))
+
+    def _continues(self) -> bool:
+        return self.config.exists() and (self.tracker.exists() or self.saved_iteration() > 0)
 
     def check_continues(self, recipe: Recipe) -> None:
         """Raise FieldError where this folder holds checkpoints of a run that the recipe would change."""
-        if not self.saved_iteration() or not self.config.exists():
+        if not self._continues():
             return
         before, now = _flat(recipes.load(self.config)), _flat(recipe)
         for field in sorted(before.keys() | now.keys()):
@@ -104,12 +164,16 @@ class RunFolder:
     def write_config(self, recipe: Recipe, model_folder: Path) -> None:
         """Write the resolved recipe, and keep what an export needs beside the weights: config, tokenizer, template."""
         self.root.mkdir(parents=True, exist_ok=True)
-        temporary = self.config.with_suffix(".tmp")
-        temporary.write_text(recipes.dump(recipe))
-        temporary.replace(self.config)  # at once: other ranks may be reading it
+        _write(self.config, recipes.dump(recipe))  # at once: other ranks may be reading it
         self.model.mkdir(exist_ok=True)
         for file in companions(model_folder):
             shutil.copyfile(file, self.model / file.name)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _flat(recipe: Recipe) -> dict[str, object]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -35,6 +35,10 @@ class ObjectiveSettings:
     """What the loss is averaged over; left out: the objective's own (`tokens` for sft and dft, `samples` for bft)."""
     cp_windows: Literal["per_rank", "exact"] = "per_rank"
     """Under context parallelism: windows within a rank's contiguous chunks, or those of one process."""
+    head: Literal["auto", "logits", "chunked"] = "auto"
+    """With the logits, or a tile at a time without them; `auto`: without where they would take over 1 GiB on a rank."""
+    chunk_size: int = 8192
+    """Tokens of a tile of the chunked head."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,46 @@ class TrainSettings:
     """Steps between checkpoints; left out: one, at the end."""
     validate_every: int | None = None
     """Steps between validations; left out: before the first step and after the last."""
+    exit_after: float | None = None
+    """Minutes from the start of the process by which it has saved and ended; the same command goes on."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_best: int = 0
+    """Checkpoints that are kept besides: the best by `best_metric` of the validation at their step."""
+    best_metric: Literal["loss", "lm_loss", "mean_p", "accuracy"] | None = None
+    """Left out: `lm_loss` for sft, `mean_p` for the others, whose loss is not what they descend."""
+    max_skipped: int = 10
+    """Steps in a row with a gradient that is not finite, each of them skipped, after which the run gives up."""
+
+
+LORA_TARGETS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """`lora:`, low-rank adapters in place of the weights themselves."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """An adapter's product is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """On the adapters' input."""
+    target: Any = "all"
+    """`all`, `attention`, `mlp`, or a list of Hugging Face's module names, `[q_proj, v_proj]`."""
+    adapter: str | None = None
+    """PEFT folder to start from; left out: an adapter that changes nothing yet."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules with an adapter, by the last part of Hugging Face's names; what is unknown stays in it."""
+        everything = tuple(name for names in LORA_TARGETS.values() for name in names)
+        groups = {"all": everything, **LORA_TARGETS}
+        if isinstance(self.target, str):
+            return groups.get(self.target, (self.target,))
+        return tuple(self.target) if isinstance(self.target, list | tuple) else (str(self.target),)
 
 
 @dataclass(frozen=True)
@@ -113,12 +157,17 @@ class Recipe:
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws the weights anew, the same on every layout."""
     device: Literal["auto", "cpu"] = "auto"
+    lora: LoraSettings | None = None
+    """Left out: every weight is trained."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     megatron: dict[str, Any] = field(default_factory=dict)
     """Megatron-LM's own flags by name: `recompute-granularity: selective`, `overlap-grad-reduce: true`."""
 
+
+MAY_BE_NULL = {"lora"}
+"""Groups of fields that may be left out as a whole."""
 
 # Fields that people bring from other trainers and that would be wrong here, with the reason.
 REFUSED_FIELDS = {
@@ -144,6 +193,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     merged = OmegaConf.structured(Recipe)
     for tree, override in layers:
         for key in _leaf_keys(tree):
+            if key in MAY_BE_NULL and OmegaConf.select(tree, key) is None:
+                continue
             _refuse_unknown(key, override or source.where(key))
         try:
             merged = OmegaConf.merge(merged, tree)
@@ -235,7 +286,8 @@ def _refuse_unknown(key: str, where: str) -> None:
                 else f"; known here: {', '.join(sorted(known))}"
             )
             raise UserError(f"unknown field{hint}", where)
-        schema = get_type_hints(schema)[name]
+        declared = get_type_hints(schema)[name]
+        schema = next((t for t in get_args(declared) if is_dataclass(t)), declared)  # `Group | None` is a group
         if not is_dataclass(schema):
             if schema is not dict and i + 1 < len(parts) and name != "megatron":
                 raise UserError(f"`{'.'.join(parts[: i + 1])}` takes a value, not fields", where)

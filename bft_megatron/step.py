@@ -21,8 +21,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from bft_megatron.errors import FieldError
+from bft_megatron.head import Head
 from bft_megatron.metrics import Meter
-from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Objective, lookup, lowest_confidence
 from bft_megatron.objective.view import Rows, View
@@ -102,6 +102,8 @@ class Step:
 
     def __init__(self, settings: ObjectiveSettings, vocab_size: int, meter: Meter) -> None:
         self.settings, self.vocab_size, self.meter = settings, vocab_size, meter
+        self.rows: list[int] = []
+        """Of the training micro-batch that was read last; who looks for what made a run fail wants to know."""
         self.objective: Objective = lookup(
             settings.name,
             group_size=settings.group_size,
@@ -109,8 +111,8 @@ class Step:
             confidence=settings.confidence,
             reduce=settings.reduce,
         )
-        if self.objective.needs:
-            names = ", ".join(sorted(self.objective.needs))
+        if unknown := self.objective.needs - {"entropy"}:
+            names = ", ".join(sorted(unknown))
             raise FieldError("objective.name", f"{self.objective.name} needs {names}, which the step does not compute")
 
     def forward(
@@ -118,18 +120,20 @@ class Step:
     ) -> tuple[Tensor, LossFunction]:
         """Megatron's `forward_step_func`: one micro-batch through this stage -> (output, loss function)."""
         batch = Batch(**next(data_iterator))
+        self.rows = batch.row.tolist() if model.training else []
         rows = batch.rows(self.settings.cp_windows)
         b = len(batch.tokens)
 
         def mine(x: Tensor) -> Tensor:  # [b, s] -> [b, s/cp], this context-parallel rank's share
-            return x.flatten()[rows.positions].view(b, -1).cuda(non_blocking=True)
+            return x.flatten()[rows.positions].view(b, -1)
 
-        head = Head(self.vocab_size)
+        labels = mine(batch.labels)
+        head = Head(self.settings, self.vocab_size, labels, entropy="entropy" in self.objective.needs)
         output = model(
-            mine(batch.tokens),
-            mine(batch.position_ids),
+            mine(batch.tokens).cuda(non_blocking=True),
+            mine(batch.position_ids).cuda(non_blocking=True),
             None,  # attention is causal within each sample
-            labels=mine(batch.labels),
+            labels=labels.cuda(non_blocking=True),
             packed_seq_params=batch.packed_seq_params(),
             output_processor=head,
         )
@@ -141,7 +145,7 @@ class Step:
             "GPTModel did not call output_processor: this is not the release that is pinned"
         )
         logp = logp.flatten()
-        view = rows.view(logp)
+        view = rows.view(logp, None if head.entropy is None else head.entropy.flatten())
         result = objective_sum(self.objective, rows, view, logp)
         confidence = lowest_confidence(view, self.settings.group_size, self.settings.confidence)
         self._measure(result, view, confidence, rows, head.correct, batch)
@@ -180,30 +184,3 @@ class Step:
         """Megatron's `finalize_model_grads`, then the reports' two all-reduces over data x context parallelism."""
         finalize_model_grads(model, num_tokens, **kwargs)
         self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
-
-
-class Head:
-    """`output_processor` of one micro-batch: hidden states -> log p of the labels; keeps which are the argmax."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.correct: Tensor | None = None
-
-    def __call__(
-        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, labels: Tensor, **_: Any
-    ) -> Tensor:
-        """hidden [s/cp (/tp under sequence parallelism), b, h], labels [b, s/cp] -> log p [b, s/cp] fp32, 0 without a
-        label.
-
-        Collectives over TP: the output layer's, and MAX and SUM of a few numbers a token.
-        """
-        logits, _ = output_layer(hidden_states, weight=output_weight)  # [s/cp, b, v/tp]
-        statistics = vocab_parallel_statistics(
-            logits,
-            labels.transpose(0, 1).contiguous(),
-            group=parallel_state.get_tensor_model_parallel_group(),
-            vocab_size=self.vocab_size,
-            overwrite=True,  # nothing else reads them
-        )
-        self.correct = statistics.correct.transpose(0, 1)
-        return statistics.logp.transpose(0, 1).contiguous()

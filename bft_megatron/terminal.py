@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from bft_megatron.errors import UserError
+from bft_megatron.errors import BAD_STEPS, BadSteps, UserError
 
 
 @contextlib.contextmanager
 def output_to(log: Path) -> Iterator[TextIO]:
     """Send what this process prints to a file; yields the terminal, or what stands for it in a batch job.
 
-    A failure's traceback goes to the file and its first line to the terminal, and the process exits with 1; a user's
-    error is left to the command line.
+    A failure's traceback goes to the file; the terminal gets one line with what failed, its notes, and the command that
+    goes on, and the process exits with 1, or 65 after too many bad steps. A user's error is left to the command line.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     before = [os.dup(1), os.dup(2)]
@@ -35,11 +36,18 @@ def output_to(log: Path) -> Iterator[TextIO]:
         raise
     except Exception as e:
         traceback.print_exc()
-        what = str(e).strip().partition("\n")[0]
-        print(f"rank {os.environ['RANK']}: {type(e).__name__}: {what} (traceback in {log})", file=console, flush=True)
-        sys.exit(1)
+        if not isinstance(e, BadSteps) or os.environ["RANK"] == "0":  # which all ranks raise alike
+            print(_last_line(e, log), file=console, flush=True)
+        sys.exit(BAD_STEPS if isinstance(e, BadSteps) else 1)
     finally:
         _redirect(before)
+
+
+def _last_line(e: Exception, log: Path) -> str:
+    what = str(e).strip().partition("\n")[0]
+    said = "; ".join([f"rank {os.environ['RANK']}: {type(e).__name__}: {what}", *getattr(e, "__notes__", ())])
+    command = shlex.join(["bft-megatron", *sys.argv[1:]])
+    return f"{said}; command: {command} (traceback in {log})"
 
 
 def _redirect(targets: list[int]) -> None:

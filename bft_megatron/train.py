@@ -6,24 +6,32 @@ Reads top to bottom as what happens: device, process group, arguments, model, th
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
 import torch.distributed as dist
 
 from bft_megatron import arguments, checkpoint
 from bft_megatron.announce import sentence
+from bft_megatron.checkpoint.integrity import seal
+from bft_megatron.checkpoint.recovery import newest_whole
+from bft_megatron.checkpoint.retention import Retention
+from bft_megatron.checkpoint.stopping import Stop
+from bft_megatron.checkpoint.writer import after_each_save
 from bft_megatron.checks import model_parallel_size
 from bft_megatron.cpu import backend
-from bft_megatron.data.dataset import training_rows, validation_rows
+from bft_megatron.data.dataset import Shuffled, training_rows, validation_rows
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.hf import architectures, load
 from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.lora import adapters
 from bft_megatron.metrics import Meter, Reporter
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
@@ -51,15 +59,14 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     """
     folder, steps = RunFolder.of(recipe), rows.steps(recipe)
     on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
-    if on_cpu:
-        backend.install()
-        if not dist.is_initialized():  # Megatron's own call would bind a CUDA device
-            dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+    join(on_cpu)
     checkpoint.without_helper_process()
     arguments.check_passed_through(recipe)
+    start = newest_whole(folder, console)
+    if start >= steps:  # killed between the last save and its mark
+        return finish(recipe, None)
     if os.environ["RANK"] == "0":
-        world = int(os.environ["WORLD_SIZE"])
-        print(sentence(recipe, config, rows, world, folder.saved_iteration()), file=console, flush=True)
+        print(sentence(recipe, config, rows, dist.get_world_size(), start), file=console, flush=True)
     validation = validation_shape(recipe, rows.valid)
     flags = arguments.megatron_arguments(
         recipe,
@@ -68,14 +75,99 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
         steps,
         validation,
     )
-    margs = parse(flags)
     meter = Meter()
     step = Step(recipe.objective, config.vocab_size, meter)
-    model = model_config(recipe, config, model_folder, step, margs, on_cpu)
     reporter = Reporter(meter, folder.metrics, console, step.objective.name, steps)
-    reporter.install(folder.saved_iteration())
-    pretrain(margs, model, step, datasets(recipe, rows, validation))
+    reporter.give_up(recipe.train.max_skipped, rows_of_step(recipe, rows))
+    reporter.install(start)
+    stop = Stop(reporter, steps, recipe.train.exit_after)
+    stop.install()
+    after_each_save(lambda iteration, seconds: saved(recipe, stop, iteration, seconds))
+    margs = parse(flags)
+    model = model_config(recipe, config, model_folder, step, margs, on_cpu, fresh=start == 0)
+    with situation(recipe, reporter, step), stops(stop):
+        pretrain(margs, model, step, datasets(recipe, rows, validation))
+    finish(recipe, stop.reason)
+    if stop.reason and dist.get_rank() == 0:
+        print(f"{stop.reason}: saved, not finished; the same command goes on", file=console, flush=True)
     dist.destroy_process_group()
+
+
+def join(on_cpu: bool) -> None:
+    """Form the group of all ranks, unless there is one. Before Megatron does: checkpoints are looked at first."""
+    if on_cpu:
+        backend.install()
+    if dist.is_initialized():
+        return
+    if on_cpu:
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+    else:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+
+
+def finish(recipe: Recipe, stopped: str | None) -> None:
+    """Leave the mark of a run that is done, or why it is not, when all ranks have come here. Collective: a barrier."""
+    folder = RunFolder.of(recipe)
+    dist.barrier()
+    if dist.get_rank() != 0:
+        return
+    if stopped:
+        folder.mark_unfinished(stopped)
+    else:
+        folder.mark_done()
+        retention(recipe).apply(folder, wait=True)  # what was left undeleted, with the last validation known
+
+
+def saved(recipe: Recipe, stop: Stop, iteration: int, seconds: float) -> None:
+    """After a save, on every rank: how long it took; on rank 0 the older ones are deleted that need not be kept."""
+    stop.saved(iteration, seconds)
+    if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else the last good one may be an older one
+        folder = RunFolder.of(recipe)
+        seal(folder.checkpoint(iteration))
+        retention(recipe).apply(folder)
+
+
+def retention(recipe: Recipe) -> Retention:
+    """Which checkpoints the recipe keeps."""
+    metric = recipe.train.best_metric or ("lm_loss" if recipe.objective.name == "sft" else "mean_p")
+    return Retention(recipe.train.keep_last, recipe.train.keep_best, metric)
+
+
+@contextlib.contextmanager
+def stops(stop: Stop) -> Iterator[None]:
+    """Megatron leaves its loop by `sys.exit`, with status 0 also where it should not: only ours may end well."""
+    try:
+        yield
+    except SystemExit as e:
+        if not stop.reason or e.code:
+            raise RuntimeError(f"Megatron ended the run with status {e.code}; the log says why") from None
+
+
+@contextlib.contextmanager
+def situation(recipe: Recipe, reporter: Reporter, step: Step) -> Iterator[None]:
+    """Notes for the last line of a run that fails: where it was, with which rows, and what it will go on from."""
+    try:
+        yield
+    except Exception as e:
+        e.add_note(f"after step {reporter.iteration}")
+        if step.rows:
+            e.add_note(f"rows of its micro-batch: {', '.join(map(str, step.rows))} of {recipe.data.train}")
+        again = RunFolder.of(recipe).saved_iteration()
+        e.add_note(f"next start: {f'from the checkpoint of step {again}' if again else 'from the beginning'}")
+        raise
+
+
+def rows_of_step(recipe: Recipe, rows: RunRows) -> Callable[[int], list[int]]:
+    """step -> the rows of its global batch, by their numbers in the prepared data."""
+    order, batch = Shuffled(rows.train.rows, recipe.train.seed, rows.rows(recipe)), recipe.train.global_batch_size
+
+    def of(step: int) -> list[int]:
+        found = (order.row(place) for place in range((step - 1) * batch, step * batch))
+        return [row for row in found if row is not None]
+
+    return of
 
 
 def parse(flags: list[str]) -> Any:
@@ -91,8 +183,14 @@ def parse(flags: list[str]) -> Any:
         sys.argv = before
 
 
-def model_config(recipe: Recipe, config: ModelConfig, model_folder: Path, step: Step, margs: Any, on_cpu: bool) -> Any:
-    """Megatron's model configuration, with our layers on the CPU, the weights, and the end of a step."""
+def model_config(
+    recipe: Recipe, config: ModelConfig, model_folder: Path, step: Step, margs: Any, on_cpu: bool, *, fresh: bool
+) -> Any:
+    """Megatron's model configuration, with our layers on the CPU, the weights, and the end of a step.
+
+    Args:
+        fresh: no checkpoint brings the weights.
+    """
     from megatron.training.argument_utils import gpt_config_from_args
 
     model = gpt_config_from_args(margs)
@@ -101,9 +199,11 @@ def model_config(recipe: Recipe, config: ModelConfig, model_folder: Path, step: 
         from bft_megatron.cpu.layers import layer_spec
 
         model.transformer_layer_spec = layer_spec
-    if not RunFolder.of(recipe).saved_iteration():  # else the checkpoint brings them
+    if fresh or recipe.lora is not None:  # checkpoints of a LoRA run hold its adapters alone
         source = model_folder if recipe.init == "pretrained" else None
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
+    if recipe.lora is not None:
+        adapters.install(model, recipe, config, on_cpu=on_cpu)
     model.transformer.finalize_model_grads_func = step.finalize_grads
     return model
 

@@ -7,9 +7,11 @@ one runs what it holds: export your own checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -53,17 +55,38 @@ def export(
         UserError: no such checkpoint, or one of another model, or a missing or broken file in it; `out` is in use or
             cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("is not empty; choose another folder, or remove it", str(out))
+    refuse_used(out)
     checkpoint = newest_checkpoint(checkpoints, iteration)
     table = weights(read_config(hf_folder))
     tensors = [_output(checkpoint, weight, i, dtype) for weight in table for i in range(len(weight.tensors))]
+    write_model(out, hf_folder, tensors, shard_bytes)
+
+
+def refuse_used(out: Path) -> None:
+    """Raise UserError where the folder to write holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError("is not empty; choose another folder, or remove it", str(out))
+
+
+def write_model(out: Path, hf_folder: Path, tensors: list[shards.Output], shard_bytes: float = 5e9) -> None:
+    """Write a model folder of these tensors, each read when its turn comes; the rest as in `export`."""
+    with written_whole(out) as partial:
+        _copy_companions(hf_folder, partial, tensors[0].dtype)
+        _write_shards(partial, tensors, shard_bytes)
+
+
+@contextlib.contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which gets its name where no error comes, and is removed where one does.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     partial = out.absolute().with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         partial.mkdir(parents=True)
-        _copy_companions(hf_folder, partial, tensors[0].dtype)
-        _write_shards(partial, tensors, shard_bytes)
+        yield partial
         partial.rename(out)
     except OSError as e:
         raise UserError(f"cannot write the model: {e.strerror}", str(out)) from e

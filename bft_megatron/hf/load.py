@@ -6,7 +6,6 @@ Megatron calls when all pipeline chunks of the rank are built, and not yet wrapp
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +18,7 @@ from torch import Tensor
 from bft_megatron.errors import UserError
 from bft_megatron.hf import hub, shards
 from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.draw import generator
 from bft_megatron.hf.export import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import Weight, global_path, join, weights
 
@@ -44,7 +44,7 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
     Raises:
         UserError: at once and on every rank alike, by `check_weights`; by the hook, where TP does not divide the model.
     """
-    source = _source(folder, config, seed)
+    source = open_source(folder, config, seed)
     table = {w.path: w for w in weights(config)}
     if config.tied:
         # On a last pipeline stage that is not the first: Megatron keeps the two copies equal from here on.
@@ -58,13 +58,14 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
         for chunk in chunks:
             layer_numbers = [layer.layer_number for layer in chunk.decoder.layers]
             for name, parameter in chunk.named_parameters():
-                _fill(parameter, table[global_path(name, layer_numbers)], source)
+                fill_part(parameter, table[global_path(name, layer_numbers)], source)
         return chunks
 
     return fill
 
 
-def _source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
+def open_source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
+    """Where `weights_hook` takes the model's values from, by the same arguments."""
     if folder is None:
         return _Random(config, seed)
     checkpoints = hub.checkpoints_of(folder)
@@ -111,7 +112,7 @@ def _some(names: list[str]) -> str:
     return f"among them {', '.join(names[:3])}" if len(names) > 3 else ", ".join(names)
 
 
-def _fill(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> None:
+def fill_part(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> None:
     """Copy this TP rank's part of a weight into the parameter, which may have another dtype and device."""
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     tp, rank = (1, 0) if weight.axis is None else (tp, rank)
@@ -160,6 +161,4 @@ class _Random:
         shape = self._shapes[name]
         if len(shape) == 1:  # as transformers initialises them: norms by one, biases by zero
             return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
-        digest = hashlib.sha256(f"{self._seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.randn(shape, generator=generator) * self._std
+        return torch.randn(shape, generator=generator(self._seed, name)) * self._std

@@ -41,7 +41,7 @@ def read_headers(folder: Path) -> dict[str, Entry]:
     """
     entries: dict[str, Entry] = {}
     for file in _files(folder):
-        entries |= _read_header(file)
+        entries |= read_header(file)
     return entries
 
 
@@ -113,7 +113,12 @@ def _files(folder: Path) -> list[Path]:
     raise UserError("no safetensors in this folder (other formats of weights are not read)", str(folder))
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
+def read_header(file: Path) -> dict[str, Entry]:
+    """Every tensor of one safetensors file, by name, from its header, which the file's size must match.
+
+    Raises:
+        UserError: the file is missing, truncated or no safetensors.
+    """
     try:
         with open(file, "rb") as f:
             (length,) = struct.unpack("<Q", f.read(8))

@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bft_megatron import rows
+from bft_megatron.hf.architectures import read_config
 from bft_megatron.objective.view import Rows
+from bft_megatron.output import RunFolder
 from examples.objectives import eaft, focal
-from tests.layouts.comparing import assert_same
-from tests.layouts.runs import Case, Layout, Result, make_recipe, run
+from tests.layouts.comparing import TOLERANCE, assert_same
+from tests.layouts.runs import MODEL, Case, Layout, Result, _train, make_recipe, read_metrics, run
+from tests.world import run_world
 
 CHUNKED = ("objective.head=chunked", "objective.chunk_size=24")
 EAFT, FOCAL = Case("examples.objectives.eaft:record"), Case("examples.objectives.focal:record")
@@ -56,20 +60,24 @@ def test_examples_agree_with_one_process(
 
 def test_overlapped_gathering_of_parameters_waits_for_the_output_layer(data: Path):
     """Large steps over small buckets: a weight that is one step old shows in the second loss."""
-    overlap = ["megatron={overlap-grad-reduce: true, overlap-param-gather: true, ddp-bucket-size: 20000}"]
-    case, layout, steps = Case("bft"), Layout(data=2), 4
-    results = [
-        run(make_recipe(data / f"overlap-{i}", data, case, layout, steps, "train.lr=1e-2", *CHUNKED, *more), 2)
-        for i, more in enumerate(([], overlap))
-    ]
-    assert len(results[0].train) == steps
-    assert_same(results[1], results[0])
+    overlap = [f"megatron.{flag}" for flag in ("overlap-grad-reduce=true", "overlap-param-gather=true")]
+    overlap += ["megatron.ddp-bucket-size=20000"]
+    steps = 4
+    losses = []
+    for i, more in enumerate(([], overlap)):
+        fixed = ("train.lr=1e-2", f"train.save_every={steps}", *CHUNKED)  # a save would gather all parameters itself
+        made = make_recipe(data / f"overlap-{i}", data, Case("bft"), Layout(data=2), steps, *fixed, *more)
+        prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
+        run_world(2, _train, made, prepared, lambda: None, megatron=True, timeout=100)
+        losses.append([line["loss"] for line in read_metrics(RunFolder.of(made).metrics)[0]])
+    assert len(losses[0]) == steps
+    assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
 
 
 def test_the_examples_weights():
     logp = torch.tensor([-0.5, -3.0, -1e-6, -2.0])
-    rows = Rows(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]), torch.tensor([True]), torch.ones(1))
-    view = rows.view(logp, torch.tensor([0.0, 1.0, 2.0, 9.0]))
+    geometry = Rows(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]), torch.tensor([True]), torch.ones(1))
+    view = geometry.view(logp, torch.tensor([0.0, 1.0, 2.0, 9.0]))
     token, sample = eaft.record(gamma=2).weights(view)
     assert token.tolist() == pytest.approx([0, (1 / math.log(20)) ** 2, (2 / math.log(20)) ** 2, 1])
     assert sample.tolist() == [1]

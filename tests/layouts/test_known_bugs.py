@@ -1,7 +1,7 @@
 """Bugs of parallel composition that others found in Megatron (NVIDIA/Megatron-LM issue 7452), for a dense fine-tune.
 
-That its default divides by each context rank's own count is shown in `test_proofs`; that gradient norms count replicated
-and sharded parameters once, and that norms of heads and biases are summed, in the layout tests (Qwen variants).
+That its default divides by each context rank's own count is shown in `test_proofs`; that gradient norms count each
+parameter once, and that norms of heads and biases are summed, in the layout tests (Qwen variants).
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bft_megatron.objective.logprobs import CPU_BLOCK_BYTES, vocab_parallel_logprobs, vocab_parallel_statistics
+from bft_megatron.objective.logprobs import vocab_parallel_logprobs, vocab_parallel_statistics
+from bft_megatron.objective.sums import CPU_BLOCK_BYTES
 from tests.objective import reference
 from tests.world import run_world
 

@@ -1,0 +1,124 @@
+"""Before a run goes on: the newest whole checkpoint, agreed over all ranks; what is damaged is put out of the way.
+
+Megatron goes by its tracker file alone: an empty one ends the run with status 0, a missing one starts it from scratch,
+and there is no falling back to an earlier checkpoint. Here the tracker is a hint, rewritten to what was found.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+
+from bft_megatron.checkpoint import integrity
+from bft_megatron.errors import UserError
+from bft_megatron.output import RunFolder
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What lies in the folder, as rank 0 sees it."""
+
+    iterations: list[int]
+    """Of all checkpoint folders, finished or not, the newest first."""
+    tracker: int | None
+    """The tracker's word, None where there is none that can be read."""
+    ever: bool
+    """Whether a checkpoint was ever finished here."""
+
+
+def newest_whole(folder: RunFolder, console: TextIO) -> int:
+    """Iteration of the newest whole checkpoint, which Megatron will load; 0 where there never was one.
+
+    Collectives over all ranks: a broadcast, a MAX all-reduce for each checkpoint that is looked at, a barrier. Each
+    rank reads its share of the files. Rank 0 renames what is damaged to `damaged_iter_*`, removes what a save that was
+    cut short left behind, rewrites the tracker, and says so on the console.
+
+    Raises:
+        UserError: there were checkpoints and none is whole; nothing is touched then.
+    """
+    rank = dist.get_rank()
+    found = _broadcast(_look(folder) if rank == 0 else None)
+    faults: dict[int, str] = {}
+    newest = 0
+    for iteration in found.iterations:
+        fault = _agreed(integrity.damage(folder.checkpoint(iteration), rank, dist.get_world_size()))
+        if fault is None:
+            newest = iteration
+            break
+        faults[iteration] = fault
+    if not newest and found.ever:
+        raise UserError(
+            f"holds no whole checkpoint ({_list(faults) or 'the folders are gone'}): put one back, or remove this "
+            "folder to train from the start",
+            str(folder.checkpoints),
+        )
+    if rank == 0:
+        _set_aside(folder, found, faults, newest, console)
+    dist.barrier()
+    return newest
+
+
+def _look(folder: RunFolder) -> _Found:
+    iterations = sorted(folder.iterations(), reverse=True)
+    ever = folder.tracker.exists() or any((folder.checkpoint(i) / "metadata.json").exists() for i in iterations)
+    try:
+        return _Found(iterations, int(folder.tracker.read_text()), ever)
+    except (OSError, ValueError):
+        return _Found(iterations, None, ever)
+
+
+def _broadcast(found: _Found | None) -> _Found:
+    box = [found]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _agreed(fault: str | None) -> str | None:
+    """The fault that any rank found, the lowest rank's where there are several."""
+    bad = torch.tensor(int(fault is not None), device="cuda")
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    if not bad.item():
+        return None
+    faults: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next(f for f in faults if f is not None)
+
+
+def _set_aside(folder: RunFolder, found: _Found, faults: dict[int, str], newest: int, console: TextIO) -> None:
+    """On rank 0. Not left in place: the run would save into the old folder, whose stale marks call a mix whole."""
+    for iteration, fault in faults.items():
+        path = folder.checkpoint(iteration)
+        cut_short = not (path / "metadata.json").exists() and (found.tracker or 0) < iteration
+        if cut_short and (found.tracker is not None or not found.ever):
+            shutil.rmtree(path)
+            print(f"removed what an unfinished save of step {iteration} left behind", file=console, flush=True)
+            continue
+        aside = _free(path.with_name(f"damaged_{path.name}"))
+        path.rename(aside)
+        print(
+            f"checkpoint of step {iteration} is damaged ({fault}): renamed to {aside.name}, using step {newest}",
+            file=console,
+            flush=True,
+        )
+    if newest and found.tracker != newest:
+        folder.write_tracker(newest)
+        named = found.tracker if found.tracker is not None else "none"
+        print(
+            f"the newest whole checkpoint is that of step {newest}; {folder.tracker.name} named {named}",
+            file=console,
+            flush=True,
+        )
+
+
+def _free(path: Path) -> Path:
+    numbered = (path.with_name(f"{path.name}.{i}") for i in range(2, 1 << 16))
+    return next(p for p in (path, *numbered) if not p.exists()) if path.exists() else path
+
+
+def _list(faults: dict[int, str]) -> str:
+    return "; ".join(f"step {iteration}: {fault}" for iteration, fault in faults.items())

@@ -1,0 +1,111 @@
+"""The output layer and the objective's statistics, over logits or without them: what `GPTModel.output_processor` calls.
+
+Which of the two paths a micro-batch takes, and what the one without logits must do of what calling the output layer
+would have done: the hooks that run before it, and a refusal by name of what it cannot do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from torch import Tensor
+
+from bft_megatron.errors import FieldError
+from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
+from bft_megatron.objective.logprobs import vocab_parallel_statistics
+from bft_megatron.objective.sums import Statistics
+from bft_megatron.recipe import ObjectiveSettings
+
+LOGITS_BYTES = 1 << 30
+"""Of a micro-batch's logits on a rank, above which `auto` does without them."""
+
+
+class Head:
+    """`output_processor` of one micro-batch: hidden states -> log p of the labels; keeps what else is known of them.
+
+    Args:
+        settings: the recipe's `objective:`.
+        vocab_size: the model's true vocabulary.
+        labels: [b, s/cp] int64 on the CPU, of this context-parallel rank.
+        entropy: whether the objective needs it.
+    """
+
+    def __init__(self, settings: ObjectiveSettings, vocab_size: int, labels: Tensor, entropy: bool) -> None:
+        self.settings, self.vocab_size, self.wants_entropy = settings, vocab_size, entropy
+        self.labels = labels.transpose(0, 1).contiguous()  # [s/cp, b]
+        self.correct: Tensor | None = None
+        """[b, s/cp] bool, the label is the argmax; None until the model has called."""
+        self.entropy: Tensor | None = None
+        """[b, s/cp] fp32, where it was asked for."""
+
+    def __call__(self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
+        """hidden [s/cp (/tp under sequence parallelism), b, h] -> log p [b, s/cp] fp32, 0 without a label.
+
+        Collectives over TP: the output layer's, and MAX and SUM of a few numbers a token.
+
+        Raises:
+            FieldError: `objective.head: chunked` with a model or a flag that needs the output layer itself.
+        """
+        weight = output_layer.weight if output_weight is None else output_weight
+        if self._without_logits(output_layer, weight):
+            statistics = self._from_hidden(hidden_states, output_layer, weight)
+        else:
+            logits, _ = output_layer(hidden_states, weight=output_weight)  # [s/cp, b, v/tp]
+            statistics = vocab_parallel_statistics(
+                logits,
+                self.labels.to(logits.device, non_blocking=True),
+                group=parallel_state.get_tensor_model_parallel_group(),
+                vocab_size=self.vocab_size,
+                overwrite=True,  # nothing else reads them
+                entropy=self.wants_entropy,
+            )
+        self.correct = statistics.correct.transpose(0, 1)
+        self.entropy = None if statistics.entropy is None else statistics.entropy.transpose(0, 1)
+        return statistics.logp.transpose(0, 1).contiguous()
+
+    def _without_logits(self, output_layer: Any, weight: Tensor) -> bool:
+        if self.settings.head == "logits":
+            return False
+        obstacle = _obstacle(output_layer, weight)
+        if self.settings.head == "chunked" and obstacle:
+            raise FieldError("objective.head", f"chunked cannot do {obstacle}; use logits")
+        size = self.labels.numel() * weight.shape[0] * weight.element_size()
+        return self.settings.head == "chunked" or (size > LOGITS_BYTES and not obstacle)
+
+    def _from_hidden(self, hidden: Tensor, output_layer: Any, weight: Tensor) -> Statistics:
+        # With `overlap-param-gather` Megatron waits for a parameter before the module that holds it is called, and
+        # nowhere else: without this the weight would be that of the step before.
+        for hook in output_layer._forward_pre_hooks.values():
+            hook(output_layer, ())
+        return vocab_parallel_linear_statistics(
+            hidden,
+            weight,
+            self.labels,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            chunk_size=self.settings.chunk_size,
+            sequence_parallel=output_layer.sequence_parallel,
+            vocab_size=self.vocab_size,
+            entropy=self.wants_entropy,
+            fuse_main_grad=output_layer.gradient_accumulation_fusion,
+        )
+
+
+def _obstacle(output_layer: Any, weight: Tensor) -> str | None:
+    """What of this output layer only calling it can do, by name; None where there is nothing."""
+    config = output_layer.config
+    found = {
+        f"an output layer of the class {type(output_layer).__name__}": type(output_layer) is not ColumnParallelLinear,
+        "hooks or adapters on the output layer": output_layer._forward_hooks or list(output_layer.children()),
+        "a bias of the output layer": output_layer.bias is not None,
+        "use-mup, which scales the logits": getattr(config, "use_mup", False),
+        "defer-embedding-wgrad-compute": config.defer_embedding_wgrad_compute,
+        "cpu-offloading": getattr(config, "cpu_offloading", False),
+        "GTP, which gathers the weight in the layer": getattr(output_layer, "gtp_remat_size", 1) > 1,
+        "Megatron-FSDP": hasattr(weight, "__fsdp_param__") or hasattr(weight, "get_main_grad"),
+        "disable_grad_reduce": output_layer.disable_grad_reduce,
+        "autocast": torch.is_autocast_enabled(weight.device.type),
+    }
+    return next((name for name, true in found.items() if true), None)

@@ -1,0 +1,225 @@
+"""Adapters on Megatron's column- and row-parallel linear layers: children of theirs, added by a forward hook.
+
+The way in is `GPTModelConfig.pre_wrap_hooks`, after the weights' own hook: everything is frozen, each linear layer that
+`factors` names gets an `Adapter` as its child `lora`, and the chunk's state dict becomes the adapters alone. Layers are
+found by name, whatever class computes them; what must hold of that class is that its input is the normalised one, which
+`unfused_spec` sees to on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.load import Source, fill_part
+from bft_megatron.hf.weights import Weight, global_path
+from bft_megatron.lora.factors import Adapted, Fresh, adapted, scale
+from bft_megatron.lora.peft import AdapterFolder
+from bft_megatron.recipe import LoraSettings, Recipe
+
+
+def install(model: Any, recipe: Recipe, config: ModelConfig, *, on_cpu: bool) -> None:
+    """Make a `GPTModelConfig` build adapters as the recipe's `lora:` says, after the hook that fills the weights.
+
+    Raises:
+        UserError: `lora.adapter` is none, or does not fit.
+    """
+    settings = recipe.lora
+    if settings.adapter is None:
+        source = Fresh(adapted(config, settings), recipe.train.seed)
+    else:
+        source = AdapterFolder(Path(settings.adapter), config, settings)
+    if not on_cpu:
+        model.transformer_layer_spec = unfused_spec
+    model.pre_wrap_hooks.append(lora_hook(config, settings, source))
+
+
+def lora_hook(
+    config: ModelConfig, settings: LoraSettings, source: Source
+) -> Callable[[list[GPTModel]], list[GPTModel]]:
+    """A hook for `GPTModelConfig.pre_wrap_hooks` that freezes the model and gives it adapters.
+
+    Args:
+        config: of the model.
+        settings: the recipe's `lora:`.
+        source: the factors' first values, by their names in `factors`.
+
+    Returns:
+        The hook; it issues no collective.
+    """
+    table = {entry.weight.path: entry for entry in adapted(config, settings)}
+
+    def adapt(chunks: list[GPTModel]) -> list[GPTModel]:
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+            layer_numbers = [layer.layer_number for layer in chunk.decoder.layers]
+            for name, module in list(chunk.named_modules()):
+                entry = table.get(global_path(f"{name}.weight", layer_numbers))
+                if entry is not None:
+                    _attach(module, Adapter(entry, settings, chunk.config.sequence_parallel, module.weight), source)
+            if chunk.pre_process:
+                # Full recompute drops the gradients of a layer whose input needs none: the first one's, silently.
+                chunk.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
+            chunk.sharded_state_dict = partial(_sharded_state_dict, chunk)
+            chunk.load_state_dict = partial(_load_state_dict, chunk)
+        return chunks
+
+    return adapt
+
+
+class Adapter(torch.nn.Module):
+    """scale * B A x for the matrices of one parallel linear layer, each with factors of its own, in its row order.
+
+    One factor of each pair is cut over TP and the other is whole on every rank: of a column-parallel layer B is cut and
+    A whole, of a row-parallel one A is cut and B whole. Under sequence parallelism a whole factor's gradient is a
+    rank's part of the sequence; marked so, Megatron's `finalize_model_grads` sums it over TP.
+
+    Args:
+        entry: which matrices, and the factors' shapes.
+        settings: the recipe's `lora:`.
+        sequence_parallel: whether the layer's unsharded side is cut along the sequence.
+        like: the layer's own weight, for dtype and device.
+    """
+
+    def __init__(self, entry: Adapted, settings: LoraSettings, sequence_parallel: bool, like: Tensor) -> None:
+        super().__init__()
+        tp = parallel_state.get_tensor_model_parallel_world_size()
+        self.column = entry.weight.axis == 0
+        self.sequence_parallel = sequence_parallel
+        self.rank, self.scale, self.dropout = settings.rank, scale(settings), settings.dropout
+        self.blocks = max(entry.weight.blocks // tp, 1)
+        self.rows = [t.shape[0] // (tp if self.column else 1) for t in entry.weight.tensors]
+        self.modules_adapted = [f and f.module for f in entry.factors]
+        self.weights: dict[str, Weight] = {}
+        for f in entry.factors:
+            if f is not None:
+                # Parameters of this very module: DDP waits for gathered parameters by the module that is called.
+                self._add(f"{f.module}_a", f.a, like)
+                self._add(f"{f.module}_b", f.b, like)
+
+    def _add(self, name: str, weight: Weight, like: Tensor) -> None:
+        (tensor,) = weight.tensors
+        shape = list(tensor.shape)
+        if weight.axis is not None:
+            shape[weight.axis] //= parallel_state.get_tensor_model_parallel_world_size()
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
+        if weight.axis is None:
+            parameter.sequence_parallel = self.sequence_parallel
+        else:  # counts in the gradient norm on every TP rank
+            set_tensor_model_parallel_attributes(parameter, True, weight.axis, 1)
+        self.register_parameter(name, parameter)
+        self.weights[name] = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's input [s, b, in] -> what is added to its output [s, b, out], each as the layer has it cut.
+
+        Collectives over TP, of rank columns a matrix: forward, all-gather or nothing (column), reduce-scatter or
+        all-reduce (row), with or without sequence parallelism; backward the transposed ones.
+        """
+        factors = [name for name in self.modules_adapted if name]
+        z = linear(self._dropped(x), torch.cat([getattr(self, f"{name}_a") for name in factors]))
+        z = self.scale * self._across_ranks(z)  # [s, b, matrices * rank]
+        parts = dict(zip(factors, z.split(self.rank, -1), strict=True))
+        out = [
+            linear(parts[name], getattr(self, f"{name}_b")) if name else z.new_zeros(*z.shape[:-1], rows)
+            for name, rows in zip(self.modules_adapted, self.rows, strict=True)
+        ]
+        if len(out) == 1:
+            return out[0]
+        return torch.cat([y.unflatten(-1, (self.blocks, -1)) for y in out], -1).flatten(-2)  # `weights.join`, last axis
+
+    def _across_ranks(self, z: Tensor) -> Tensor:
+        if self.column and self.sequence_parallel:
+            return mappings.gather_from_sequence_parallel_region(z)
+        if self.column:
+            return mappings.copy_to_tensor_model_parallel_region(z)  # its gradient is a sum over TP
+        if self.sequence_parallel:
+            return mappings.reduce_scatter_to_sequence_parallel_region(z)
+        return mappings.reduce_from_tensor_model_parallel_region(z)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Dropout by Megatron's generators: where ranks hold the same input the same mask, else each its own."""
+        if not self.dropout or not self.training:
+            return x
+        same = self.column and not self.sequence_parallel
+        with contextlib.nullcontext() if same else get_cuda_rng_tracker().fork():
+            return dropout(x, self.dropout)
+
+
+def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Name within the chunk, and adapter."""
+    for name, module in chunk.named_modules():
+        if isinstance(module, Adapter):
+            yield name, module
+
+
+def unfused_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """Transformer Engine's layer spec for `GPTModelConfig.transformer_layer_spec`, with the norms as modules of their
+    own: fused into the linear layer they would leave the adapter an input that is not normalised.
+
+    Weights and names in a checkpoint are the local spec's and the fused one's.
+    """
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.training.models.gpt import default_layer_spec
+
+    backend, layer = TESpecProvider(), default_layer_spec(config, vp_stage)
+    parts, unfused = layer.submodules, backend.column_parallel_linear()
+    parts.input_layernorm = parts.pre_mlp_layernorm = backend.layer_norm(has_residual=True)
+    parts.self_attention.submodules.linear_qkv = unfused
+    parts.mlp.keywords["submodules"].linear_fc1 = unfused
+    local = get_gpt_layer_local_spec(normalization="RMSNorm")
+    parts.sharded_state_dict_keys_map = local.submodules.sharded_state_dict_keys_map
+    return layer
+
+
+def _attach(layer: torch.nn.Module, adapter: Adapter, source: Source) -> None:
+    with torch.no_grad():
+        for name, weight in adapter.weights.items():
+            fill_part(adapter.get_parameter(name), weight, source)
+    layer.lora = adapter
+    layer.register_forward_hook(lambda module, args, out: (out[0] + module.lora(args[0]), *out[1:]))
+
+
+def _sharded_state_dict(
+    chunk: GPTModel, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The adapters, each under its Hugging Face name; the frozen weights come from the base model at every start."""
+    groups = {
+        "tp_group": parallel_state.get_tensor_model_parallel_group(),
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    tensors = {}
+    for path, adapter in adapters(chunk):
+        for name, weight in adapter.weights.items():
+            parameter, key = adapter.get_parameter(name), f"{prefix}{path}.{name}"
+            if weight.axis is None:
+                tensors[key] = make_sharded_tensor_for_checkpoint(parameter, weight.name, **groups)
+            else:
+                tensors[key] = make_tp_sharded_tensor_for_checkpoint(parameter, weight.name, weight.axis, **groups)
+    return tensors
+
+
+@torch.no_grad()
+def _load_state_dict(chunk: GPTModel, state: dict[str, Tensor], strict: bool = True) -> None:
+    """Take the adapters of a checkpoint. Strict always: Megatron tries again without, and would go on with less."""
+    own = {
+        f"{path}.{name}": adapter.get_parameter(name) for path, adapter in adapters(chunk) for name in adapter.weights
+    }
+    if own.keys() != state.keys():
+        raise RuntimeError(f"the checkpoint's adapters are not the model's: {sorted(own.keys() ^ state.keys())}")
+    for name, parameter in own.items():
+        parameter.copy_(state[name])

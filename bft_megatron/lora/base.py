@@ -1,0 +1,74 @@
+"""Which base model a run's adapters belong to: it is not in their checkpoints, and must be the same at every start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from bft_megatron.errors import UserError
+from bft_megatron.hf import hub, shards
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.export import newest_checkpoint
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+
+SAMPLES, SAMPLE_BYTES = 32, 4096
+"""Of each file of weights: so many places, the first and the last included, of so many bytes."""
+
+
+def fingerprint(folder: Path | None, config: ModelConfig, seed: int) -> str:
+    """A hash of the model's configuration and of samples of every file of its weights: any training changes it.
+
+    Args:
+        folder: of the weights, or of a run's checkpoints' model (`hub.find_model`); None: drawn from `seed`.
+
+    Raises:
+        UserError: the folder holds no whole model.
+    """
+    digest = hashlib.sha256(repr(config).encode())
+    if folder is None:
+        digest.update(str(seed).encode())
+        return digest.hexdigest()
+    for file in _weight_files(folder):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as f:
+            for i in range(SAMPLES):
+                f.seek(max(size - SAMPLE_BYTES, 0) * i // (SAMPLES - 1))
+                digest.update(f.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def record_base(run: RunFolder, recipe: Recipe, config: ModelConfig, folder: Path) -> None:
+    """Note the base model of a LoRA run in its folder, where none is noted; on one rank alone."""
+    if recipe.lora is None or run.base.exists():
+        return
+    noted = {"model": recipe.model, "fingerprint": fingerprint(_source(recipe, folder), config, recipe.train.seed)}
+    temporary = run.base.with_suffix(".tmp")
+    temporary.write_text(json.dumps(noted, indent=2) + "\n")
+    temporary.replace(run.base)
+
+
+def check_base(run: RunFolder, recipe: Recipe, config: ModelConfig, folder: Path | None) -> None:
+    """Raise UserError where the run's checkpoints hold adapters of another base model than the recipe's is now."""
+    if recipe.lora is None or not run.saved_iteration() or not run.base.exists():
+        return
+    noted = json.loads(run.base.read_text())["fingerprint"]
+    if noted != fingerprint(_source(recipe, folder), config, recipe.train.seed):
+        raise UserError(
+            f"the weights of {recipe.model} are not those that this run's adapters were trained on; put them back, or "
+            "choose another output folder",
+            str(run.base),
+        )
+
+
+def _source(recipe: Recipe, folder: Path | None) -> Path | None:
+    return folder if recipe.init == "pretrained" else None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    checkpoints = hub.checkpoints_of(folder)
+    if checkpoints:
+        return sorted(newest_checkpoint(checkpoints).folder.glob("*.distcp"))
+    return sorted({entry.file for entry in shards.read_headers(folder).values()})

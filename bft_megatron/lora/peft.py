@@ -1,0 +1,165 @@
+"""Adapters as PEFT's folders, in and out, and merged into a whole model: one process, one tensor in memory.
+
+What the factors are is in `factors`; reading a checkpoint and writing a model folder are `hf.export`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bft_megatron.errors import UserError
+from bft_megatron.hf import shards
+from bft_megatron.hf.architectures import ModelConfig, companions, read_config
+from bft_megatron.hf.export import Checkpoint, newest_checkpoint, refuse_used, write_model, written_whole
+from bft_megatron.hf.hub import find_model
+from bft_megatron.hf.weights import weights
+from bft_megatron.lora.base import check_base
+from bft_megatron.lora.factors import Factors, adapted, all_factors, scale
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import LoraSettings, Recipe
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the base model's own names."""
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
+"""Settings of PEFT's that would make another function of the same factors."""
+
+
+class AdapterFolder:
+    """The factors in a PEFT folder, by our names, as a `hf.load.Source`.
+
+    Raises:
+        UserError: no LoRA adapter, one of other sizes, modules or scale than the recipe's, or of another model.
+    """
+
+    def __init__(self, folder: Path, config: ModelConfig, settings: LoraSettings) -> None:
+        _check_config(folder / CONFIG, settings)
+        entries = shards.read_header(folder / WEIGHTS)
+        expected = {PREFIX + t.name: t.shape for w in all_factors(adapted(config, settings)) for t in w.tensors}
+        found = {name: entry.shape for name, entry in entries.items()}
+        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"{len(differing)} factors are not those of the recipe's model and `lora.target`, the first {name}: "
+                f"{found.get(name, 'not there')}, needed {expected.get(name, 'none')}",
+                str(folder / WEIGHTS),
+            )
+        self._read = shards.Reader(entries)
+
+    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
+        """Indices start to stop along an axis (None: all) of a factor, in the file's dtype."""
+        return self._read(PREFIX + name, axis, start, stop)
+
+
+def export_adapter(run: RunFolder, recipe: Recipe, out: Path) -> None:
+    """Write the newest adapters of a LoRA run as a folder that `peft` loads onto the base model.
+
+    Raises:
+        UserError: as `hf.export.export`.
+    """
+    refuse_used(out)
+    checkpoint, table = newest_checkpoint(run.checkpoints), adapted(read_config(run.model), recipe.lora)
+    factors = all_factors(table)
+    for weight in factors:
+        checkpoint.check_shape(weight)
+    tensors = [
+        shards.Output(
+            PREFIX + weight.name, checkpoint.dtype(weight), t.shape, lambda w=weight: checkpoint.read_tensor(w, 0)
+        )
+        for weight in factors
+        for t in weight.tensors
+    ]
+    with written_whole(out) as partial:
+        for file in companions(run.model):
+            if file.name not in ("config.json", "generation_config.json"):  # the base model's, not the adapter's
+                shutil.copyfile(file, partial / file.name)
+        text = json.dumps(_peft_config(recipe), indent=2, sort_keys=True)
+        (partial / CONFIG).write_text(text + "\n")
+        shards.write(partial / WEIGHTS, tensors, lambda _: None)
+
+
+def export_merged(run: RunFolder, recipe: Recipe, out: Path) -> None:
+    """Write base + scale * B A, computed in fp32 and rounded once to the base's dtype, as a whole model.
+
+    Raises:
+        UserError: as `hf.export.export`, or the base is not there, or is not the one that the run began with.
+    """
+    from bft_megatron.hf.load import open_source  # Megatron is imported for this alone
+
+    refuse_used(out)
+    config = read_config(run.model)
+    folder = find_model(recipe.model) if recipe.init == "pretrained" else None
+    check_base(run, recipe, config, folder)
+    checkpoint, source = newest_checkpoint(run.checkpoints), open_source(folder, config, recipe.train.seed)
+    factors = _by_tensor(config, recipe.lora, checkpoint)
+
+    def read(name: str) -> Tensor:
+        value = source(name, None, 0, 0)
+        if name not in factors:
+            return value
+        a, b = (checkpoint.read_tensor(w, 0).float() for w in (factors[name].a, factors[name].b))
+        return (value.float() + scale(recipe.lora) * (b @ a)).to(value.dtype)
+
+    tensors = [
+        shards.Output(t.name, source(t.name, 0, 0, 1).dtype, t.shape, lambda name=t.name: read(name))
+        for w in weights(config)
+        for t in w.tensors
+    ]
+    write_model(out, run.model, tensors)
+
+
+def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[str, Factors]:
+    """Factors by the name of the matrix they are added to."""
+    found = {}
+    for entry in adapted(config, settings):
+        for tensor, factors in zip(entry.weight.tensors, entry.factors, strict=True):
+            if factors is not None:
+                checkpoint.check_shape(factors.a)
+                checkpoint.check_shape(factors.b)
+                found[tensor.name] = factors
+    return found
+
+
+def _peft_config(recipe: Recipe) -> dict[str, Any]:
+    lora = recipe.lora
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": recipe.model,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _check_config(path: Path, settings: LoraSettings) -> None:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as e:
+        raise UserError(f"cannot read the adapter: {e.strerror}", str(path)) from None
+    except ValueError as e:
+        raise UserError(f"not JSON: {e}", str(path)) from None
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise UserError("not a LoRA adapter of PEFT's", str(path))
+    for key in REFUSED:
+        if values.get(key):
+            raise UserError(f"not supported: {values[key]!r}", f"{path}: {key}")
+    if values.get("bias", "none") != "none":
+        raise UserError(f"not supported: {values['bias']!r}", f"{path}: bias")
+    for key, field in (("r", "rank"), ("lora_alpha", "alpha")):
+        if values.get(key) != getattr(settings, field):
+            raise UserError(
+                f"{values.get(key)}, the recipe's lora.{field} is {getattr(settings, field)}", f"{path}: {key}"
+            )

@@ -1,0 +1,256 @@
+"""The arithmetic of a softmax whose vocabulary comes in parts: tiles of columns, shards of tensor parallelism.
+
+Row statistics of a part, their merging, what log p, entropy and gradient are made of them. Who makes the logits, keeps
+them, or makes them again is in logprobs.py and linear_logprobs.py.
+
+Why it is built as it is: on a CPU exp2 is several times cheaper than exp, and touching fresh memory costs more than the
+arithmetic. So e^x is written 2^(x log2 e - k) with an *integer* k per row, which makes the shift one fused multiply-add
+with one rounding and every later rescaling between parts an exact power of two; rows are worked through in blocks that
+stay in the cache; and nothing of size v is allocated. The label's own numerator is kept out of the sum: with the
+others' sum alone, 1 - p and log p keep all their digits where p is nearly 1. Numbers of which there is one a row are
+fp64, which costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bft_megatron.objective import IGNORE_INDEX
+
+LOG2E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
+"""log2 e as the fp32 multiply-add uses it; LN2 is its exact counterpart, so that the rounding cancels in log p."""
+LN2 = 1.0 / LOG2E
+
+LOWEST = -1e30
+"""The largest logit of a part without columns: below every true one, and finite, so that nothing becomes NaN."""
+
+CPU_BLOCK_BYTES = 1 << 20
+"""fp32 scratch of a block of rows: about an L2 cache."""
+DEVICE_BLOCK_BYTES = 64 << 20
+"""The same on an accelerator: as much as makes the launch of a block's handful of kernels cheap."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What one pass over the vocabulary tells of the labels; the same bits on every tensor-parallel rank.
+
+    logp: [s, b] fp32, log p of the label with its gradient, 0 where there is no label.
+    correct: [s, b] bool, the label has the largest logit (ties count), False where there is no label.
+    entropy: [s, b] fp32 in nats, of the whole distribution, detached, 0 where there is no label; None where it was not
+        asked for.
+    """
+
+    logp: Tensor
+    correct: Tensor
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The targets as a part of the vocabulary sees them, n rows. `column` is 0 where the part does not `own` it."""
+
+    valid: Tensor  # [n] bool
+    owned: Tensor  # [n] bool
+    not_owned: Tensor  # [n] fp32, 0 where owned, else 1
+    column: Tensor  # [n] int64
+    columns: int  # of the part, without vocabulary padding
+
+    def tile(self, rows: slice, columns: slice) -> Labels:
+        """The same for some of the rows and some of the columns, which count from 0 again."""
+        valid, column = self.valid[rows], self.column[rows] - columns.start
+        width = columns.stop - columns.start
+        owned = self.owned[rows] & (column >= 0) & (column < width)
+        return Labels(valid, owned, (~owned).float(), torch.where(owned, column, 0), width)
+
+
+def shard_labels(label: Tensor, width: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> Labels:
+    """label [n] int64, ids in the whole vocabulary -> as this rank's `width` columns of it see them."""
+    first = width * dist.get_rank(group) if group is not None else 0
+    columns = width if vocab_size is None else max(0, min(width, vocab_size - first))
+    valid = label != IGNORE_INDEX
+    column = label - first
+    owned = valid & (column >= 0) & (column < columns)
+    return Labels(valid, owned, (~owned).float(), torch.where(owned, column, 0), columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Row statistics, [n], of a part of the vocabulary or of all of it. k = ceil(top * log2 e), y = x log2 e - k;
+    the sum of e^x is 2^k others + e^label_logit.
+    """
+
+    top: Tensor  # fp32, the largest logit
+    others: Tensor  # fp64, the sum of 2^y without the label's
+    label_logit: Tensor  # fp64, 0 where another part owns the label
+    weighted: Tensor | None  # fp64, the sum of y 2^y without the label's, for the entropy
+
+    @property
+    def shift(self) -> Tensor:
+        """k, fp64."""
+        return _shift(self.top).double()
+
+    def under(self, top: Tensor) -> Sums:
+        """The same sums with the k of a row maximum [n] that is no smaller."""
+        step = self.shift - _shift(top).double()
+        scale = step.exp2()
+        weighted = None if self.weighted is None else scale * (self.weighted + step * self.others)
+        return Sums(top, scale * self.others, self.label_logit, weighted)
+
+
+def no_sums(n: int, device: torch.device, entropy: bool) -> Sums:
+    """Those of a part without columns, each in storage of its own."""
+    others, label_logit, weighted = torch.zeros(3, n, dtype=torch.float64, device=device)
+    top = torch.full((n,), LOWEST, dtype=torch.float32, device=device)
+    return Sums(top, others, label_logit, weighted if entropy else None)
+
+
+def merge(a: Sums, b: Sums) -> Sums:
+    """The sums of two parts together."""
+    top = torch.maximum(a.top, b.top)
+    a, b = a.under(top), b.under(top)
+    weighted = None if a.weighted is None or b.weighted is None else a.weighted + b.weighted
+    return Sums(top, a.others + b.others, a.label_logit + b.label_logit, weighted)
+
+
+def merge_ranks(shard: Sums, group: dist.ProcessGroup | None) -> Sums:
+    """This shard's sums -> the whole vocabulary's.
+
+    Two all-reduces over `group`: MAX [n] fp32, SUM [2, n] fp64, with the entropy [3, n].
+    """
+    if group is None or dist.get_world_size(group) == 1:
+        return shard
+    top = shard.top.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    mine = shard.under(top)
+    parts = [mine.others, mine.label_logit] + ([] if mine.weighted is None else [mine.weighted])
+    total = torch.stack(parts)
+    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+    return Sums(top, total[0], total[1], None if mine.weighted is None else total[2])
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the whole vocabulary's sums say of each row, [n] fp32; finite, 0 or False, for rows without a label."""
+
+    logp: Tensor
+    correct: Tensor
+    entropy: Tensor | None
+    miss: Tensor  # 1 - p
+    log2_total: Tensor  # fp64, log2 of the sum of e^x, less k
+
+
+def outcome(whole: Sums, valid: Tensor) -> Outcome:
+    """The whole vocabulary's sums and which rows have a label [n] -> log p, whether it is the largest, entropy."""
+    log2_label, log2_others = whole.label_logit * LOG2E - whole.shift, whole.others.log2()
+    log_odds = (log2_others - log2_label) * LN2  # ln((1 - p) / p)
+    log2_total = torch.logaddexp2(log2_others, log2_label)
+    logp = torch.where(valid, torch.nn.functional.logsigmoid(-log_odds), 0.0).float()
+    correct = valid & (whole.label_logit >= whole.top)
+    entropy = None
+    if whole.weighted is not None:
+        mean = (whole.weighted + log2_label.exp2() * log2_label) * (-log2_total).exp2()
+        entropy = torch.where(valid, (log2_total - mean) * LN2, 0.0).float()
+    return Outcome(logp, correct, entropy, log_odds.sigmoid().float(), log2_total)
+
+
+def softmax_scale(shard: Sums, whole: Sums, log2_total: Tensor) -> Tensor:
+    """[n] fp32: what turns numerators, which are relative to the shard's own k, into the softmax."""
+    return (shard.shift - whole.shift - log2_total).exp2().float()
+
+
+def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators: bool = False) -> Sums:
+    """rows [n, columns] of logits -> their sums. With `keep_numerators` the rows (fp32) end up holding the numerators
+    2^y, the label's as 0.
+
+    Blocks in which no row has a label are not looked at; their rows get the sums of no column.
+    """
+    none = no_sums(len(rows), rows.device, entropy)
+    if not label.columns or not len(rows):
+        return none
+    top, others, weighted = none.top, torch.zeros_like(none.top), torch.zeros_like(none.top) if entropy else None
+    label_logit = torch.where(label.owned, rows.gather(1, label.column[:, None])[:, 0].double(), 0.0)
+    scratch = None if keep_numerators else _scratch(rows)
+    exponents = _scratch(rows) if entropy else None
+    for block, has_label in _blocks(rows, label.valid):
+        if has_label:
+            size = block.stop - block.start
+            x = rows[block] if scratch is None else scratch[:size].copy_(rows[block])
+            torch.amax(x, -1, out=top[block])
+            y = None if exponents is None else exponents[:size]
+            _others_(x, _shift(top[block]), label, block, y)
+            torch.sum(x, -1, out=others[block])
+            if y is not None:
+                torch.sum(y.mul_(x), -1, out=weighted[block])
+    return Sums(top, others.double(), label_logit, None if weighted is None else weighted.double())
+
+
+def gradient(
+    rows: Tensor, out: Tensor, label: Labels, shift: Tensor | None, at_others: Tensor, at_label: Tensor
+) -> None:
+    """Write the gradient [n, columns] into `out`, maybe the rows' own storage, rounded once to its dtype.
+
+    rows: logits, or, where shift is None, the numerators that `sums` left. shift [n] fp32.
+    at_others: [n] fp32, what turns a numerator into a gradient; at_label: [n] fp32, the label's gradient, 0 where not
+        owned.
+    """
+    scratch = None if out.dtype == torch.float32 else _scratch(rows)
+    for block, has_label in _blocks(rows, label.valid):
+        if not has_label:
+            out[block] = 0
+            continue
+        x = out[block] if scratch is None else scratch[: block.stop - block.start]
+        if shift is not None:
+            if x.data_ptr() != rows[block].data_ptr():
+                x.copy_(rows[block])
+            _others_(x, shift[block], label, block)
+        x.mul_(at_others[block, None]).scatter_add_(1, label.column[block, None], at_label[block, None])
+        if scratch is not None:
+            out[block] = x
+
+
+def _rows_per_block(rows: Tensor) -> int:
+    budget = CPU_BLOCK_BYTES if rows.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    return max(1, budget // (4 * rows.shape[1]))
+
+
+def _blocks(rows: Tensor, valid: Tensor) -> Iterator[tuple[slice, bool]]:
+    """Blocks of rows, each with whether any of its rows has a label.
+
+    On an accelerator every block counts as having one: to know better would wait for the device.
+    """
+    n, step = len(rows), _rows_per_block(rows)
+    starts = range(0, n, step)
+    live = [True] * len(starts)
+    if rows.device.type == "cpu":
+        padded = torch.nn.functional.pad(valid, (0, len(starts) * step - n))
+        live = padded.view(-1, step).any(1).tolist()
+    for start, has_label in zip(starts, live, strict=True):
+        yield slice(start, min(start + step, n)), has_label
+
+
+def _scratch(rows: Tensor) -> Tensor:
+    """One fp32 block, to be used by all blocks in turn."""
+    return rows.new_empty(min(len(rows), _rows_per_block(rows)), rows.shape[1], dtype=torch.float32)
+
+
+def _shift(top: Tensor) -> Tensor:
+    return (top * LOG2E).ceil()
+
+
+def _others_(x: Tensor, shift: Tensor, label: Labels, block: slice, exponents: Tensor | None = None) -> None:
+    """x [r, columns] fp32 logits of a block, shift [r] -> numerators 2^y, 0 at the label, in place.
+
+    exponents: [r, columns], gets y; bounded from below, so that y 2^y is 0 and not NaN for a logit of -inf.
+    """
+    torch.add(-shift[:, None], x, alpha=LOG2E, out=x)
+    if exponents is not None:
+        torch.clamp(x, min=LOWEST, out=exponents)
+    x.exp2_()
+    column = label.column[block, None]
+    x.scatter_(1, column, x.gather(1, column) * label.not_owned[block, None])

@@ -1,0 +1,72 @@
+"""Checks on one node before a batch job's ranks start: what would else end the job after its hours in the queue.
+
+Called through `srun`, once a node, by launch/lib.sh. No torch: it takes a second, and must not claim a GPU.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import shutil
+from pathlib import Path
+
+from bft_megatron.checks import check_world
+from bft_megatron.errors import UserError
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.weights import weights
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+from bft_megatron.rows import open_rows
+
+CHECKPOINT_BYTES = 14
+"""A parameter's in a checkpoint: bf16 weight, fp32 copy and two moments of Adam."""
+STATE_BYTES = 12
+"""A parameter's on the host while a rank's optimizer state is gathered for a save or a load."""
+
+
+def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) -> None:
+    """Check layout, rows, GPUs, disk and memory.
+
+    Args:
+        world: ranks of the job.
+        per_node: ranks on this node.
+
+    Raises:
+        FieldError, UserError: the first that is wrong, with this node's name.
+    """
+    check_world(recipe, world)
+    open_rows(recipe)
+    node, parameters = os.uname().nodename, _parameters(config)
+    gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    if recipe.device != "cpu" and gpus < per_node:
+        raise UserError(f"has {gpus} GPUs, the job has {per_node} ranks on it", node)
+    train, parallel = recipe.train, recipe.parallel
+    if recipe.lora is None:
+        need = (train.keep_last + train.keep_best + 1) * CHECKPOINT_BYTES * parameters
+        folder = _existing(RunFolder.of(recipe).root)
+        free = shutil.disk_usage(folder).free
+        if free < need:
+            raise UserError(
+                f"has {_gib(free)} free; the checkpoints to keep and one more take {_gib(need)}", str(folder)
+            )
+        state = STATE_BYTES * parameters / (parallel.tensor * parallel.pipeline) * per_node
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if memory < state:
+            raise UserError(
+                f"has {_gib(memory)} of memory; a save gathers {_gib(state)} of optimizer state on it. Raise "
+                "parallel.tensor or pipeline, or set `dist-ckpt-optim-fully-reshardable: false` under `megatron`",
+                node,
+            )
+
+
+def _parameters(config: ModelConfig) -> int:
+    return sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.0f} GiB"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=bft-8b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+# Llama 3.1 8B on one node of 8 GPUs:  sbatch launch/bft_8b.sh [KEY=VALUE ...]
+# What else can be set: bft_70b.sh, lib.sh.
+set -uo pipefail
+# The job runs a copy of this file, so the checkout is known by where sbatch was called.
+BFT_SCRIPT=${BASH_SOURCE[0]}
+: "${BFT_HOME:=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$BFT_SCRIPT")/.." && pwd)}}"
+[ -r "$BFT_HOME/launch/lib.sh" ] || { echo "call sbatch in the checkout's folder, or set BFT_HOME" >&2; exit 2; }
+# shellcheck source=launch/lib.sh
+. "$BFT_HOME/launch/lib.sh"
+main "${RECIPE:-recipes/llama31_8b.yaml}" "$@"

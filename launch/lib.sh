@@ -1,0 +1,248 @@
+# shellcheck shell=bash
+# What the launch scripts share: checks, the environment, one srun task a GPU, signals, and what happens when it ends.
+# Sourced by them, inside the job that sbatch starts, or on a login node, where they submit themselves.
+#
+# Settings (environment variables), all optional:
+#   BFT_HOME          checkout of bft-megatron; default: the folder that sbatch was called in
+#   BFT_COMMAND       how the command is called; default: bft-megatron of the checkout's .venv, or else of PATH
+#   CONTAINER_IMAGE   image for pyxis (srun --container-image); CONTAINER_MOUNTS: default, the working folder
+#   PREPARE=1         pack the data first, in a CPU job of its own (call the script itself, not through sbatch);
+#                     PREPARE_OPTIONS: sbatch options of that job, for example "--partition=cpu --time=4:00:00"
+#   MAX_REQUEUES      of one job, default 100
+#   MAX_FAILURES      in a row without a new checkpoint, default 3
+#   REQUEUE=0         never requeue: for a chain of jobs, `sbatch --dependency=singleton` several times. In a job array
+#                     (`--array=1-10%1`) it is off by itself: the next task goes on
+#   FT_LAUNCHER=1     ft_launcher of nvidia-resiliency-ext, one a node, starts the ranks; FT_OPTIONS: its own options
+#
+# Exit status: the training's (that of the first rank that failed); 75 when a cap is reached.
+
+USER_ERROR=2    # bft-megatron: the input is at fault
+BAD_STEPS=65    # bft-megatron: too many steps in a row without a finite gradient
+CAP_REACHED=75  # ours: unfinished, and not to be tried again without a person
+
+say() { echo "$(date +%T) ${SLURM_JOB_NAME:-bft}: $*" >&2; }
+die() { say "$1"; exit "${2:-$USER_ERROR}"; }
+
+# main RECIPE [sbatch options, on a login node] [KEY=VALUE ...]
+main() {
+  [ -r "$1" ] || die "cannot read the recipe $1 from $PWD"
+  if [ -z "${BFT_COMMAND:-}" ]; then
+    BFT_COMMAND=bft-megatron
+    [ ! -x "$BFT_HOME/.venv/bin/bft-megatron" ] || BFT_COMMAND=$BFT_HOME/.venv/bin/bft-megatron
+  fi
+  read -ra command <<< "$BFT_COMMAND"
+  if [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then run_job "$@"; else submit "$@"; fi
+}
+
+# On a login node: submit this script, after the job that packs the data where PREPARE asks for one.
+submit() {
+  local recipe=$1 options=() overrides=() job
+  shift
+  for word; do
+    case $word in -*) options+=("$word") ;; *) overrides+=("$word") ;; esac
+  done
+  if [ "${PREPARE:-0}" = 1 ]; then
+    local prepare=() more=()
+    compose_container
+    prepare=(srun "${container[@]}" "${command[@]}" prepare "$recipe" "${overrides[@]}")
+    read -ra more <<< "${PREPARE_OPTIONS:-}"
+    job=$(sbatch --parsable --job-name=bft-prepare --nodes=1 --ntasks=1 "${more[@]}" \
+      --wrap "$(printf '%q ' "${prepare[@]}")") || die "the data job was not accepted" 1
+    say "job ${job%%;*} prepares the data"
+    options+=("--dependency=afterok:${job%%;*}" --kill-on-invalid-dep=yes)
+  fi
+  PREPARE=0 exec sbatch "${options[@]}" "$BFT_SCRIPT" ${BFT_TAKES_RECIPE:+"$recipe"} "${overrides[@]}"
+}
+
+# Inside the job.
+run_job() {
+  [ "${PREPARE:-0}" = 0 ] || die "with PREPARE=1 call launch/*.sh itself, not through sbatch: the data job comes first"
+  step='' asked=0 cancelled=0
+  # The time limit is near: to this script alone (--signal=B:USR1). A signal that came before srun's tasks were there is
+  # lost, so it is sent again until they end; they save once.
+  trap 'asked=1; tell_ranks' USR1
+  # To ranks and this script: a person (scancel), or the time limit itself. Preemption's TERM goes to the ranks alone.
+  trap 'cancelled=1' TERM
+  tasks=${SLURM_NTASKS_PER_NODE:?ask for --ntasks-per-node, as many as a node has GPUs}
+  attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  set_environment
+  compose_container
+  preflight "$@"
+  if [ -e "$RUN/done" ]; then
+    say "$RUN is done"
+    exit 0
+  fi
+  [ "$cancelled" = 0 ] || exit 143
+  [ "$asked" = 0 ] || go_on "asked to stop before the ranks started"
+  compose_step "$@"
+  say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST, $SLURM_NTASKS ranks: $RUN"
+  "${srun_line[@]}" &
+  step=$!
+  [ "$asked" = 0 ] || tell_ranks
+  # `wait` ends early at every signal; bash remembers the status of a process that has ended.
+  while wait "$step"; kill -0 "$step" 2> /dev/null; do :; done
+  wait "$step"
+  status=$?
+  [ -z "${teller:-}" ] || kill "$teller" 2> /dev/null
+  conclude
+}
+
+tell_ranks() {
+  if [ -z "$step" ] || [ -n "${teller:-}" ]; then return; fi
+  (
+    trap - USR1 TERM
+    while kill -USR1 "$step" 2> /dev/null; do sleep 20; done
+  ) &
+  teller=$!
+}
+
+# After the ranks: done, go on, or give up.
+conclude() {
+  local who=srun
+  # srun's status is the largest of all tasks', those that it ended itself included: the first failure's is in a file.
+  if [ -s "$RUN/launch/$attempt" ]; then read -r status who < "$RUN/launch/$attempt"; fi
+  if [ "$status" = 0 ]; then
+    [ ! -e "$RUN/done" ] || exit 0
+    [ -e "$RUN/unfinished" ] || die "the ranks ended well and left neither $RUN/done nor $RUN/unfinished" 1
+    [ "$cancelled" = 0 ] || die "cancelled: saved; submit again to go on" 0
+    go_on "$(head -n 1 "$RUN/unfinished")"
+  fi
+  say "$who ended with status $status; $RUN/logs holds what each rank printed"
+  [ "$cancelled" = 0 ] || exit "$status"
+  case $status in
+    "$USER_ERROR" | "$BAD_STEPS")
+      # The rest of an array would meet the same.
+      [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
+      die "not tried again: starting anew would meet the same" "$status"
+      ;;
+  esac
+  count_failure
+  go_on "status $status" "$status"
+}
+
+# Failures in a row that brought no new checkpoint, over the restarts of this job.
+count_failure() {
+  local newest failures=0 before='' file=$RUN/launch/failures.$SLURM_JOB_ID
+  newest=$(cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2> /dev/null || echo none)
+  [ ! -s "$file" ] || read -r before failures < "$file"
+  [ "$before" = "$newest" ] || failures=0
+  failures=$((failures + 1))
+  echo "$newest $failures" > "$file"
+  [ $failures -lt "${MAX_FAILURES:-3}" ] || die "failed $failures times without a new checkpoint" $CAP_REACHED
+}
+
+# go_on WHY [STATUS]: the same job again, unless a chain of jobs does that.
+go_on() {
+  if [ "${REQUEUE:-1}" = 0 ] || [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+    die "unfinished ($1): left to the next job of the chain" "${2:-0}"
+  fi
+  [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_REQUEUES:-100}" ] ||
+    die "unfinished ($1) after ${SLURM_RESTART_COUNT:-0} requeues" $CAP_REACHED
+  say "unfinished ($1): requeue"
+  scontrol requeue "$SLURM_JOB_ID" || die "requeue refused; sites without it: sbatch --array=1-10%1" $CAP_REACHED
+  sleep 300 &  # until Slurm ends this script
+  wait $!
+  exit $CAP_REACHED
+}
+
+# Checks on every node, in the container where there is one; sets RUN, the folder of the run.
+preflight() {
+  local line status=0
+  line=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${container[@]}" \
+    "${command[@]}" preflight --world "$SLURM_NTASKS" --per-node "$tasks" "$@") || status=$?
+  case $status in
+    0) ;;
+    137 | 143) [ "$cancelled" = 1 ] || go_on "stopped before the ranks started" ;;&  # preempted
+    *) die "not started, by the checks above" "$status" ;;
+  esac
+  RUN=$(sed -n 's/^run: //p' <<< "$line")
+  mkdir -p "$RUN/launch" || die "cannot write to $RUN"
+}
+
+# Flags of srun for pyxis.
+compose_container() {
+  container=()
+  [ -n "${CONTAINER_IMAGE:-}" ] || return 0
+  container=(
+    "--container-image=$CONTAINER_IMAGE"
+    "--container-mounts=${CONTAINER_MOUNTS:-$PWD:$PWD}"  # the same path inside: recipe, data and output are found
+    "--container-workdir=$PWD"
+    --no-container-mount-home  # else packages of ~/.local come before the image's own
+  )
+}
+
+# srun_line: the command that starts the ranks.
+compose_step() {
+  local count=$SLURM_NTASKS each=$tasks
+  if [ "${FT_LAUNCHER:-0}" = 1 ]; then count=$SLURM_JOB_NUM_NODES each=1; fi
+  srun_line=(
+    srun
+    "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$count" "--ntasks-per-node=$each"
+    # All cores of the node, shared out evenly, unbound within the step: data workers and NCCL's threads need some too.
+    "--cpus-per-task=$((SLURM_CPUS_ON_NODE / each > 0 ? SLURM_CPUS_ON_NODE / each : 1))" --cpu-bind=none
+    --kill-on-bad-exit=1  # else the others wait for a lost rank until their collective times out
+    --wait=300            # and for one that never ends
+    "${container[@]}"
+    bash -c "$RANK_SCRIPT" rank "$RUN/launch/$attempt"
+  )
+  if [ "${FT_LAUNCHER:-0}" = 1 ]; then
+    local more=()
+    read -ra more <<< "${FT_OPTIONS:-}"
+    srun_line+=(
+      ft_launcher "--nnodes=$SLURM_JOB_NUM_NODES" "--nproc-per-node=$tasks" --rdzv-backend=c10d
+      "--rdzv-endpoint=$MASTER_ADDR:$MASTER_PORT" "${more[@]}" -m bft_megatron train "$@"
+    )
+  else
+    srun_line+=("${command[@]}" train "$@")
+  fi
+}
+
+# A task of srun: FILE COMMAND.... Megatron and torch read RANK and its like, not Slurm's variables. Slurm signals every
+# process of the step, so this shell ignores what the rank answers; the rank starts with the signals held back until it
+# listens, as `bft_megatron.checkpoint.signals` does before it imports anything. The first failure's status is kept.
+# shellcheck disable=SC2016  # expanded by the task's own shell
+RANK_SCRIPT='
+trap "" USR1 TERM
+set -C
+file=$1
+shift
+if [ "$1" != ft_launcher ]; then
+  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
+  export LOCAL_WORLD_SIZE=${SLURM_STEP_TASKS_PER_NODE%%[(,]*}
+fi
+env --default-signal=USR1,TERM --block-signal=USR1,TERM "$@"
+status=$?
+[ $status = 0 ] || echo "$status rank ${RANK:-s} on $(uname -n)" > "$file"
+exit $status'
+
+set_environment() {
+  # Where the ranks find each other. The port follows the job, so that two jobs on a node do not meet.
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+  export MASTER_ADDR MASTER_PORT
+  # One queue into the GPU: kernels start in the order of their launch, which overlapped communication relies on.
+  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+  # Packed rows change shapes; segments that grow fragment less, and our layouts fill most of 80 GB.
+  export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+  # Tensors in flight are kept by reference, not by stream: memory is free again as soon as they are not used.
+  export TORCH_NCCL_AVOID_RECORD_STREAMS=${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}
+  # NVLink SHARP takes GPU memory for each communicator; off leaves it to activations.
+  export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+  # The layer norms leave some of the GPU's processors to NCCL, or overlapped communication waits for them.
+  export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-16}
+  export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
+  # When a collective times out, each rank writes which ones it was in.
+  export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
+  export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+  # 64 ranks do not ask the hub; weights come from a folder or the cache (`hf download` before the job).
+  export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+  # Tokenizer threads and forked data workers do not go together.
+  export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+  # Compiled kernels on the node's own disk: thousands of small files, written by every rank at once.
+  export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$SLURM_JOB_ID}
+  export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor-$SLURM_JOB_ID}
+  # A rank's share of a node's cores is not all of them.
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
+  # What is printed is in the log at once, also of a rank that is killed.
+  export PYTHONUNBUFFERED=1
+}

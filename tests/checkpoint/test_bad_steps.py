@@ -1,0 +1,89 @@
+"""A step whose gradient is not finite changes nothing but the counters, and too many of them end the run with 65."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bft_megatron import recipe, rows, train
+from bft_megatron.data.dataset import training_rows
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+from bft_megatron.terminal import output_to
+from tests.checkpoint.runs import assert_same_tensors
+from tests.layouts.runs import MODEL, RECIPE, read_metrics
+from tests.test_cli import command
+from tests.world import run_world
+
+STEPS, BATCH = 5, 4
+
+
+def _overrides(tmp_path: Path, poisoned: set[int]) -> list[str]:
+    """Of a run over twenty rows, once, with these poisoned."""
+    lines = [json.loads(line) for line in (MODEL / "train.jsonl").read_text().splitlines()[: STEPS * BATCH]]
+    marked = [json.dumps(line | {"weight": 100.0 if i in poisoned else 1.0}) for i, line in enumerate(lines)]
+    (tmp_path / "data.jsonl").write_text("\n".join(marked) + "\n")
+    return [
+        *(f"model={MODEL}", f"data.train={tmp_path / 'data.jsonl'}", "data.valid=null", "data.packing=false"),
+        *("objective.name=tests.checkpoint.fragile:record", "train.save_every=1", f"output={tmp_path / 'run'}"),
+        *(f"train.iterations={STEPS}", f"train.global_batch_size={BATCH}", "train.lr=1e-3", "train.min_lr=0"),
+        "train.warmup_iterations=0",
+    ]
+
+
+def _prepared(made: Recipe) -> rows.RunRows:
+    return rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
+
+
+def _rows_of(tmp_path: Path, *steps: int) -> set[int]:
+    """The rows of these steps: of the same data without poison, in a run of its own."""
+    made = recipe.load(RECIPE, [*_overrides(tmp_path, set()), f"output={tmp_path / 'clean'}"])
+    of = train.rows_of_step(made, _prepared(made))
+    return {row for step in steps for row in of(step)}
+
+
+def _train(made: Recipe, prepared: rows.RunRows) -> None:
+    with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
+        train.run(made, read_config(MODEL), MODEL, prepared, console)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_bad_sample_skips_its_step_on_every_rank_and_nothing_else(tmp_path: Path, precision: str):
+    bad = 3
+    (poisoned, *_) = _rows_of(tmp_path, bad)
+    layout = ["parallel.tensor=2", "parallel.pipeline=2", f"train.precision={precision}", "train.keep_last=9"]
+    made = recipe.load(RECIPE, [*_overrides(tmp_path, {poisoned}), *layout])
+    prepared, folder = _prepared(made), RunFolder.of(made)
+    run_world(4, _train, made, prepared, megatron=True)
+
+    lines, _ = read_metrics(folder.metrics)
+    assert [line.get("skipped", False) for line in lines] == [step == bad for step in range(1, STEPS + 1)]
+    assert set(lines[bad - 1]["rows"]) == _rows_of(tmp_path, bad)
+    assert_same_tensors(folder.checkpoint(bad), folder.checkpoint(bad - 1))
+    # The schedule waits (a line has the rate of the step after it), the data do not.
+    assert lines[bad - 1]["lr"] == lines[bad - 2]["lr"] > lines[bad]["lr"]
+    data = training_rows(prepared.train, seed=made.train.seed, limit=STEPS * BATCH)
+    supervised = [sum(int((data[p]["labels"] >= 0).sum()) for p in range(s * BATCH, (s + 1) * BATCH)) for s in range(5)]
+    assert [line["tokens"] for line in lines] == supervised
+    with pytest.raises(AssertionError):  # and the step after it is one
+        assert_same_tensors(folder.checkpoint(bad + 1), folder.checkpoint(bad))
+
+
+def test_too_many_in_a_row_end_with_65_and_leave_the_last_good_checkpoint(tmp_path: Path):
+    poisoned = _rows_of(tmp_path, 3, 4)
+    words = [*_overrides(tmp_path, poisoned), "train.max_skipped=2", "train.keep_last=1"]
+    done = command("train", RECIPE, *words)
+    assert done.returncode == 65, done.stdout + done.stderr
+    said = [line for line in done.stdout.splitlines() if "skipped" in line or "BadSteps" in line]
+    assert said[0].startswith("step     3/5  skipped: the gradient was not finite; rows ")
+    assert len(said) == 3
+    assert "rank 0: BadSteps: the gradient of 2 steps in a row was not finite" in said[2]
+    assert "next start: from the checkpoint of step 3; command: bft-megatron train" in said[2]
+    folder = RunFolder(tmp_path / "run")
+    assert sorted(folder.iterations()) == [2, 3]
+    assert_same_tensors(folder.checkpoint(3), folder.checkpoint(2))
+    assert (folder.root / "unfinished").read_text() == "running\n"

@@ -1,0 +1,174 @@
+"""Every damage to a checkpoint is found, and the run goes on from the newest one that is whole."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint import FileSystemReader
+
+from bft_megatron.checkpoint import integrity
+from bft_megatron.checkpoint.recovery import newest_whole
+from bft_megatron.errors import UserError
+from bft_megatron.output import RunFolder
+from tests.checkpoint.runs import Run, assert_same_tensors
+from tests.layouts.runs import read_metrics
+from tests.world import run_world
+
+
+def _shard(checkpoint: Path) -> Path:
+    return checkpoint / "__0_0.distcp"
+
+
+def _flip_in_a_tensor(checkpoint: Path) -> None:
+    """Eight bytes in the middle of the largest record's data: Megatron loads this without a word."""
+    largest = max(FileSystemReader(checkpoint).read_metadata().storage_data.values(), key=lambda info: info.length)
+    with (checkpoint / largest.relative_path).open("r+b") as file:
+        _flip(file, largest.offset + largest.length // 2)
+
+
+def _flip(file: io.BufferedRandom, at: int) -> None:
+    file.seek(at)
+    data = file.read(8)
+    file.seek(at)
+    file.write(bytes(b ^ 0xFF for b in data))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flip_in_metadata(checkpoint: Path) -> None:
+    """In the name of a tensor: it unpickles."""
+    data = (checkpoint / ".metadata").read_bytes()
+    (checkpoint / ".metadata").write_bytes(data.replace(b"decoder.final_layernorm", b"decoder.fiNAl_layernorm"))
+
+
+DAMAGES: list[tuple[Callable[[Path], object], str]] = [
+    (_flip_in_a_tensor, "does not match its CRC-32"),
+    (lambda c: _cut(_shard(c)), "bytes, should be"),
+    (lambda c: _shard(c).unlink(), "No such file"),
+    (lambda c: _shard(c).write_bytes(bytes(_shard(c).stat().st_size)), "not a zip file"),
+    (lambda c: _cut(c / ".metadata"), "CRC-32"),
+    (_flip_in_metadata, "CRC-32"),
+    (lambda c: (c / ".metadata").unlink(), "FileNotFoundError"),
+    (lambda c: (c / "metadata.json").write_text(""), "JSONDecodeError"),
+]
+
+
+@pytest.fixture
+def folder(undisturbed: Path, tmp_path: Path) -> RunFolder:
+    """A copy with checkpoints 2, 4, 6."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+def test_an_undamaged_checkpoint_is_whole_whoever_reads_which_share(folder: RunFolder):
+    assert [integrity.damage(folder.checkpoint(6), rank, 3) for rank in range(3)] == [None] * 3
+
+
+@pytest.mark.parametrize(("harm", "said"), DAMAGES)
+def test_each_damage_is_found_by_one_of_the_ranks_and_named(
+    folder: RunFolder, harm: Callable[[Path], object], said: str
+):
+    harm(folder.checkpoint(6))
+    found = [integrity.damage(folder.checkpoint(6), rank, 3) for rank in range(3)]
+    assert any(said in fault for fault in found if fault), found
+
+
+def test_a_flip_anywhere_in_a_records_data_is_found(folder: RunFolder):
+    """Of every tenth record, in the data of its largest member."""
+    checkpoint = folder.checkpoint(6)
+    for info in list(FileSystemReader(checkpoint).read_metadata().storage_data.values())[::10]:
+        path = checkpoint / info.relative_path
+        before = path.read_bytes()
+        record = before[info.offset : info.offset + info.length]
+        with zipfile.ZipFile(io.BytesIO(record)) as archive:
+            data = archive.read(max(archive.infolist(), key=lambda member: member.file_size))
+        with path.open("r+b") as file:
+            _flip(file, info.offset + record.index(data))
+        assert "CRC-32" in str(integrity.damage(checkpoint))
+        path.write_bytes(before)
+    assert integrity.damage(checkpoint) is None
+
+
+def _choose(root: Path) -> int | str:
+    with (root / f"console-{_rank()}").open("w") as console:
+        try:
+            return newest_whole(RunFolder(root), console)
+        except UserError as e:
+            return str(e)
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def _names(folder: RunFolder) -> set[str]:
+    return {path.name for path in folder.checkpoints.iterdir() if path.is_dir()}
+
+
+def test_falls_back_over_two_damaged_ones_and_an_empty_tracker(folder: RunFolder):
+    _flip_in_a_tensor(folder.checkpoint(6))
+    _shard(folder.checkpoint(4)).unlink()
+    folder.tracker.write_text("")
+    assert run_world(2, _choose, folder.root, megatron=True) == [2, 2]
+    assert _names(folder) == {"iter_0000002", "damaged_iter_0000004", "damaged_iter_0000006"}
+    assert folder.tracker.read_text() == "2"
+    said = (folder.root / "console-0").read_text()
+    assert "checkpoint of step 6 is damaged (" in said
+    assert "renamed to damaged_iter_0000004, using step 2" in said
+    assert (folder.root / "console-1").read_text() == ""
+
+
+def test_a_missing_tracker_and_one_that_lags_behind_are_mended(folder: RunFolder):
+    for write in (folder.tracker.unlink, lambda: folder.tracker.write_text("4")):
+        write()
+        assert run_world(2, _choose, folder.root, megatron=True) == [6, 6]
+        assert folder.tracker.read_text() == "6"
+
+
+def test_what_an_unfinished_save_left_is_removed_not_kept_as_damaged(folder: RunFolder):
+    (folder.checkpoint(6) / "metadata.json").unlink()
+    folder.tracker.write_text("4")
+    assert run_world(2, _choose, folder.root, megatron=True) == [4, 4]
+    assert _names(folder) == {"iter_0000002", "iter_0000004"}
+
+
+def test_with_no_whole_one_left_it_refuses_and_touches_nothing(folder: RunFolder):
+    for iteration in (2, 4, 6):
+        _cut(_shard(folder.checkpoint(iteration)))
+    before = _names(folder)
+    for message in run_world(2, _choose, folder.root, megatron=True):
+        assert "holds no whole checkpoint (step 6: __0_0.distcp:" in message
+        assert "remove this folder to train from the start" in message
+    assert _names(folder) == before
+    shutil.rmtree(folder.checkpoints)
+    folder.checkpoints.mkdir()
+    folder.write_tracker(6)
+    assert all("the folders are gone" in message for message in run_world(2, _choose, folder.root, megatron=True))
+
+
+def test_a_first_save_that_was_cut_short_means_starting_from_the_beginning(folder: RunFolder):
+    for iteration in (2, 4):
+        shutil.rmtree(folder.checkpoint(iteration))
+    (folder.checkpoint(6) / "metadata.json").unlink()
+    folder.tracker.unlink()
+    assert run_world(2, _choose, folder.root, megatron=True) == [0, 0]
+    assert _names(folder) == set()
+
+
+def test_a_run_with_damage_goes_on_to_the_same_end(folder: RunFolder, undisturbed: Path):
+    _flip_in_a_tensor(folder.checkpoint(6))
+    (folder.root / "done").unlink()
+    with Run(folder.root, "train.save_every=2", "train.keep_last=3") as run:
+        assert run.end() == 0, run.said
+    assert "6 steps from step 4" in run.said
+    assert read_metrics(folder.metrics) == read_metrics(undisturbed / "metrics.jsonl")
+    assert_same_tensors(folder.checkpoint(6), RunFolder(undisturbed).checkpoint(6))

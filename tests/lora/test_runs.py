@@ -1,0 +1,64 @@
+"""Runs with adapters: the same numbers on every layout, only the adapters saved, merged as B A by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.load import _Random
+from bft_megatron.lora.peft import export_adapter, export_merged
+from bft_megatron.output import RunFolder
+from tests.layouts.runs import MODEL, read_metrics
+from tests.test_cli import command
+
+LAYOUTS = {"one": [], "two": ["parallel.tensor=2", "parallel.pipeline=2"]}
+LORA = "lora={rank: 4, alpha: 8}"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    folder = tmp_path_factory.mktemp("lora")
+    for name, layout in LAYOUTS.items():
+        steps = ["train.iterations=3", "train.lr=1e-2", LORA, f"output={folder / name}"]
+        done = command("train", "recipes/tiny.yaml", *steps, *layout)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return {name: RunFolder(folder / name) for name in LAYOUTS}
+
+
+def test_the_same_numbers_under_tensor_pipeline_and_sequence_parallelism(runs: dict[str, RunFolder]):
+    one, two = (read_metrics(runs[name].metrics)[0] for name in LAYOUTS)
+    for expected, line in zip(one, two, strict=True):
+        assert line == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_checkpoint_holds_the_adapters_alone(runs: dict[str, RunFolder]):
+    reader = dcp.FileSystemReader(runs["two"].checkpoints / "iter_0000003")
+    stored = [k for k, v in reader.read_metadata().state_dict_metadata.items() if hasattr(v, "size")]
+    assert stored
+    assert all("adapter" in name or "lora" in name for name in stored)
+
+
+def test_merging_adds_b_times_a(runs: dict[str, RunFolder], tmp_path: Path):
+    from bft_megatron import recipe
+
+    made = recipe.load(runs["two"].config)
+    export_adapter(runs["two"], made, tmp_path / "adapter")
+    export_merged(runs["two"], made, tmp_path / "merged")
+    adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    base = _Random(read_config(MODEL), made.train.seed)
+    for name, value in merged.items():
+        prefix = "base_model.model." + name.removesuffix(".weight")
+        expected = base(name, None, 0, 0)
+        if f"{prefix}.lora_A.weight" in adapter:
+            a, b = adapter[f"{prefix}.lora_A.weight"], adapter[f"{prefix}.lora_B.weight"]
+            assert b.abs().max() > 0
+            expected = expected + 2 * b @ a
+        torch.testing.assert_close(value, expected)

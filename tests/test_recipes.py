@@ -1,0 +1,123 @@
+"""Every shipped recipe is accepted by our checks and by Megatron, at its model's real sizes and its number of GPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bft_megatron import checks, recipe, train
+from bft_megatron.arguments import check_passed_through, megatron_arguments
+from bft_megatron.hf.architectures import ModelConfig, megatron_flags, read_config
+from tests.world import run_world
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+QWEN25 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+}
+QWEN3 = QWEN25 | {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "max_position_embeddings": 40960}
+
+
+def size(layers: int, hidden: int, heads: int, ffn: int, **more: int) -> dict[str, int]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        **more,
+    }
+
+
+# recipe -> (GPUs that its first lines name, the model's own config.json)
+SHIPPED = {
+    "llama31_8b": (8, LLAMA | size(32, 4096, 32, 14336)),
+    "llama31_70b": (64, LLAMA | size(80, 8192, 64, 28672)),
+    "llama31_405b": (128, LLAMA | size(126, 16384, 128, 53248)),
+    "qwen25_7b": (8, QWEN25 | size(28, 3584, 28, 18944, num_key_value_heads=4)),
+    "qwen25_32b": (16, QWEN25 | size(64, 5120, 40, 27648, num_key_value_heads=8)),
+    "qwen3_8b": (8, QWEN3 | size(36, 4096, 32, 12288, num_key_value_heads=8, head_dim=128)),
+}
+
+# What the recipes' comments propose for another number of GPUs.
+VARIANTS = {
+    "llama31_70b on 4 nodes": (
+        "llama31_70b",
+        32,
+        ["data.seq_length=4096", "parallel.context=1", "megatron.grad-reduce-in-bf16=true"],
+    ),
+    "llama31_8b with fp32 gradients": (
+        "llama31_8b",
+        8,
+        ["parallel.tensor=2", "megatron.grad-reduce-in-bf16=false"],
+    ),
+    "llama31_8b with the optimizer in host memory": (
+        "llama31_8b",
+        8,
+        ["megatron.optimizer-cpu-offload=true", "megatron.use-precision-aware-optimizer=true"],
+    ),
+    "llama31_70b with recompute": ("llama31_70b", 64, ["megatron.recompute-granularity=selective"]),
+    "llama31_405b on 32 nodes": ("llama31_405b", 256, []),
+    "qwen3_8b on 4": ("qwen3_8b", 4, []),
+    "qwen3_8b at 32k": (
+        "qwen3_8b",
+        8,
+        ["data.seq_length=32768", "parallel.context=2", "train.global_batch_size=8"],
+    ),
+}
+CASES = {name: (name, gpus, []) for name, (gpus, _) in SHIPPED.items()} | VARIANTS
+
+
+def test_every_recipe_is_tried():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == SHIPPED.keys() | {"tiny", "cpu_demo"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recipe(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Our checks and Megatron's own parser and validation, as rank 0 of the real world, accept it."""
+    name, gpus, overrides = CASES[case]
+    (tmp_path / "config.json").write_text(json.dumps(SHIPPED[name][1]))
+    config = read_config(tmp_path)
+    made = recipe.load(RECIPES / f"{name}.yaml", [*overrides, f"output={tmp_path}"])
+    checks.check_recipe(made, config)
+    checks.check_world(made, gpus)
+    [seen] = run_world(1, accepted, made, config, gpus)
+    one_copy = checks.model_parallel_size(made)
+    assert seen["data_parallel_size"] == gpus // one_copy
+    assert seen["grad_reduce_in_bf16"] == bool(made.megatron.get("grad-reduce-in-bf16"))
+    assert seen["accumulate_allreduce_grads_in_fp32"] != seen["grad_reduce_in_bf16"]
+    assert seen["sequence_parallel"] == (made.parallel.tensor > 1)
+    assert seen["overlap_grad_reduce"]
+    assert seen["overlap_param_gather"]
+    assert seen["bf16"]
+
+
+def accepted(made: recipe.Recipe, config: ModelConfig, gpus: int) -> dict[str, object]:
+    """In a process of its own: Megatron's arguments are global."""
+    os.environ["WORLD_SIZE"] = str(gpus)
+    torch.cuda.get_device_properties = lambda _: SimpleNamespace(major=9)  # the one thing that is asked of the hardware
+    check_passed_through(made)
+    flags = megatron_arguments(made, megatron_flags(config), train.GPU_FLAGS, 100, (0, 0))
+    return vars(train.parse(flags))

@@ -76,6 +76,29 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     _prepare(recipe_file, overrides, recipe, config, model_folder)
 
 
+@app.command()
+def inspect(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option(help="Which row, from 0.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page instead.")] = None,
+) -> None:
+    """Show a row of the training data as it will be trained: its samples' text, and which of it is learned."""
+    recipe, config, model_folder = read(recipe_file, overrides or [])
+    prepared = _prepare(recipe_file, overrides, recipe, config, model_folder).train
+    from bft_megatron.data import inspect, page, tokenizers
+
+    shown = inspect.read(prepared, recipe.data.train, tokenizers.load(model_folder), row)
+    if html is None:
+        inspect.print_row(shown, Console())
+        return
+    try:
+        html.write_text(page.page(shown), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot write the page: {e.strerror}", str(html)) from None
+    print(f"wrote {html}")
+
+
 @app.command(hidden=True)
 def preflight(
     recipe_file: RecipeFile,

@@ -1,0 +1,187 @@
+"""One row as it will be trained: the text of its samples, and which of it is learned. The page of it is in `page`.
+
+The text is decoded from the row's own token ids, span by span, and never taken from the source: what is shown is what
+the model reads.
+"""
+
+from __future__ import annotations
+
+import os.path
+import unicodedata
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from datasets import Dataset as Table
+from rich.console import Console
+from rich.text import Text
+
+from bft_megatron.data.packing import padded
+from bft_megatron.data.prepare import Prepared
+from bft_megatron.data.tokenizers import ChatTokenizer
+from bft_megatron.errors import UserError
+
+_HARMLESS = "\n\t\u200c\u200d"  # the last two join and part the letters and emoji round them
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of a sample that are alike.
+
+    Attributes:
+        text: as decoded; bytes that are no whole character are shown as U+FFFD.
+        tokens: how many.
+        learned: whether they are labels.
+        control: whether they are control tokens, not text that spells one.
+    """
+
+    text: str
+    tokens: int
+    learned: bool
+    control: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample in its row.
+
+    Attributes:
+        where: its source's file and line.
+        weight: its weight in the data.
+        start: its first place in the row.
+        tokens: its places, padding not among them; the last label is one token more.
+        supervised: its labels that are learned.
+        padding: places after it that hold no token.
+        spans: its text.
+    """
+
+    where: str
+    weight: float
+    start: int
+    tokens: int
+    supervised: int
+    padding: int
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row.
+
+    Attributes:
+        number: from 0.
+        rows: of one epoch.
+        places: tokens of a row.
+        samples: in their order in the row.
+    """
+
+    number: int
+    rows: int
+    places: int
+    samples: list[Sample]
+
+    def summary(self) -> str:
+        """What the row holds, in a line."""
+        tokens = sum(sample.tokens for sample in self.samples)
+        supervised = sum(sample.supervised for sample in self.samples)
+        return (
+            f"row {self.number} of {self.rows:,} (from 0): {_count(len(self.samples), 'sample')}, {tokens:,} of "
+            f"{self.places:,} places full ({tokens / self.places:.1%}), {supervised:,} labels learned "
+            f"({supervised / tokens:.1%})"
+        )
+
+
+def read(prepared: Prepared, source: str, tokenizer: ChatTokenizer, number: int) -> Row:
+    """A row of a prepared source.
+
+    Args:
+        source: the file that it was prepared from.
+        tokenizer: that it was prepared with.
+        number: from 0.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    if not 0 <= number < prepared.rows:
+        raise UserError(f"there are the rows 0 to {prepared.rows - 1}", f"--row {number}")
+    members = Table.from_file(str(prepared.folder / "rows.arrow"))[number]["samples"]
+    columns = Table.from_file(str(prepared.folder / "samples.arrow")).with_format("numpy")[members]
+    samples, start = [], 0
+    for ids, learned, weight, line in zip(*(columns[n] for n in ("tokens", "learned", "weight", "line")), strict=True):
+        tokens = len(ids) - 1
+        size = padded(tokens, prepared.pad_multiple) if prepared.packing else prepared.seq_length
+        labels = np.append(False, learned[1:])  # the first token is no token's label
+        spans = decode(ids.tolist(), labels.tolist(), tokenizer)
+        where = f"{os.path.relpath(source)}:{line}"
+        samples.append(Sample(where, float(weight), start, tokens, int(labels.sum()), size - tokens, spans))
+        start += size
+    return Row(number, prepared.rows, prepared.seq_length, samples)
+
+
+def decode(ids: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> list[Span]:
+    """A sample's tokens as text in spans; joined, the spans are the text of the whole.
+
+    A character whose bytes lie in two spans is shown in the second. Decoding the spans one by one would lose it, and
+    with some tokenizers the spaces between them too: so the text of a span is what the whole gains by it.
+    """
+    control = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    kinds = [(is_learned, token in control) for token, is_learned in zip(ids, learned, strict=True)]
+    whole = tokenizer.backend.decode(ids, skip_special_tokens=False)
+    spans, done, at = [], 0, 0
+    for (is_learned, is_control), group in groupby(kinds):
+        tokens = len(list(group))
+        done += tokens
+        text = tokenizer.backend.decode(ids[:done], skip_special_tokens=False)
+        end = len(text if whole.startswith(text) else text.rstrip("\ufffd"))
+        spans.append(Span(whole[at:end], tokens, is_learned, is_control))
+        at = max(at, end)
+    return spans
+
+
+def visible(text: str) -> str:
+    """Text with control and format characters spelled out, so that a terminal or a browser shows, not obeys, them."""
+    return "".join(c if c in _HARMLESS or unicodedata.category(c) not in ("Cc", "Cf") else _spelled(c) for c in text)
+
+
+def print_row(row: Row, console: Console) -> None:
+    """The row for a terminal: what is learned in green, the rest dim; between ⟦ and ⟧ where there are no colours."""
+    bare = console.color_system is None or console.no_color
+    legend = [("learned", True, False), (" not learned ", False, False), ("control token", False, True)]
+    console.print(row.summary(), soft_wrap=True, highlight=False)
+    console.print(_coloured([Span(text, 0, learned, control) for text, learned, control in legend], bare))
+    for sample in row.samples:
+        console.print(f"\n── {heading(sample)}", style="bold", soft_wrap=True, highlight=False, markup=False)
+        console.print(_coloured(sample.spans, bare), soft_wrap=True)
+    left = row.places - sum(sample.tokens + sample.padding for sample in row.samples)
+    if left:
+        console.print(f"\n── {left:,} places empty", style="bold", highlight=False)
+
+
+def heading(sample: Sample) -> str:
+    """Where a sample is from and what it counts, in a line."""
+    padding = f", {sample.padding:,} of padding" if sample.padding else ""
+    return (
+        f"{sample.where}  places {sample.start:,} to {sample.start + sample.tokens - 1:,}: "
+        f"{_count(sample.tokens, 'token')}, {sample.supervised:,} learned{padding}, weight {sample.weight:g}"
+    )
+
+
+def _coloured(spans: list[Span], bare: bool) -> Text:
+    text = Text()
+    for learned, group in groupby(spans, lambda span: span.learned):
+        text.append("⟦" if bare and learned else "")
+        for span in group:
+            style = "bold green" if learned else "dim"
+            text.append(visible(span.text), f"{style} underline" if span.control else style)
+        text.append("⟧" if bare and learned else "")
+    return text
+
+
+def _spelled(character: str) -> str:
+    """ESC as ␛, U+202E as <U+202E>."""
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else f"<U+{code:04X}>"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -153,6 +153,29 @@ def generate(
     print(generate(folder, prompt, max_new_tokens))
 
 
+@app.command("from-llamafactory")
+def from_llamafactory(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What `llamafactory-cli train` takes.")],
+    recipe_file: Annotated[Path | None, typer.Argument(metavar="[OUT.yaml]", help="Recipe to write.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="On how many the config runs; its batch counts them.")] = None,
+) -> None:
+    """Write the recipe that does what a LLaMA-Factory SFT config does, and name what it could not carry over."""
+    from bft_megatron.llamafactory import convert, print_table, recipe_text
+
+    conversion = convert(config, gpus)
+    text = recipe_text(conversion)
+    print_table(conversion, Console(stderr=recipe_file is None))
+    if recipe_file is None:
+        print(text, end="")
+        return
+    try:
+        with recipe_file.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as e:
+        raise UserError(f"cannot write the recipe: {e.strerror}", str(recipe_file)) from None
+    print(f"wrote {recipe_file}")
+
+
 def read(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig, Path]:
     """Read and check a recipe -> recipe, its model's configuration, the model's folder.
 

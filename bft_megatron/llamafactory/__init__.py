@@ -1,0 +1,11 @@
+"""`from-llamafactory`: a LLaMA-Factory SFT config as the recipe that does the same, and what of it has no counterpart.
+
+`config` reads the file, `conversion` collects what becomes of its fields, `model`, `data`, `training` and `layout` each
+carry over the fields of one concern, `other` names those that have no counterpart, `report` writes recipe and table.
+"""
+
+from bft_megatron.llamafactory.conversion import Conversion
+from bft_megatron.llamafactory.convert import convert
+from bft_megatron.llamafactory.report import print_table, recipe_text
+
+__all__ = ["Conversion", "convert", "print_table", "recipe_text"]

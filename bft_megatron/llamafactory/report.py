@@ -1,0 +1,65 @@
+"""A conversion as the recipe's YAML, and as the table that shows both sides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from bft_megatron.llamafactory.conversion import Conversion, Lost
+
+_ORDER = ("model", "init", "lora", "objective", "data", "parallel", "train", "megatron", "output")
+
+
+def recipe_text(conversion: Conversion) -> str:
+    """The recipe's YAML, headed by what was not carried over."""
+    head = [f"# From {conversion.config.path.name}, for {_gpus(conversion.gpus)}."]
+    if conversion.lost:
+        head += ["# Not carried over:", *(f"#   {_line(lost)}" for lost in conversion.lost)]
+    tree = _nested(conversion.fields)
+    body = yaml.safe_dump(
+        {name: tree[name] for name in _ORDER if name in tree}, sort_keys=False, allow_unicode=True, width=120
+    )
+    return "\n".join([*head, body])
+
+
+def print_table(conversion: Conversion, console: Console) -> None:
+    """Effective values side by side, then the fields that were not carried over, and those that need not be."""
+    table = Table("", f"LLaMA-Factory on {_gpus(conversion.gpus)}", "recipe", title_justify="left")
+    for row in conversion.rows:
+        table.add_row(*map(escape, (row.matter, row.theirs, row.ours)))
+    console.print(table)
+    if conversion.lost:
+        console.print("\n[bold]Not carried over:[/]")
+        for lost in conversion.lost:
+            console.print(
+                f"[yellow]{escape(lost.where)}[/] {escape(f'{_shown(lost.value)}: {lost.why}')}", soft_wrap=True
+            )
+    if conversion.not_needed:
+        console.print("\n[bold]Need no counterpart:[/]")
+        for reason, names in conversion.not_needed.items():
+            console.print(f"{escape(', '.join(names))}: {escape(reason)}", soft_wrap=True, highlight=False)
+
+
+def _line(lost: Lost) -> str:
+    line = lost.where.partition(": ")[0].rpartition(":")[2]
+    return f"line {line}, {lost.name}: {_shown(lost.value)} ({lost.why})".replace("\n", " ")
+
+
+def _nested(fields: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in fields.items():
+        group, _, leaf = name.rpartition(".")
+        (tree.setdefault(group, {}) if group else tree)[leaf] = value
+    return tree
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU{'s' * (number > 1)}"
+
+
+def _shown(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,3 +228,22 @@ def read_file(path: str, file: int) -> Iterator[Chunk]:
         OSError: it cannot be read.
     """
     yield from READERS.get(Path(path).suffix.lower(), read_jsonl)(path, file)
+
+
+def portion(chunks: Iterator[Chunk], first: int, end: int | None) -> Iterator[Chunk]:
+    """The rows from `first` on and before `end`, counted from 0 over all chunks without blank lines."""
+    at = 0
+    for chunk in chunks:
+        if end is not None and at >= end:
+            return
+        if isinstance(chunk.rows, list):
+            filled = [i for i, row in enumerate(chunk.rows) if not isinstance(row, bytes) or row.strip()]
+            kept = filled[max(0, first - at) : None if end is None else end - at]
+            rows = [chunk.rows[i] for i in kept]
+        else:
+            filled = range(len(chunk.rows))
+            kept = filled[max(0, first - at) : None if end is None else end - at]
+            rows = chunk.rows.slice(max(0, first - at), len(kept))
+        at += len(filled)
+        if kept:
+            yield replace(chunk, numbers=[chunk.numbers[i] for i in kept], rows=rows)

@@ -1,7 +1,8 @@
 """`from-llamafactory`: a LLaMA-Factory SFT config as the recipe that does the same, and what of it has no counterpart.
 
-`config` reads the file, `conversion` collects what becomes of its fields, `model`, `data`, `training` and `layout` each
-carry over the fields of one concern, `other` names those that have no counterpart, `report` writes recipe and table.
+`config` reads the file, `conversion` collects what becomes of its fields; `model`, `data`, `objective`, `layout`,
+`training` and `saving` each carry over the fields of one concern, `other` names those without counterpart; `report`
+writes the recipe and the table.
 """
 
 from bft_megatron.llamafactory.conversion import Conversion

@@ -15,13 +15,14 @@ from bft_megatron.recipe import (
     TrainSettings,
 )
 
-_GROUPS = {
+GROUPS = {
     "objective": ObjectiveSettings,
     "data": DataSettings,
     "parallel": ParallelSettings,
     "lora": LoraSettings,
     "train": TrainSettings,
 }
+"""The recipe's groups of fields."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Conversion:
     Attributes:
         config: what is converted.
         gpus: on how many it runs.
+        assumed: whether nobody said so.
+        samples: conversations of an epoch; None where the data are not here to be counted.
         fields: the recipe's, by dotted name.
         rows: of the table.
         lost: what was not carried over.
@@ -58,6 +61,8 @@ class Conversion:
 
     config: Config
     gpus: int
+    assumed: bool = False
+    samples: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
@@ -70,17 +75,20 @@ class Conversion:
             matter: what it is about.
             theirs: LLaMA-Factory's fields and values.
             name: the recipe's field, dotted.
-            value: None leaves it out.
             ours: for the table, in place of the field and its value.
         """
-        if value is not None:
-            self.fields[name] = value
-        self.rows.append(Row(matter, theirs, ours or f"{name} {_shown(value)}"))
+        self.fields[name] = value
+        self.show(matter, theirs, ours or f"{name} {_shown(value)}")
+
+    def show(self, matter: str, theirs: str, ours: str) -> None:
+        """Say in the table what holds in the recipe without a field of it being set."""
+        self.rows.append(Row(matter, theirs, ours))
 
     def carry_field(self, matter: str, theirs: str, name: str, value: Any) -> None:
         """`carry` for LLaMA-Factory's field `theirs`; the recipe leaves out its own default, unless it was given."""
-        needed = self.config.given(theirs) or value != _default(name)
-        self.carry(matter, f"{theirs} {_shown(value)}", name, value if needed else None, f"{name} {_shown(value)}")
+        if self.config.given(theirs) or value != _default(name):
+            self.fields[name] = value
+        self.show(matter, f"{theirs} {_shown(value)}", f"{name} {_shown(value)}")
 
     def lose(self, name: str, why: str) -> None:
         """Name a field that is not carried over."""
@@ -89,11 +97,13 @@ class Conversion:
 
 def _default(name: str) -> Any:
     group, _, leaf = name.rpartition(".")
-    declared = next(f for f in fields(_GROUPS.get(group, Recipe)) if f.name == leaf)
+    declared = next(f for f in fields(GROUPS.get(group, Recipe)) if f.name == leaf)
     return None if declared.default is MISSING else declared.default
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

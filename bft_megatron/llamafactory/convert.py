@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bft_megatron.errors import UserError
-from bft_megatron.llamafactory import data, layout, model, other, training
+from bft_megatron.llamafactory import data, layout, model, objective, other, saving, training
 from bft_megatron.llamafactory.config import Config
 from bft_megatron.llamafactory.conversion import Conversion
 
@@ -24,16 +24,18 @@ def convert(path: Path, gpus: int | None = None) -> Conversion:
     config = Config(path)
     _check_is_sft(config)
     copy = layout.model_parallel_size(config)
-    gpus = gpus or config.integer("ray_num_workers", copy)
+    said = gpus or (config.integer("ray_num_workers", 1) if config.given("ray_num_workers") else None)
+    gpus = said or copy
     if gpus % copy:
         raise UserError(
             f"tensor x pipeline x context = {copy} GPUs hold the model once; {gpus} is not a multiple: give another "
             "--gpus",
             str(path),
         )
-    conversion = Conversion(config, gpus)
-    for carry in (model.carry, training.carry_objective, data.carry, layout.carry, training.carry, other.carry):
-        carry(conversion)
+    conversion = Conversion(config, gpus, assumed=said is None)
+    for concern in (model, data, objective, layout, training, saving, other):
+        concern.carry(conversion)
+    conversion.lost.sort(key=lambda lost: config.names.index(lost.name))
     return conversion
 
 

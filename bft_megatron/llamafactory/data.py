@@ -2,31 +2,79 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+from bft_megatron.data import sources
+from bft_megatron.errors import FieldError
 from bft_megatron.llamafactory.conversion import Conversion
+from bft_megatron.recipe_sources import source_settings
 
 
 def carry(to: Conversion) -> None:
-    """`dataset`, `eval_dataset`, `template`, `cutoff_len`, packing and what is masked."""
+    """`dataset`, `eval_dataset`, `max_samples`, `val_size`, `template`, `cutoff_len`, packing and what is masked."""
     config = to.config
-    to.carry(
-        "data", f"dataset {','.join(config.texts('dataset'))}", "data.train", _sources(to, "dataset"), "data.train"
-    )
-    if config.given("eval_dataset"):
-        names = ",".join(config.texts("eval_dataset"))
-        to.carry("held-out data", f"eval_dataset {names}", "data.valid", _sources(to, "eval_dataset"), "data.valid")
-    if config.number("val_size", 0.0):
-        to.lose("val_size", "nothing is split off: write the held-out conversations to a file of their own, data.valid")
-    if config.given("max_samples"):
-        to.lose("max_samples", "the whole data set is taken: write the first conversations to a file of their own")
+    _carry_sources(to)
     if config.text("mix_strategy", "concat") != "concat":
         to.lose("mix_strategy", "an epoch takes each source `weight` times, 1 here: set it in data.train")
     if template := config.text("template"):
-        to.carry("template", f"template {template}", "data.chat_template", None, "the model's own chat template")
+        to.show("template", f"template {template}", "the model's own chat template")
     _carry_rows(to)
     _carry_masks(to)
+
+
+def _carry_sources(to: Conversion) -> None:
+    config = to.config
+    train, held_out = _sources(to, "dataset"), []
+    limit = f", max_samples {config.integer('max_samples', 1)} of each" if config.given("max_samples") else ""
+    counts = [_count(source) for source in train]
+    share = config.number("val_size", 0.0)
+    if share and None in counts:
+        to.lose("val_size", "the data are not here to be counted: give data.valid, or `rows` of each source")
+    elif share:
+        held_out = [_split(source, count, share, sum(counts)) for source, count in zip(train, counts, strict=True)]
+        counts = [count - _held_out(count, share, sum(counts)) for count in counts]
+    to.samples = None if None in counts else sum(counts)
+    to.carry("data", f"dataset {','.join(config.texts('dataset'))}{limit}", "data.train", train, _listed(train))
+    if config.given("eval_dataset"):
+        held_out = _sources(to, "eval_dataset")
+        names = ",".join(config.texts("eval_dataset"))
+        to.carry("held-out data", f"eval_dataset {names}{limit}", "data.valid", held_out, _listed(held_out))
+    elif held_out:
+        to.carry(
+            "held-out data", f"val_size {share:g}, drawn", "data.valid", held_out, f"the last: {_listed(held_out)}"
+        )
+
+
+def _held_out(count: int, share: float, total: int) -> int:
+    """How many of a source's rows are held out: `val_size` is a share, or above 1 a number of all rows together."""
+    return math.ceil(count * (share if share < 1 else share / total))
+
+
+def _split(source: dict[str, Any], count: int, share: float, total: int) -> dict[str, Any]:
+    """Cut the held-out rows, the last, off a source; returns the source of these."""
+    edge = count - _held_out(count, share, total)
+    held_out = source | {"rows": f"{edge}:{count}"}
+    source["rows"] = f":{edge}"
+    return held_out
+
+
+def _count(source: dict[str, Any]) -> int | None:
+    """Rows of a source that are taken; None where it is not here."""
+    (settings,) = source_settings([source], "data.train")
+    try:
+        return sum(1 for chunk in sources.open_source(settings).chunks() for _ in chunk)
+    except FieldError:
+        return None
+
+
+def _listed(items: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{item.get('name', item['path'])}{_rows(item)}" for item in items)
+
+
+def _rows(item: dict[str, Any]) -> str:
+    return f" (rows {item['rows']})" if "rows" in item else ""
 
 
 def _carry_rows(to: Conversion) -> None:
@@ -63,7 +111,7 @@ def _carry_masks(to: Conversion) -> None:
     elif config.flag("mask_history"):
         to.carry("learned", "mask_history", "data.supervise", "last")
     else:
-        to.carry("learned", "every answer", "data.supervise", None, "data.supervise assistant, the default")
+        to.show("learned", "every answer", "data.supervise assistant, the default")
 
 
 def _sources(to: Conversion, field: str) -> list[dict[str, Any]]:
@@ -77,7 +125,8 @@ def _sources(to: Conversion, field: str) -> list[dict[str, Any]]:
     names = config.texts(field)
     if twice := [name for name in names if names.count(name) > 1]:
         raise config.wrong(field, f"names {twice[0]} twice; give it once, and a `weight` of 2 in the recipe")
+    rows = {"rows": f":{config.integer('max_samples', 1)}"} if config.given("max_samples") else {}
     if folder == "ONLINE":
-        return [{"path": name} for name in names]
+        return [{"path": name} | rows for name in names]
     info = str(Path(folder) / "dataset_info.json")
-    return [{"path": info, "name": name} for name in names]
+    return [{"path": info, "name": name} | rows for name in names]

@@ -113,7 +113,7 @@ def _carry_sharding(to: Conversion) -> None:
         ours = "the optimizer's state, over all GPUs"
         if theirs != "DeepSpeed ZeRO 1":
             ours += "; parallel.tensor and pipeline shard the weights: see `bft-megatron plan`"
-        to.carry("sharding", theirs, "megatron.use-distributed-optimizer", None, ours)
+        to.show("sharding", theirs, ours)
     if (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme"):
         for flag in ("optimizer-cpu-offload", "use-precision-aware-optimizer"):
             to.carry("offloading", "offload_optimizer of the DeepSpeed file", f"megatron.{flag}", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -9,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bft_megatron.llamafactory.conversion import Conversion, Lost
+from bft_megatron.llamafactory.conversion import GROUPS, Conversion, Lost
 
 _ORDER = ("model", "init", "lora", "objective", "data", "parallel", "train", "megatron", "output")
+_FIELDS = [f"{group}.{f.name}" for group, settings in GROUPS.items() for f in fields(settings)]
 
 
 def recipe_text(conversion: Conversion) -> str:
@@ -20,17 +22,17 @@ def recipe_text(conversion: Conversion) -> str:
     if conversion.lost:
         head += ["# Not carried over:", *(f"#   {_line(lost)}" for lost in conversion.lost)]
     tree = _nested(conversion.fields)
-    body = yaml.safe_dump(
-        {name: tree[name] for name in _ORDER if name in tree}, sort_keys=False, allow_unicode=True, width=120
-    )
-    return "\n".join([*head, body])
+    ordered = {name: tree[name] for name in _ORDER if name in tree}
+    return "\n".join([*head, yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120)])
 
 
 def print_table(conversion: Conversion, console: Console) -> None:
     """Effective values side by side, then the fields that were not carried over, and those that need not be."""
-    table = Table("", f"LLaMA-Factory on {_gpus(conversion.gpus)}", "recipe", title_justify="left")
+    more = " (--gpus N for more)" if conversion.assumed else ""
+    table, before = Table("", f"LLaMA-Factory on {_gpus(conversion.gpus)}{more}", "recipe"), ""
     for row in conversion.rows:
-        table.add_row(*map(escape, (row.matter, row.theirs, row.ours)))
+        table.add_row(*map(escape, (row.matter if row.matter != before else "", row.theirs, row.ours)))
+        before = row.matter
     console.print(table)
     if conversion.lost:
         console.print("\n[bold]Not carried over:[/]")
@@ -49,11 +51,12 @@ def _line(lost: Lost) -> str:
     return f"line {line}, {lost.name}: {_shown(lost.value)} ({lost.why})".replace("\n", " ")
 
 
-def _nested(fields: dict[str, Any]) -> dict[str, Any]:
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields by dotted name as groups, those of a group in the recipe's own order."""
     tree: dict[str, Any] = {}
-    for name, value in fields.items():
+    for name in sorted(values, key=lambda name: _FIELDS.index(name) if name in _FIELDS else -1):
         group, _, leaf = name.rpartition(".")
-        (tree.setdefault(group, {}) if group else tree)[leaf] = value
+        (tree.setdefault(group, {}) if group else tree)[leaf] = values[name]
     return tree
 
 

@@ -68,8 +68,8 @@ class Encoded:
 
     Attributes:
         samples: a table of tokens (list of int32), learned (list of bool), weight (float32), line (int64) and file
-            (int32). A sample has n + 1 tokens: the row holds the first n, each with the next one as its label where that
-            one is learned.
+            (int32). A sample has n + 1 tokens: the row holds the first n, each with the next one as its label where
+            that one is learned.
         lengths: n of each.
         counts: what became of the chunk.
         refused: why a row was left out, each with its place.

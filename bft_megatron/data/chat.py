@@ -9,9 +9,10 @@ prefixes of the whole, what lies between is the turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from bft_megatron.data.formats import Conversation
 from bft_megatron.data.tokenizers import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError
 
@@ -38,27 +39,106 @@ def encode(
     Raises:
         UserError: the template refuses the conversation, or doesn't tell where the assistant's turns lie.
     """
-    return tokenise([render(messages, tokenizer, supervise)], tokenizer)[0]
+    return tokenise([render(Conversation(0, messages, 1.0), tokenizer, supervise)], tokenizer)[0]
 
 
-def render(messages: list[dict[str, Any]], tokenizer: ChatTokenizer, supervise: Supervise) -> Rendered:
-    """A conversation as text with its learned spans.
+def split(conversation: Conversation) -> list[Conversation]:
+    """A conversation for each turn of the assistant that is learned: all that is said up to it, it alone learned."""
+    turns = [i for i in _assistant(conversation.messages) if i not in conversation.masked]
+    earlier = _assistant(conversation.messages)
+    return [
+        replace(conversation, messages=conversation.messages[: i + 1], masked=frozenset(j for j in earlier if j < i))
+        for i in turns
+    ]
+
+
+def render(conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supervise) -> Rendered:
+    """A conversation as text with its learned spans, in which the control tokens that it spells out are broken up.
 
     What follows the assistant's last turn is left out unless everything is learned: it comes after all that is learned.
 
     Raises:
         UserError: as `encode`.
     """
-    if supervise == "all":
-        text, _ = tokenizer.render(messages)
-        return Rendered(text, [(0, len(text))])
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    messages = messages[: turns[-1] + 1]
-    text, marked = tokenizer.render(messages)
-    if tokenizer.has_markers:
-        return Rendered(text, marked if supervise == "assistant" else marked[-1:])
-    learned = turns if supervise == "assistant" else turns[-1:]
-    return Rendered(text, [_turn(messages, i, text, tokenizer) for i in learned])
+    try:
+        return _Renderer(conversation, tokenizer).render(conversation.masked, supervise)
+    except RecursionError:
+        raise UserError("is nested too deeply") from None
+
+
+class _Renderer:
+    """A conversation whose beginnings are rendered, each once."""
+
+    def __init__(self, conversation: Conversation, tokenizer: ChatTokenizer) -> None:
+        self.messages = tokenizer.quote(conversation.messages)
+        self.tokenizer = tokenizer
+        self.given = (tokenizer.quote(conversation.tools), tokenizer.quote(conversation.template))
+
+    def render(self, masked: frozenset[int], supervise: Supervise) -> Rendered:
+        turns = _assistant(self.messages)
+        if supervise != "all":
+            self.messages = self.messages[: turns[-1] + 1]
+        text, marked = self.text(self.messages)
+        if supervise == "all":
+            return Rendered(text, _without_spans((0, len(text)), [self.turn(i, text) for i in sorted(masked)]))
+        learned = [i for i in (turns if supervise == "assistant" else turns[-1:]) if i not in masked]
+        if not self.tokenizer.has_markers:
+            return Rendered(text, [self.turn(i, text) for i in learned])
+        if learned == turns:
+            return Rendered(text, marked)
+        wholes = [self.whole(i, text) for i in learned]
+        return Rendered(text, [span for span in marked if any(a <= span[0] < b for a, b in wholes)])
+
+    def text(self, messages: list[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]:
+        return self.tokenizer.render(messages, prompt, *self.given)
+
+    def turn(self, i: int, text: str) -> Span:
+        """Characters of turn i that are learned: from after its header to the end of its end-of-turn token."""
+        opened, closed = self.opening(i), self.before(i + 1, text)
+        self.check(i, opened, text)
+        self.check(i, closed, text)
+        trimmed = closed.rstrip()
+        return len(opened), len(trimmed) if trimmed.endswith(self.tokenizer.control) else len(closed)
+
+    def whole(self, i: int, text: str) -> Span:
+        """Characters of turn i with its header."""
+        edges = self.before(i, text), self.before(i + 1, text)
+        for edge in edges:
+            self.check(i, edge, text)
+        return len(edges[0]), len(edges[1])
+
+    def before(self, i: int, text: str) -> str:
+        """The text of the first i messages."""
+        if i == len(self.messages):
+            return text
+        return self.text(self.messages[:i])[0] if i else ""
+
+    def opening(self, i: int) -> str:
+        """The text before turn i with the turn's header: what the template writes when asked to let the assistant
+        answer.
+
+        Where it ignores the request, or nothing stands before the turn: what is the same whatever the turn says.
+        """
+        messages = self.messages
+        if i:
+            opened, _ = self.text(messages[:i], prompt=True)
+            if opened != self.text(messages[:i])[0]:
+                return opened
+        one, other = (self.text([*messages[:i], messages[i] | {"content": content}])[0] for content in "01")
+        return one[: _common(one, other)]
+
+    def check(self, i: int, part: str, text: str) -> None:
+        if not text.startswith(part):
+            raise UserError(_difference(i, len(self.messages), part, text))
+
+
+def _assistant(messages: list[dict[str, Any]]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _without_spans(whole: Span, spans: list[Span]) -> list[Span]:
+    edges = [whole[0], *(edge for span in spans for edge in span), whole[1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[list[int], list[bool]]]:
@@ -66,30 +146,6 @@ def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[l
     encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     broken = tokenizer.backend.token_to_id(BREAK)
     return [_without(broken, e.ids, _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
-
-
-def _turn(messages: list[dict[str, Any]], i: int, text: str, tokenizer: ChatTokenizer) -> Span:
-    """Characters of turn i that are learned: from after its header to the end of its end-of-turn token."""
-    opened = _opening(messages, i, tokenizer)
-    closed = tokenizer.render(messages[: i + 1])[0] if i + 1 < len(messages) else text
-    for part in (opened, closed):
-        if not text.startswith(part):
-            raise UserError(_difference(i, len(messages), part, text))
-    trimmed = closed.rstrip()
-    return len(opened), len(trimmed) if trimmed.endswith(tokenizer.control) else len(closed)
-
-
-def _opening(messages: list[dict[str, Any]], i: int, tokenizer: ChatTokenizer) -> str:
-    """The text before turn i with the turn's header: what the template writes when asked to let the assistant answer.
-
-    Where it ignores the request, or nothing stands before the turn: what is the same whatever the turn says.
-    """
-    if i:
-        opened, _ = tokenizer.render(messages[:i], prompt=True)
-        if opened != tokenizer.render(messages[:i])[0]:
-            return opened
-    one, other = (tokenizer.render([*messages[:i], messages[i] | {"content": content}])[0] for content in "01")
-    return one[: _common(one, other)]
 
 
 def _common(a: str, b: str) -> int:
@@ -100,11 +156,14 @@ def _common(a: str, b: str) -> int:
 def _difference(i: int, n: int, part: str, text: str) -> str:
     at = _common(part, text)
     shown = [repr(t[max(0, at - 30) : at + 40].replace(BREAK, "")) for t in (part, text)]
-    last = "set data.supervise: last to learn the last answer alone"
+    ways = (
+        "set data.turns: split for a sample of each answer, or data.supervise: last to learn the last one alone"
+        if i + 1 < n
+        else "add {% generation %} markers to the template and name its file in data.chat_template"
+    )
     return (
-        f"the model's chat template writes the conversation up to messages[{i}] differently once all {n} messages are "
-        f"there, so that the place of the answer is unknown: {shown[0]} became {shown[1]}; "
-        + (last if i + 1 < n else "add {% generation %} markers to it")
+        f"the chat template writes the conversation up to messages[{i}] differently once all {n} messages are there, "
+        f"so that the place of the answer is unknown: {shown[0]} became {shown[1]}; {ways}"
     )
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,11 +44,15 @@ class Chunk:
     rows: list[Any] | pyarrow.RecordBatch
     unit: str = "line"
 
+    def place(self, number: int) -> str:
+        """Where a row is, for errors."""
+        return f"{self.path}:{number}" if self.unit == "line" else f"{self.path}: row {number}"
+
     def __iter__(self) -> Iterator[tuple[int, str, Any]]:
         """Number, place and value of each row that is not blank; a value may be an error in its place."""
         rows = self.rows if isinstance(self.rows, list) else self.rows.to_pylist()
         for number, row in zip(self.numbers, rows, strict=True):
-            where = f"{self.path}:{number}" if self.unit == "line" else f"{self.path}: row {number}"
+            where = self.place(number)
             if not isinstance(row, bytes):
                 yield number, where, row
             elif row.strip():
@@ -189,6 +193,15 @@ def read_parquet(path: str, file: int) -> Iterator[Chunk]:
         raise UserError(f"not Parquet that can be read: {_first_line(e)}", path) from None
 
 
+def _parquet_rows(path: str) -> int:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return parquet.read_metadata(path).num_rows
+    except ArrowException:  # said when it is read
+        return 0
+
+
 def read_arrow(path: str, file: int) -> Iterator[Chunk]:
     """An Arrow stream, as `datasets` saves it."""
     from pyarrow import ArrowException, ipc, memory_map
@@ -230,20 +243,16 @@ def read_file(path: str, file: int) -> Iterator[Chunk]:
     yield from READERS.get(Path(path).suffix.lower(), read_jsonl)(path, file)
 
 
-def portion(chunks: Iterator[Chunk], first: int, end: int | None) -> Iterator[Chunk]:
-    """The rows from `first` on and before `end`, counted from 0 over all chunks without blank lines."""
-    at = 0
-    for chunk in chunks:
-        if end is not None and at >= end:
-            return
-        if isinstance(chunk.rows, list):
-            filled = [i for i, row in enumerate(chunk.rows) if not isinstance(row, bytes) or row.strip()]
-            kept = filled[max(0, first - at) : None if end is None else end - at]
-            rows = [chunk.rows[i] for i in kept]
+def count_rows(files: tuple[str, ...]) -> int | None:
+    """About how many rows the files hold, for a progress bar; None where only reading them would tell."""
+    total = 0
+    for path in files:
+        suffix = Path(path).suffix.lower()
+        if suffix == ".parquet":
+            total += _parquet_rows(path)
+        elif suffix in (".json", ".arrow"):
+            return None
         else:
-            filled = range(len(chunk.rows))
-            kept = filled[max(0, first - at) : None if end is None else end - at]
-            rows = chunk.rows.slice(max(0, first - at), len(kept))
-        at += len(filled)
-        if kept:
-            yield replace(chunk, numbers=[chunk.numbers[i] for i in kept], rows=rows)
+            with open(path, "rb") as file:
+                total += sum(block.count(b"\n") for block in iter(lambda: file.read(BLOCK), b""))
+    return total

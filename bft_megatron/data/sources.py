@@ -17,7 +17,8 @@ from typing import Any
 
 from bft_megatron.data import dataset_info
 from bft_megatron.data.formats import Conversation, conversation
-from bft_megatron.data.readers import READERS, Chunk, portion, read_file
+from bft_megatron.data.portion import portion
+from bft_megatron.data.readers import READERS, Chunk, read_file
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe_sources import SourceSettings
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,9 +14,12 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
 
 from bft_megatron.data import chat, sources, tokenizers
-from bft_megatron.data.prepare import Counts, Prepared, load, prepare
+from bft_megatron.data.encoding import Counts
+from bft_megatron.data.prepare import Prepared, load, prepare
+from bft_megatron.data.report import report
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe import DataSettings
 from tests.data.material import CHATML, TINY, chat_of, unmarked
@@ -54,6 +59,12 @@ def started(cache: Path, settings: DataSettings = SETTINGS, file_size: int = -1)
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+def shown(**sources: Prepared) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report(sources))
+    return console.file.getvalue()
+
+
 def test_keeps_every_conversation_as_it_is_encoded(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
     rows = [{"messages": chat_of("a", "b" * n), "weight": n} for n in (1, 5, 9)]
     result = prepared(tmp_path / "cache", source(tmp_path, *rows))
@@ -73,7 +84,10 @@ def test_counts_what_it_keeps(tmp_path: Path, tiny: tokenizers.ChatTokenizer) ->
         tokens=sum(len(tokens) - 1 for tokens, _ in encoded),
         supervised=sum(sum(mask) for _, mask in encoded),
         highest_token=max(max(tokens) for tokens, _ in encoded),
+        lengths=result.counts.lengths,
     )
+    for k, n in enumerate(result.counts.lengths):
+        assert n == sum(2**k / 2 < len(tokens) - 1 <= 2**k for tokens, _ in encoded)
     assert result.efficiency == result.counts.tokens / (result.rows * 256)
     rows = Dataset.from_file(str(result.folder / "rows.arrow"))["samples"]
     assert len(rows) == result.rows
@@ -94,8 +108,8 @@ def test_overlong_samples_are_dropped_or_truncated_and_counted(tmp_path: Path) -
     assert truncated.counts.samples + truncated.counts.unsupervised == 40
     lengths = [len(tokens) - 1 for tokens in Dataset.from_file(str(truncated.folder / "samples.arrow"))["tokens"]]
     assert max(lengths) == 64
-    assert "longer than 64 tokens dropped" in dropped.summary()
-    assert "longer than 64 tokens truncated" in truncated.summary()
+    assert re.search(rf"too long, dropped +│ +{dropped.counts.overlong} │ +0 │", shown(a=dropped, b=truncated))
+    assert re.search(rf"too long, truncated +│ +0 │ +{dropped.counts.overlong} │", shown(a=dropped, b=truncated))
 
 
 def test_samples_without_a_learned_label_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -154,7 +168,7 @@ def test_what_the_template_refuses_is_named_by_line(tmp_path: Path) -> None:
 def test_a_missing_file_names_its_field(tmp_path: Path) -> None:
     settings = replace(SETTINGS, valid="none.jsonl")
     with pytest.raises(FieldError) as error:
-        prepare(settings.valid, TINY, settings, 4, tmp_path)
+        prepare(settings.valid, TINY, settings, 4, tmp_path, "data.valid")
     assert error.value.field == "data.valid"
 
 

@@ -30,7 +30,7 @@ class Config:
             raise UserError(f"cannot read the config: {getattr(e, 'strerror', e)}", str(path)) from None
         self.path = path
         self.asked: set[str] = set()
-        self._values: dict[str, Any] = OmegaConf.to_container(self._file.tree)
+        self._values = {str(name): value for name, value in OmegaConf.to_container(self._file.tree).items()}
 
     @property
     def names(self) -> list[str]:

@@ -33,8 +33,10 @@ def _carry_sources(to: Conversion) -> None:
     if share and None in counts:
         to.lose("val_size", "the data are not here to be counted: give data.valid, or `rows` of each source")
     elif share:
-        held_out = [_split(source, count, share, sum(counts)) for source, count in zip(train, counts, strict=True)]
-        counts = [count - _held_out(count, share, sum(counts)) for count in counts]
+        if config.given("eval_dataset"):
+            raise config.wrong("val_size", "and eval_dataset both name held-out data: give one of them")
+        held_out = [_split(to, source, count, sum(counts)) for source, count in zip(train, counts, strict=True)]
+        counts = [int(source["rows"].removeprefix(":")) for source in train]
     to.samples = None if None in counts else sum(counts)
     to.carry("data", f"dataset {','.join(config.texts('dataset'))}{limit}", "data.train", train, _listed(train))
     if config.given("eval_dataset"):
@@ -47,14 +49,15 @@ def _carry_sources(to: Conversion) -> None:
         )
 
 
-def _held_out(count: int, share: float, total: int) -> int:
-    """How many of a source's rows are held out: `val_size` is a share, or above 1 a number of all rows together."""
-    return math.ceil(count * (share if share < 1 else share / total))
+def _split(to: Conversion, source: dict[str, Any], count: int, total: int) -> dict[str, Any]:
+    """Cut the held-out rows, the last, off a source; returns the source of these.
 
-
-def _split(source: dict[str, Any], count: int, share: float, total: int) -> dict[str, Any]:
-    """Cut the held-out rows, the last, off a source; returns the source of these."""
-    edge = count - _held_out(count, share, total)
+    `val_size` is their share of all rows, or from 1 on their number.
+    """
+    share = to.config.number("val_size", 0.0)
+    edge = count - math.ceil(count * (share if share < 1 else share / total))
+    if edge < 1:
+        raise to.config.wrong("val_size", f"leaves none of the {count} rows of {_listed([source])} to train on")
     held_out = source | {"rows": f"{edge}:{count}"}
     source["rows"] = f":{edge}"
     return held_out

@@ -111,7 +111,7 @@ def _carry_sharding(to: Conversion) -> None:
     theirs = f"DeepSpeed ZeRO {zero['stage']}" if "stage" in zero else "FSDP" if config.raw("fsdp") else ""
     if theirs:
         ours = "the optimizer's state, over all GPUs"
-        if theirs != "DeepSpeed ZeRO 1":
+        if zero.get("stage") not in (0, 1):
             ours += "; parallel.tensor and pipeline shard the weights: see `bft-megatron plan`"
         to.show("sharding", theirs, ours)
     if (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme"):

@@ -291,6 +291,25 @@ def test_what_is_no_config_is_refused(text: str, message: str, tmp_path: Path):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"val_size": 100}, "leaves none of the 4 rows of identity"),
+        ({"val_size": 1, "eval_dataset": "e"}, "give one of"),
+    ],
+)
+def test_a_held_out_share_that_cannot_be_is_refused(fields: dict[str, Any], message: str, tmp_path: Path):
+    path = written(tmp_path, dataset_dir=str(CONFIGS / "data"), dataset="identity,questions", **fields)
+    with pytest.raises(UserError, match=message):
+        convert(path)
+
+
+def test_a_number_of_held_out_rows_is_of_all_sources_together(tmp_path: Path):
+    made = loaded(written(tmp_path, dataset_dir=str(CONFIGS / "data"), dataset="identity,questions", val_size=5))
+    assert [source["rows"] for source in made.data.train] == [":3", ":12"]
+    assert [source["rows"] for source in made.data.valid] == ["3:4", "12:16"]
+
+
 def test_gpus_that_do_not_hold_the_model_are_refused():
     with pytest.raises(UserError, match="= 32 GPUs hold the model once; 40 is not a multiple"):
         convert(CONFIGS / "megatron.yaml", 40)

@@ -21,6 +21,7 @@ from bft_megatron.data.prepare import Prepared
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 
+_BROKEN = "\ufffd"  # in place of bytes that are no character
 _HARMLESS = "\n\t\u200c\u200d"  # the last two join and part the letters and emoji round them
 
 
@@ -121,20 +122,23 @@ def read(prepared: Prepared, source: str, tokenizer: ChatTokenizer, number: int)
 def decode(ids: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> list[Span]:
     """A sample's tokens as text in spans; joined, the spans are the text of the whole.
 
-    A character whose bytes lie in two spans is shown in the second. Decoding the spans one by one would lose it, and
-    with some tokenizers the spaces between them too: so the text of a span is what the whole gains by it.
+    Spans decoded one by one would lose a character whose bytes lie in two of them (it is shown in the second), and with
+    some tokenizers the space before each. So a span is decoded with the one before it, and is what the text gains.
     """
     control = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
     kinds = [(is_learned, token in control) for token, is_learned in zip(ids, learned, strict=True)]
-    whole = tokenizer.backend.decode(ids, skip_special_tokens=False)
-    spans, done, at = [], 0, 0
+    spans, start, window, shown = [], 0, 0, 0  # the window is decoded, of whose characters `shown` are in spans
     for (is_learned, is_control), group in groupby(kinds):
-        tokens = len(list(group))
-        done += tokens
-        text = tokenizer.backend.decode(ids[:done], skip_special_tokens=False)
-        end = len(text if whole.startswith(text) else text.rstrip("\ufffd"))
-        spans.append(Span(whole[at:end], tokens, is_learned, is_control))
-        at = max(at, end)
+        end = start + len(list(group))
+        text = tokenizer.backend.decode(ids[window:end], skip_special_tokens=False)
+        cut = end < len(ids) and text.endswith(_BROKEN)
+        whole = text.rstrip(_BROKEN) if cut else text
+        spans.append(Span(whole[shown:], end - start, is_learned, is_control))
+        if cut:
+            shown = max(shown, len(whole))
+        else:
+            window, shown = start, len(tokenizer.backend.decode(ids[start:end], skip_special_tokens=False))
+        start = end
     return spans
 
 

@@ -33,7 +33,7 @@ NOT_NEEDED = {
         "flash_attn", "enable_liger_kernel", "use_liger_kernel", "liger_kernel_config", "use_unsloth",
         "use_unsloth_gc", "use_v1_kernels", "torch_compile*", "use_reentrant_gc", "gradient_checkpointing*",
         "activation_checkpointing*", "low_cpu_mem_usage", "upcast_layernorm", "upcast_lmhead_output", "use_cache",
-        "use_kv_cache", "tf32", "ddp_*", "fsdp_config", "accelerator_config", "torch_empty_cache_steps",
+        "use_kv_cache", "tf32", "ddp_*", "fsdp_*", "accelerator_config", "torch_empty_cache_steps",
         "auto_find_batch_size", "use_cpu", "local_rank", "bias_activation_fusion", "apply_rope_fusion",
         "masked_softmax_fusion", "cross_entropy_loss_fusion", "use_distributed_optimizer", "calculate_per_token_loss",
         "variable_seq_lengths", "overlap_p2p_comm", "delay_grad_reduce", "check_for_nan_in_loss_and_grad",

@@ -50,12 +50,12 @@ def main() -> None:
 
 
 def write_conversations(path: Path, count: int) -> None:
-    """Passages of 100 to 350 words as a question, and of as many as an answer."""
+    """Passages of 80 to 500 words, a third of each as the question, the rest as the answer."""
     words = " ".join(topics.values()).split()
     rng = random.Random(1)
     with path.open("w") as file:
         for _ in range(count):
-            start, size = rng.randrange(len(words) - 400), rng.randrange(60, 250)
+            start, size = rng.randrange(len(words) - 500), rng.randrange(80, 500)
             passage = words[start : start + size]
             question, answer = " ".join(passage[: size // 3]), " ".join(passage[size // 3 :])
             roles = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -244,12 +244,11 @@ def _train_rank(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: R
 def _prepare(
     path: Path, overrides: list[str] | None, recipe: Recipe, config: ModelConfig, model_folder: Path
 ) -> RunRows:
+    from bft_megatron.data.report import report
     from bft_megatron.rows import prepare_rows
 
     rows = _check(path, overrides, lambda: prepare_rows(recipe, model_folder, config.vocab_size))
-    print(f"{recipe.data.train}: {rows.train.summary()}")
-    if rows.valid:
-        print(f"{recipe.data.valid}: {rows.valid.summary()}")
+    Console().print(report(rows.named))
     return rows
 
 

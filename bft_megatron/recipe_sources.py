@@ -76,6 +76,8 @@ def source_settings(value: Any, where: str) -> tuple[SourceSettings, ...]:
     if not items:
         raise FieldError(where, "must name at least one source")
     found = tuple(_item(item, where, f"[{i}]" if len(items) > 1 else "") for i, item in enumerate(items))
+    if where == "data.valid" and any(source.weight != 1 for source in found):
+        raise FieldError(where, "`weight` is for training: a validation reads every source once")
     names = [source.label for source in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise FieldError(where, f"two sources are called {twice[0]}: give each a `name` of its own")

@@ -12,6 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.tokenizers import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError
@@ -39,16 +41,17 @@ def encode(
     Raises:
         UserError: the template refuses the conversation, or doesn't tell where the assistant's turns lie.
     """
-    return tokenise([render(Conversation(0, messages, 1.0), tokenizer, supervise)], tokenizer)[0]
+    ((tokens, learned),) = tokenise([render(Conversation(0, messages, 1.0), tokenizer, supervise)], tokenizer)
+    return tokens.tolist(), learned.tolist()
 
 
 def split(conversation: Conversation) -> list[Conversation]:
     """A conversation for each turn of the assistant that is learned: all that is said up to it, it alone learned."""
-    turns = [i for i in _assistant(conversation.messages) if i not in conversation.masked]
-    earlier = _assistant(conversation.messages)
+    turns = _assistant(conversation.messages)
     return [
-        replace(conversation, messages=conversation.messages[: i + 1], masked=frozenset(j for j in earlier if j < i))
+        replace(conversation, messages=conversation.messages[: i + 1], masked=frozenset(j for j in turns if j < i))
         for i in turns
+        if i not in conversation.masked
     ]
 
 
@@ -94,7 +97,7 @@ class _Renderer:
 
     def turn(self, i: int, text: str) -> Span:
         """Characters of turn i that are learned: from after its header to the end of its end-of-turn token."""
-        opened, closed = self.opening(i), self.before(i + 1, text)
+        opened, closed = self.opening(i, text), self.before(i + 1, text)
         self.check(i, opened, text)
         self.check(i, closed, text)
         trimmed = closed.rstrip()
@@ -113,7 +116,7 @@ class _Renderer:
             return text
         return self.text(self.messages[:i])[0] if i else ""
 
-    def opening(self, i: int) -> str:
+    def opening(self, i: int, text: str) -> str:
         """The text before turn i with the turn's header: what the template writes when asked to let the assistant
         answer.
 
@@ -122,7 +125,9 @@ class _Renderer:
         messages = self.messages
         if i:
             opened, _ = self.text(messages[:i], prompt=True)
-            if opened != self.text(messages[:i])[0]:
+            # Where the answer follows at once, a header is in it: no need to see that it is longer than without one.
+            answer = self.tokenizer.asks and messages[i]["content"].strip()
+            if (answer and text.startswith(answer, len(opened))) or opened != self.text(messages[:i])[0]:
                 return opened
         one, other = (self.text([*messages[:i], messages[i] | {"content": content}])[0] for content in "01")
         return one[: _common(one, other)]
@@ -141,11 +146,11 @@ def _without_spans(whole: Span, spans: list[Span]) -> list[Span]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[list[int], list[bool]]]:
-    """Tokens and mask of many conversations in one call of the tokenizer, which spreads them over its threads."""
+def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens [n] int32 and mask [n] bool of each conversation, in one call of the tokenizer."""
     encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     broken = tokenizer.backend.token_to_id(BREAK)
-    return [_without(broken, e.ids, _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
+    return [_without(broken, np.array(e.ids, np.int32), _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
 
 
 def _common(a: str, b: str) -> int:
@@ -167,8 +172,8 @@ def _difference(i: int, n: int, part: str, text: str) -> str:
     )
 
 
-def _mask(encoding: Encoding, rendered: Rendered) -> list[bool]:
-    mask = [False] * len(encoding.ids)
+def _mask(encoding: Encoding, rendered: Rendered) -> np.ndarray:
+    mask = np.zeros(len(encoding), bool)
     for start, end in rendered.spans:
         first = _token_at(encoding, start, end)
         if first is None:  # an empty span, or nothing in it but spaces that the tokenizer's offsets leave out
@@ -178,7 +183,7 @@ def _mask(encoding: Encoding, rendered: Rendered) -> list[bool]:
             after = len(mask)
         elif encoding.token_to_chars(after)[0] < end:
             after += 1
-        mask[first:after] = [True] * (after - first)
+        mask[first:after] = True
     return mask
 
 
@@ -188,8 +193,6 @@ def _token_at(encoding: Encoding, char: int, stop: int) -> int | None:
     return next((token for token in tokens if token is not None), None)
 
 
-def _without(broken: int, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
-    if broken not in ids:
-        return ids, mask
-    kept = [i for i, token in enumerate(ids) if token != broken]
-    return [ids[i] for i in kept], [mask[i] for i in kept]
+def _without(broken: int, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    kept = ids != broken
+    return (ids, mask) if kept.all() else (ids[kept], mask[kept])

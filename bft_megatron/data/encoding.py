@@ -5,6 +5,7 @@ What is on disk in the end, and when, is in `prepare`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
@@ -124,16 +125,15 @@ class Encoder:
 
     def _kept(self, rendered: list[tuple[Conversation, chat.Rendered]], counts: Counts) -> Iterator[_Sample]:
         """The samples that go into rows; counts those that do not."""
-        longest = self.settings.seq_length
+        longest, lengths = self.settings.seq_length, Counter[int]()
         encoded = chat.tokenise([text for _, text in rendered], self.tokenizer)
-        for (conversation, _), (ids, mask) in zip(rendered, encoded, strict=True):
-            length = len(ids) - 1
-            counts.add(Counts(lengths=[*[0] * max(length - 1, 0).bit_length(), 1]))
-            if length > longest:
+        for (conversation, _), (tokens, learned) in zip(rendered, encoded, strict=True):
+            lengths[max(len(tokens) - 2, 0).bit_length()] += 1
+            if len(tokens) - 1 > longest:
                 counts.overlong += 1
                 if self.settings.overlong == "drop":
                     continue
-            tokens, learned = np.array(ids[: longest + 1], np.int32), np.array(mask[: longest + 1], bool)
+                tokens, learned = tokens[: longest + 1], learned[: longest + 1]
             supervised = int(learned[1:].sum())
             if not supervised:
                 counts.unsupervised += 1
@@ -143,6 +143,7 @@ class Encoder:
             counts.supervised += supervised
             counts.highest_token = max(counts.highest_token, int(tokens.max()))
             yield _Sample(tokens, learned, conversation)
+        counts.lengths = [lengths[k] for k in range(max(lengths, default=-1) + 1)]
 
 
 @dataclass(frozen=True)

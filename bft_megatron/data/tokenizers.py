@@ -57,6 +57,11 @@ class ChatTokenizer:
         """Whether the template marks what the assistant says with {% generation %}."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
+    @cached_property
+    def asks(self) -> bool:
+        """Whether the template knows the request to let the assistant answer."""
+        return "add_generation_prompt" in self.template
+
     def render(
         self,
         messages: list[dict[str, Any]],

@@ -85,10 +85,12 @@ def inspect(
 ) -> None:
     """Show a row of the training data as it will be trained: its samples' text, and which of it is learned."""
     recipe, config, model_folder = read(recipe_file, overrides or [])
-    prepared = _prepare(recipe_file, overrides, recipe, config, model_folder).train
-    from bft_megatron.data import inspect, page, tokenizers
+    from bft_megatron.data import inspect, page, sources, tokenizers
+    from bft_megatron.rows import prepare_rows
 
-    shown = inspect.read(prepared, recipe.data.train, tokenizers.load(model_folder), row)
+    rows = _check(recipe_file, overrides, lambda: prepare_rows(recipe, model_folder, config.vocab_size))
+    files = [sources.open_source(source).files for source in recipe.data.sources("train")]
+    shown = inspect.read(rows.train, files, tokenizers.load(model_folder, recipe.data.chat_template), row)
     if html is None:
         inspect.print_row(shown, Console())
         return

@@ -6,7 +6,6 @@ the model reads.
 
 from __future__ import annotations
 
-import os.path
 import unicodedata
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,11 +15,12 @@ from datasets import Dataset as Table
 from rich.console import Console
 from rich.text import Text
 
+from bft_megatron.data.blend import Blend
 from bft_megatron.data.packing import padded
-from bft_megatron.data.prepare import Prepared
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 
+_COLUMNS = ("tokens", "learned", "weight", "file", "line")
 _BROKEN = "\ufffd"  # in place of bytes that are no character
 _HARMLESS = "\n\t\u200c\u200d"  # the last two join and part the letters and emoji round them
 
@@ -47,7 +47,7 @@ class Sample:
     """A sample in its row.
 
     Attributes:
-        where: its source's file and line.
+        where: its file, and the line or the row there.
         weight: its weight in the data.
         start: its first place in the row.
         tokens: its places, padding not among them; the last label is one token more.
@@ -70,14 +70,16 @@ class Row:
     """A row.
 
     Attributes:
-        number: from 0.
-        rows: of one epoch.
+        number: from 0, counted through the sources.
+        rows: of all sources.
+        source: its source's name.
         places: tokens of a row.
         samples: in their order in the row.
     """
 
     number: int
     rows: int
+    source: str
     places: int
     samples: list[Sample]
 
@@ -86,59 +88,64 @@ class Row:
         tokens = sum(sample.tokens for sample in self.samples)
         supervised = sum(sample.supervised for sample in self.samples)
         return (
-            f"row {self.number} of {self.rows:,} (from 0): {_count(len(self.samples), 'sample')}, {tokens:,} of "
-            f"{self.places:,} places full ({tokens / self.places:.1%}), {supervised:,} labels learned "
+            f"row {self.number} (of 0 to {self.rows - 1}), from {self.source}: {_count(len(self.samples), 'sample')}, "
+            f"{tokens:,} of {self.places:,} places full ({tokens / self.places:.1%}), {supervised:,} labels learned "
             f"({supervised / tokens:.1%})"
         )
 
 
-def read(prepared: Prepared, source: str, tokenizer: ChatTokenizer, number: int) -> Row:
-    """A row of a prepared source.
+def read(blend: Blend, files: list[tuple[str, ...]], tokenizer: ChatTokenizer, number: int) -> Row:
+    """A row of prepared sources.
 
     Args:
-        source: the file that it was prepared from.
-        tokenizer: that it was prepared with.
-        number: from 0.
+        files: those of each source.
+        tokenizer: that they were prepared with.
+        number: from 0, counted through the sources.
 
     Raises:
         UserError: there is no such row.
     """
-    if not 0 <= number < prepared.rows:
-        raise UserError(f"there are the rows 0 to {prepared.rows - 1}", f"--row {number}")
-    members = Table.from_file(str(prepared.folder / "rows.arrow"))[number]["samples"]
-    columns = Table.from_file(str(prepared.folder / "samples.arrow")).with_format("numpy")[members]
+    rows = sum(blend.sizes)
+    if not 0 <= number < rows:
+        raise UserError(f"there are the rows 0 to {rows - 1}", f"--row {number}")
+    source, within = blend.find(number)
+    folder = blend.parts[source].prepared.folder
+    members = Table.from_file(str(folder / "rows.arrow"))[within]["samples"]
+    columns = Table.from_file(str(folder / "samples.arrow")).with_format("numpy")[members]
     samples, start = [], 0
-    for ids, learned, weight, line in zip(*(columns[n] for n in ("tokens", "learned", "weight", "line")), strict=True):
+    for ids, learned, weight, file, line in zip(*(columns[name] for name in _COLUMNS), strict=True):
         tokens = len(ids) - 1
-        size = padded(tokens, prepared.pad_multiple) if prepared.packing else prepared.seq_length
+        size = padded(tokens, blend.pad_multiple) if blend.packing else blend.seq_length
         labels = np.append(False, learned[1:])  # the first token is no token's label
         spans = decode(ids.tolist(), labels.tolist(), tokenizer)
-        where = f"{os.path.relpath(source)}:{line}"
+        where = f"{files[source][file]}:{line}"
         samples.append(Sample(where, float(weight), start, tokens, int(labels.sum()), size - tokens, spans))
         start += size
-    return Row(number, prepared.rows, prepared.seq_length, samples)
+    return Row(number, rows, blend.parts[source].name, blend.seq_length, samples)
 
 
 def decode(ids: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> list[Span]:
     """A sample's tokens as text in spans; joined, the spans are the text of the whole.
 
     Spans decoded one by one would lose a character whose bytes lie in two of them (it is shown in the second), and with
-    some tokenizers the space before each. So a span is decoded with the one before it, and is what the text gains.
+    some tokenizers the space before each. So a span is decoded with those before it, back to the last but one that
+    began with a character, and is what the text gains.
     """
     control = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
     kinds = [(is_learned, token in control) for token, is_learned in zip(ids, learned, strict=True)]
-    spans, start, window, shown = [], 0, 0, 0  # the window is decoded, of whose characters `shown` are in spans
+    spans: list[Span] = []
+    start = window = shown = 0  # the text from `window` on is decoded, of whose characters `shown` are in spans
+    begins_whole = True
     for (is_learned, is_control), group in groupby(kinds):
         end = start + len(list(group))
         text = tokenizer.backend.decode(ids[window:end], skip_special_tokens=False)
-        cut = end < len(ids) and text.endswith(_BROKEN)
-        whole = text.rstrip(_BROKEN) if cut else text
-        spans.append(Span(whole[shown:], end - start, is_learned, is_control))
-        if cut:
-            shown = max(shown, len(whole))
-        else:
-            window, shown = start, len(tokenizer.backend.decode(ids[start:end], skip_special_tokens=False))
-        start = end
+        ends_whole = end == len(ids) or not text.endswith(_BROKEN)
+        text = text if ends_whole else text.rstrip(_BROKEN)
+        spans.append(Span(text[shown:], end - start, is_learned, is_control))
+        if begins_whole and ends_whole:
+            window, text = start, tokenizer.backend.decode(ids[start:end], skip_special_tokens=False)
+        shown = len(text) if ends_whole else max(shown, len(text))
+        start, begins_whole = end, ends_whole
     return spans
 
 

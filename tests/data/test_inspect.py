@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from bft_megatron import cli
 from bft_megatron.data import inspect, page, tokenizers
+from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import validation_rows
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.errors import UserError
@@ -44,7 +45,7 @@ def prepared(source: Path, tmp_path: Path) -> Prepared:
 
 @pytest.fixture
 def row(prepared: Prepared, source: Path, tiny: tokenizers.ChatTokenizer) -> inspect.Row:
-    return inspect.read(prepared, str(source), tiny, 0)
+    return inspect.read(Blend.of(prepared), [(str(source),)], tiny, 0)
 
 
 def test_edges_masks_and_weights_are_those_of_the_tensors(row: inspect.Row, prepared: Prepared):

@@ -64,8 +64,8 @@ EXAMPLES: dict[str, tuple[int, dict[str, Any]]] = {
             "data.supervise": "assistant",
             "train.global_batch_size": 16,
             "train.micro_batch_size": 1,
-            "train.epochs": 3.0,
-            "train.lr": 2e-5,
+            "train.epochs": 1.0,
+            "train.lr": 1e-3,
             "train.warmup_iterations": 0,
             "train.adam_beta2": 0.999,
             "train.weight_decay": 0.0,
@@ -87,7 +87,7 @@ EXAMPLES: dict[str, tuple[int, dict[str, Any]]] = {
             "objective.name": "bft",
             "data.train": [{"path": INFO, "name": "conversations", "rows": ":6"}],
             "data.valid": [{"path": INFO, "name": "conversations", "rows": "6:8"}],
-            "train.global_batch_size": 8,
+            "train.global_batch_size": 3,
             "train.lr": 1e-4,
             "train.validate_every": 200,
             "megatron": RECOMPUTE | {"lr-warmup-fraction": 0.1},
@@ -326,7 +326,7 @@ def test_effective_values_side_by_side():
         print_table(convert(CONFIGS / "full.yaml", 8), console)
     text = " ".join(said.get().split())
     assert "batch 1 x accumulation 2 x 8 GPUs = 16 samples │ train.global_batch_size 16 samples" in text
-    assert "num_train_epochs 3 of 16 samples = 3 steps │ train.epochs 3 = 3 steps" in text
+    assert "num_train_epochs 1 of 16 samples = 1 step │ train.epochs 1 = 1 step" in text
     assert "warmup_ratio 0.1 = 1 step │" in text
     with console.capture() as said:
         print_table(convert(CONFIGS / "megatron_bridge.yaml"), console)
@@ -337,7 +337,7 @@ def test_command(tmp_path: Path):
     out = tmp_path / "recipe.yaml"
     words = ["from-llamafactory", str(CONFIGS / "lora.yaml")]
     assert CliRunner().invoke(cli.app, [*words, str(out), "--gpus", "2"], catch_exceptions=False).exit_code == 0
-    assert recipe.load(out).train.global_batch_size == 16
+    assert recipe.load(out).train.global_batch_size == 6
     with pytest.raises(UserError, match="cannot write the recipe: File exists"):
         CliRunner().invoke(cli.app, [*words, str(out)], catch_exceptions=False)
     printed = CliRunner().invoke(cli.app, words, catch_exceptions=False)

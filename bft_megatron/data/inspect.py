@@ -172,7 +172,7 @@ def heading(sample: Sample) -> str:
     """Where a sample is from and what it counts, in a line."""
     padding = f", {sample.padding:,} of padding" if sample.padding else ""
     return (
-        f"{sample.where}  places {sample.start:,} to {sample.start + sample.tokens - 1:,}: "
+        f"{sample.where}, places {sample.start:,} to {sample.start + sample.tokens - 1:,}: "
         f"{_count(sample.tokens, 'token')}, {sample.supervised:,} learned{padding}, weight {sample.weight:g}"
     )
 

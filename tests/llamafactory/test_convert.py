@@ -11,9 +11,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bft_megatron import cli, recipe
+from bft_megatron.data import sources
 from bft_megatron.errors import UserError
 from bft_megatron.llamafactory import convert, print_table, recipe_text
 from bft_megatron.recipe import Recipe
+from bft_megatron.recipe_sources import SourceSettings
 from tests.test_cli import ROOT
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -134,6 +136,14 @@ def test_example(name: str, tmp_path: Path):
     made = recipe.load(tmp_path / "recipe.yaml")
     assert {key: field(made, key) for key in expected} == expected
     assert not conversion.lost
+
+
+@pytest.mark.parametrize(("name", "count"), [("identity", 4), ("questions", 16), ("conversations", 8), ("chat", 1)])
+def test_entries_of_each_formatting_are_read(name: str, count: int):
+    found = list(sources.read(SourceSettings(INFO, name=name)))
+    assert len(found) == count
+    assert all(made.messages[-1]["role"] == "assistant" for made in found)
+    assert {message["role"] for made in found for message in made.messages} <= {"system", "user", "assistant"}
 
 
 FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [

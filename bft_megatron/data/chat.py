@@ -89,6 +89,8 @@ class _Renderer:
             return Rendered(text, [self.turn(i, text) for i in learned])
         if learned == turns:
             return Rendered(text, marked)
+        if len(marked) == len(turns):
+            return Rendered(text, [marked[turns.index(i)] for i in learned])
         wholes = [self.whole(i, text) for i in learned]
         return Rendered(text, [span for span in marked if any(a <= span[0] < b for a, b in wholes)])
 
@@ -129,8 +131,9 @@ class _Renderer:
             answer = self.tokenizer.asks and messages[i]["content"].strip()
             if (answer and text.startswith(answer, len(opened))) or opened != self.text(messages[:i])[0]:
                 return opened
-        one, other = (self.text([*messages[:i], messages[i] | {"content": content}])[0] for content in "01")
-        return one[: _common(one, other)]
+        one, other = (self.text([*messages[:i], {"role": "assistant", "content": said}])[0] for said in "01")
+        header = one[: _common(one, other)]
+        return header[: _common(header, text)]  # a turn that calls a function may have another header, or none
 
     def check(self, i: int, part: str, text: str) -> None:
         if not text.startswith(part):

@@ -152,7 +152,7 @@ def _without_spans(whole: Span, spans: list[Span]) -> list[Span]:
 def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
     """Tokens [n] int32 and mask [n] bool of each conversation, in one call of the tokenizer."""
     encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-    broken = tokenizer.backend.token_to_id(BREAK)
+    broken = np.array(tokenizer.broken)
     return [_without(broken, np.array(e.ids, np.int32), _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
 
 
@@ -196,6 +196,12 @@ def _token_at(encoding: Encoding, char: int, stop: int) -> int | None:
     return next((token for token in tokens if token is not None), None)
 
 
-def _without(broken: int, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    kept = ids != broken
-    return (ids, mask) if kept.all() else (ids[kept], mask[kept])
+def _without(broken: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask without those that spell `BREAK`."""
+    if broken[0] not in ids:
+        return ids, mask
+    begins = np.flatnonzero(ids == broken[0])
+    begins = [at for at in begins if np.array_equal(ids[at : at + len(broken)], broken)]
+    kept = np.ones(len(ids), bool)
+    kept[np.add.outer(np.array(begins, int), np.arange(len(broken)))] = False
+    return ids[kept], mask[kept]

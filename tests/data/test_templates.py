@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def model(
         text = (FOLDER / f"{template}.jinja").read_text()
         folder = model_with(text, *CONTROL[template], bos_token=begin, eos_token=end)
         ours = tokenizers.load(folder)
-        plain = ChatTokenizer(ours.backend, unmarked(text), ours.variables, ours.control)
+        plain = replace(ours, template=unmarked(text))
         assert ours.has_markers
         assert not plain.has_markers
         models[template] = AutoTokenizer.from_pretrained(folder), ours, plain

@@ -8,6 +8,8 @@ reads that file or refuses.
 from __future__ import annotations
 
 import json
+import os
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -80,7 +82,7 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
             f"its tokenizer gives the token {highest:,}, its vocabulary ends at {vocab_size:,}: they do not match",
         )
     names = {"train": _folders(rows.train), "valid": rows.valid and _folders(rows.valid), **_wanted(recipe)}
-    temporary = folder.data / "rows.tmp"
+    temporary = folder.data / f"rows.{socket.gethostname()}.{os.getpid()}.tmp"  # another prepare may be at it too
     temporary.write_text(json.dumps(names, indent=2))
     temporary.replace(folder.data / "rows.json")
     return rows

@@ -89,6 +89,8 @@ class _Renderer:
             return Rendered(text, [self.turn(i, text) for i in learned])
         if learned == turns:
             return Rendered(text, marked)
+        if len(marked) == len(turns):
+            return Rendered(text, [marked[turns.index(i)] for i in learned])
         wholes = [self.whole(i, text) for i in learned]
         return Rendered(text, [span for span in marked if any(a <= span[0] < b for a, b in wholes)])
 
@@ -129,8 +131,9 @@ class _Renderer:
             answer = self.tokenizer.asks and messages[i]["content"].strip()
             if (answer and text.startswith(answer, len(opened))) or opened != self.text(messages[:i])[0]:
                 return opened
-        one, other = (self.text([*messages[:i], messages[i] | {"content": content}])[0] for content in "01")
-        return one[: _common(one, other)]
+        one, other = (self.text([*messages[:i], {"role": "assistant", "content": said}])[0] for said in "01")
+        header = one[: _common(one, other)]
+        return header[: _common(header, text)]  # a turn that calls a function may have another header, or none
 
     def check(self, i: int, part: str, text: str) -> None:
         if not text.startswith(part):
@@ -149,7 +152,7 @@ def _without_spans(whole: Span, spans: list[Span]) -> list[Span]:
 def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
     """Tokens [n] int32 and mask [n] bool of each conversation, in one call of the tokenizer."""
     encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-    broken = tokenizer.backend.token_to_id(BREAK)
+    broken = np.array(tokenizer.broken)
     return [_without(broken, np.array(e.ids, np.int32), _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
 
 
@@ -193,6 +196,12 @@ def _token_at(encoding: Encoding, char: int, stop: int) -> int | None:
     return next((token for token in tokens if token is not None), None)
 
 
-def _without(broken: int, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    kept = ids != broken
-    return (ids, mask) if kept.all() else (ids[kept], mask[kept])
+def _without(broken: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask without those that spell `BREAK`."""
+    if broken[0] not in ids:
+        return ids, mask
+    begins = np.flatnonzero(ids == broken[0])
+    begins = [at for at in begins if np.array_equal(ids[at : at + len(broken)], broken)]
+    kept = np.ones(len(ids), bool)
+    kept[np.add.outer(np.array(begins, int), np.arange(len(broken)))] = False
+    return ids[kept], mask[kept]

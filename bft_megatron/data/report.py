@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from bft_megatron.data.encoding import Counts
 from bft_megatron.data.prepare import Prepared
@@ -24,12 +25,12 @@ def report(sources: Mapping[str, Prepared]) -> RenderableType:
     table = Table()
     table.add_column("")
     for name in sources:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     lines = [_numbers(prepared) for prepared in sources.values()]
     for what in lines[0]:
         if what not in OPTIONAL or any(line[what] != "0" for line in lines):
             table.add_row(what, *(line[what] for line in lines))
-    return Group(table, *(line for prepared in sources.values() for line in _refused(prepared)))
+    return Group(table, *(Text(line) for prepared in sources.values() for line in _refused(prepared)))
 
 
 OPTIONAL = {"rows refused", "too long, dropped", "too long, truncated", "nothing to learn, dropped"}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BREAK = "\ufdd0"
 """Put inside the control tokens that a message's text spells out: a character that Unicode reserves for a program's own
-use. It is a token of its own, dropped after tokenisation, so that the text keeps its characters and stays text."""
+use. Its tokens are dropped after tokenisation, so that the text keeps its characters and stays text."""
 
 _FILES = (
     "tokenizer*",
@@ -40,14 +40,16 @@ class ChatTokenizer:
     """A fast tokenizer with its chat template.
 
     Attributes:
-        backend: the tokenizer, with `BREAK` as one more token. To be asked for no tokens around a text: the template
-            writes what begins a text, which would else be doubled.
+        backend: the tokenizer. To be asked for no tokens around a text: the template writes what begins a text, which
+            would else be doubled.
+        broken: the tokens that `BREAK` becomes.
         template: Jinja source.
         variables: what the template sees beside the messages: `bos_token`, `eos_token`, ...
         control: the control tokens, such as <|im_end|>, as text.
     """
 
     backend: tokenizers.Tokenizer
+    broken: tuple[int, ...]
     template: str
     variables: dict[str, str]
     control: tuple[str, ...]
@@ -130,7 +132,6 @@ def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
     Raises:
         UserError: no such folder, no tokenizer that can be read in it, or no chat template.
     """
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     if not Path(folder).is_dir():
@@ -147,8 +148,21 @@ def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
     control = tuple(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
     backend.no_truncation()
     backend.no_padding()
+    return ChatTokenizer(backend, _broken(backend), template, loaded.special_tokens_map, control)
+
+
+def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The tokens of `BREAK`: its bytes, where the tokenizer falls back to bytes, as SentencePiece's do; else a token of
+    its own, added here. (SentencePiece's would begin a new word after an added token, with a space that the text has
+    not.)
+    """
+    from tokenizers import AddedToken
+
+    by_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in BREAK.encode()]
+    if backend.encode(BREAK, add_special_tokens=False).ids[-len(by_bytes) :] == by_bytes:
+        return tuple(by_bytes)
     backend.add_special_tokens([AddedToken(BREAK, special=True, normalized=False)])
-    return ChatTokenizer(backend, template, loaded.special_tokens_map, control)
+    return (backend.token_to_id(BREAK),)
 
 
 def _template(loaded: PreTrainedTokenizerFast, folder: str | Path, chosen: str | None) -> str:

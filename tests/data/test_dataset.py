@@ -161,7 +161,6 @@ def test_going_on_anywhere_with_any_ranks_takes_no_row_twice_and_leaves_none_out
     batch, limit = 6, 150
     made = Shuffled(rows=(10, 10, 10), taken=(20, 10, 3), seed=1, limit=limit)
     whole = [made.row(place) for place in range(limit)]
-    assert Counter(whole[:33]).total() == 33
     for done in range(limit // batch):  # steps 5, 11, 16 and 22 have an epoch's edge in them or behind them
         anew = Shuffled(rows=(10, 10, 10), taken=(20, 10, 3), seed=1, limit=limit)
         left: list[int | None] = []

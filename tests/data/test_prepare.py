@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +19,11 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from bft_megatron.data import chat, sources, tokenizers
+from bft_megatron.data import chat, readers, sources, tokenizers
 from bft_megatron.data.encoding import Counts
 from bft_megatron.data.prepare import Prepared, load, prepare
 from bft_megatron.data.report import report
+from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe import DataSettings
 from tests.data.material import CHATML, TINY, chat_of, unmarked
@@ -186,6 +190,96 @@ def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
     result = prepared(cache, settings)
     assert result.counts.samples == 40 * 50
     assert len(Dataset.from_file(str(result.folder / "samples.arrow"))) == 40 * 50
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = socket.gethostname()
+    for name in (f".key.0.{ended.pid}.{host}", f".key.1.{os.getpid()}.{host}", f".key.2.{ended.pid}.another"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.arrow").write_text("half")
+    prepared(tmp_path)
+    left = {path.name for path in tmp_path.glob(".*")}
+    assert left == {f".key.1.{os.getpid()}.{host}", f".key.2.{ended.pid}.another"}
+
+
+def test_rows_that_are_no_conversation_are_skipped_counted_and_listed(tmp_path: Path) -> None:
+    rows = [
+        {"messages": chat_of("a", "b")},
+        *[{"messages": chat_of("a", "")}] * 7,
+        {"messages": chat_of("c", "\ufdd0")},
+    ]
+    settings = replace(source(tmp_path, *rows), on_error="skip")
+    result = prepared(tmp_path / "cache", settings)
+    assert (result.counts.conversations, result.counts.refused, result.counts.samples) == (1, 8, 1)
+    refused = (result.folder / "refused.txt").read_text().splitlines()
+    assert [line.split(":")[1] for line in refused] == [str(n) for n in range(2, 10)]
+    said = " ".join(shown(train=result).split())
+    assert re.search(r"rows refused │ 8 │", said)
+    assert said.count("an assistant's message must not be empty") == 5
+    assert "... and 3 more" in said
+    assert not (prepared(tmp_path / "cache").folder / "refused.txt").exists()
+
+
+def test_a_row_a_turn(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
+    rows = [{"messages": chat_of("a", "b", "c", "d", "e", "f")}]
+    settings = source(tmp_path, *rows)
+    split = prepared(tmp_path, replace(settings, turns="split"))
+    samples = Dataset.from_file(str(split.folder / "samples.arrow"))
+    assert split.counts.samples == 3
+    for k, sample in enumerate(samples, start=1):
+        assert (sample["tokens"], sample["learned"]) == chat.encode(rows[0]["messages"][: 2 * k], tiny, "last")
+
+
+def test_another_template_is_another_folder(tmp_path: Path) -> None:
+    rows = [{"messages": chat_of("a", "b")}]
+    settings = source(tmp_path, *rows)
+    plain = prepared(tmp_path, settings)
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    own = prepared(tmp_path, replace(settings, chat_template=str(file)))
+    assert own.counts.tokens < plain.counts.tokens
+    file.write_text("{% for m in messages %}!{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    assert len({r.folder for r in (plain, own, prepared(tmp_path, replace(settings, chat_template=str(file))))}) == 3
+    file.write_text("{% for m in messages %}\n{% nothing %}")
+    with pytest.raises(FieldError, match=r"template\.jinja, line 2 of the template: Encountered unknown tag 'nothing'"):
+        prepared(tmp_path, replace(settings, chat_template=str(file)))
+    with pytest.raises(FieldError, match="chatty is no template's name"):
+        prepared(tmp_path, replace(settings, chat_template="chatty"))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_many_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "CHUNK_ROWS", 3)
+    made = []
+    for cores in (1, 3):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        made.append(prepared(tmp_path / str(cores), replace(SETTINGS, overlong="truncate", seq_length=64)))
+    one, three = made
+    assert replace(three, folder=one.folder) == one
+    for name in ("samples", "rows"):
+        tables = [Dataset.from_file(str(m.folder / f"{name}.arrow")) for m in made]
+        assert tables[0].to_dict() == tables[1].to_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_killed_worker_is_said_and_a_bad_row_ends_all() -> None:
+    def end(item: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL if item == 5 else 0)
+        return item
+
+    with pytest.raises(UserError, match="was killed, most likely for want of memory"):
+        list(ordered_map(end, iter(range(50))))
+
+    def refuse(item: int) -> int:
+        if item == 5:
+            raise UserError("no", "rows:5")
+        return item
+
+    with pytest.raises(UserError, match="rows:5: no"):
+        list(ordered_map(refuse, iter(range(50))))
+    assert list(ordered_map(lambda item: 2 * item, iter(range(50)))) == list(range(0, 100, 2))
 
 
 def test_two_at_once_end_with_one_folder(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bft_megatron import rows
+from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import training_rows, validation_rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
@@ -52,18 +53,22 @@ def first_step(made: Recipe, windows_cp: int = 1) -> Result:
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
-    sources = {}
-    for i, name in enumerate(run_rows.train.names):
-        if own := [m for m in train if m.source == i]:
-            sources[name] = {key: _report(made, own)[0][key] for key in ("loss", "mean_p", "samples", "tokens")}
-    splits = {"valid": valid} | {
-        name: [m for m in valid if m.source == i] for i, name in enumerate(run_rows.valid.names)
+    sources = {
+        name: {key: _report(made, own)[0][key] for key in ("loss", "mean_p", "samples", "tokens")}
+        for name, own in _by_source(run_rows.train, train).items()
     }
+    splits = {"valid": valid, **_by_source(run_rows.valid, valid)}
     return Result(
-        [{"iteration": 1, **report, "sources": sources, "grad_norm": norm}],
+        [{"iteration": 1, **report, **({"sources": sources} if sources else {}), "grad_norm": norm}],
         [{"iteration": 0, "split": split, **_report(made, measured)[0]} for split, measured in splits.items()],
         gradients,
     )
+
+
+def _by_source(blend: Blend, measured: list[Measured]) -> dict[str, list[Measured]]:
+    """The samples of each source that has some, where there are several sources."""
+    apart = {name: [m for m in measured if m.source == i] for i, name in enumerate(blend.names)}
+    return {name: own for name, own in apart.items() if own and len(apart) > 1}
 
 
 def _model(made: Recipe) -> torch.nn.Module:

@@ -25,9 +25,10 @@ class Config:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = YamlFile(path, path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"cannot read the config: {getattr(e, 'strerror', e)}", str(path)) from None
+        self._file = YamlFile(path, text.expandtabs() if path.suffix == ".json" else text)  # JSON is YAML but for tabs
         self.path = path
         self.asked: set[str] = set()
         self._values = {str(name): value for name, value in OmegaConf.to_container(self._file.tree).items()}

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bft_megatron.data import sources
+from bft_megatron.data.packing import padded
 from bft_megatron.errors import FieldError
 from bft_megatron.llamafactory.conversion import Conversion
+from bft_megatron.llamafactory.layout import context_size, tensor_size
 from bft_megatron.recipe_sources import source_settings
 
 
@@ -99,12 +101,8 @@ def _carry_rows(to: Conversion) -> None:
 
 def _divisible(to: Conversion, length: int) -> int:
     """What context and sequence parallelism can cut: the next multiple of their parts."""
-    tensor, _, context = (
-        to.config.integer(f"{name}_size", 1)
-        for name in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
-    )
-    multiple = (2 * context if context > 1 else 1) * tensor
-    return -(-length // multiple) * multiple
+    context = context_size(to.config)
+    return padded(length, (2 * context if context > 1 else 1) * tensor_size(to.config))
 
 
 def _carry_masks(to: Conversion) -> None:

@@ -36,8 +36,17 @@ _MIXED_PRECISION = {"bf16_mixed": "bf16", "bf16-mixed": "bf16", "32": "fp32", "f
 
 def model_parallel_size(config: Config) -> int:
     """GPUs that hold the model once."""
-    tensor, pipeline, _, context = (config.integer(name, 1) for name in _SIZES)
-    return max(tensor, _autotp(config)) * pipeline * max(context, config.integer("hyper_parallel_cp_size", 1))
+    return tensor_size(config) * config.integer("pipeline_model_parallel_size", 1) * context_size(config)
+
+
+def tensor_size(config: Config) -> int:
+    """Tensor-parallel size, of a Megatron backend or of the DeepSpeed file."""
+    return max(config.integer("tensor_model_parallel_size", 1), _autotp(config))
+
+
+def context_size(config: Config) -> int:
+    """Context-parallel size, of a Megatron backend or of HyperParallel."""
+    return max(config.integer("context_parallel_size", 1), config.integer("hyper_parallel_cp_size", 1))
 
 
 def on_megatron(config: Config) -> bool:

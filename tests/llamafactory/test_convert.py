@@ -188,6 +188,11 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         | {"lr-decay-style": "linear"}},
     ),
     ({"deepspeed": {"gradient_clipping": 0.3}, "max_grad_norm": 3.0}, {"train.clip_grad": 0.3}),
+    (
+        {"deepspeed": {"tensor_parallel": {"autotp_size": 2}}, "cutoff_len": 99},
+        {"parallel.tensor": 2, "data.seq_length": 100},
+    ),
+    ({"hyper_parallel_cp_size": 4, "cutoff_len": 99}, {"parallel.context": 4, "data.seq_length": 104}),
     ({"tensor_model_parallel_size": 2}, {"parallel.tensor": 2, "parallel.sequence": None}),
     ({"tensor_model_parallel_size": 2, "sequence_parallel": False}, {"parallel.sequence": False}),
     ({"ray_num_workers": 4}, {"train.global_batch_size": 32}),
@@ -318,6 +323,12 @@ def test_a_number_of_held_out_rows_is_of_all_sources_together(tmp_path: Path):
     made = loaded(written(tmp_path, dataset_dir=str(CONFIGS / "data"), dataset="identity,questions", val_size=5))
     assert [source["rows"] for source in made.data.train] == [":3", ":12"]
     assert [source["rows"] for source in made.data.valid] == ["3:4", "12:16"]
+
+
+def test_json_is_read_too(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{\n\t"model_name_or_path": "m",\n\t"dataset": "d",\n\t"stage": "dpo"\n}')
+    with pytest.raises(UserError, match=r"config\.json:4: stage: dpo"):
+        convert(tmp_path / "config.json")
 
 
 def test_gpus_that_do_not_hold_the_model_are_refused():

@@ -1,8 +1,9 @@
 """The rows of a run: prepared once, by one process, before any rank starts; opened by every rank.
 
 Preparing inside a running job would keep all its GPUs waiting in a collective until that times out. So `bft-megatron
-prepare`, or `train` where it starts the ranks itself, writes the rows and a small file that names them, and a rank
-reads that file or refuses.
+prepare`, or `train` where it starts the ranks itself, writes the rows and a small file that names them. A rank reads
+that file before it joins the others; without one, rank 0 of a single machine makes it while the others look out for it,
+and a job on many machines is refused.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +25,9 @@ from bft_megatron.errors import FieldError, UserError
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
 from bft_megatron.recipe_sources import SourceSettings
+
+WAIT_SECONDS = 0.5
+"""Between two looks for the file that rank 0 writes."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,36 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
     temporary.write_text(json.dumps(names, indent=2))
     temporary.replace(folder.data / "rows.json")
     return rows
+
+
+def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
+    """The rows that were prepared for this recipe, on a rank that something else started, before any process group.
+
+    On a single machine rank 0 makes what is missing; the others wait for the file that names it, on disk and not in a
+    collective, which has a time limit.
+
+    Args:
+        make: calls `prepare_rows`.
+
+    Raises:
+        UserError: there are none, and the job runs on many machines.
+    """
+    try:
+        return open_rows(recipe)
+    except UserError:
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+            raise
+    if os.environ["RANK"] == "0":
+        return make()
+    print(f"rank {os.environ['RANK']}: waiting for rank 0 to prepare the data", flush=True)
+    launcher = os.getppid()
+    while True:
+        time.sleep(WAIT_SECONDS)
+        try:
+            return open_rows(recipe)
+        except UserError:
+            if os.getppid() != launcher:  # which ends the others when rank 0 has failed
+                raise
 
 
 def open_rows(recipe: Recipe) -> RunRows:

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: venv demo test matrix soak lint format clean
+.PHONY: venv demo test test-slurm matrix soak lint format clean
 
 venv: $(STAMP)
 
@@ -25,7 +25,12 @@ demo: $(DEMO_STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python examples/demo/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/slurm
+
+# The launch scripts on a Slurm of three nodes that it starts itself: as root, with Debian's slurmctld, slurmd, slurm-client
+# and munge.
+test-slurm: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/slurm
 
 # A run killed thirty times at random moments must end with the bits of one left alone; some ten minutes.
 soak: $(STAMP)

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from bft_megatron import arguments, checkpoint
+from bft_megatron import arguments, checkpoint, communicators
 from bft_megatron.announce import sentence
 from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.recovery import newest_whole
@@ -40,9 +40,6 @@ from bft_megatron.step import Step
 
 GPU_FLAGS = ["--transformer-impl", "transformer_engine", "--distributed-backend", "nccl", "--num-workers", "1"]
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""After which ranks that wait for a lost one give up."""
-
 
 def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, console: TextIO) -> None:
     """Train this rank's share to the end of the run, continuing from the newest checkpoint of its folder.
@@ -59,7 +56,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     """
     folder, steps = RunFolder.of(recipe), rows.steps(recipe)
     on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
-    join(on_cpu)
+    join(recipe, on_cpu)
     checkpoint.without_helper_process()
     arguments.check_passed_through(recipe)
     start = newest_whole(folder, console)
@@ -93,18 +90,22 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     dist.destroy_process_group()
 
 
-def join(on_cpu: bool) -> None:
-    """Form the group of all ranks, unless there is one. Before Megatron does: checkpoints are looked at first."""
+def join(recipe: Recipe, on_cpu: bool) -> None:
+    """Form the group of all ranks, unless there is one. Before Megatron does: checkpoints are looked at first.
+
+    Ranks that wait for a lost one give up after Megatron's own `distributed-timeout-minutes`, 10 by default.
+    """
     if on_cpu:
         backend.install()
     if dist.is_initialized():
         return
+    timeout = timedelta(minutes=arguments.passed_through(recipe).get("distributed-timeout-minutes", 10))
     if on_cpu:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("gloo", timeout=timeout)
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
 
 
 def finish(recipe: Recipe, stopped: str | None) -> None:
@@ -204,6 +205,7 @@ def model_config(
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
     if recipe.lora is not None:
         adapters.install(model, recipe, config, on_cpu=on_cpu)
+    model.pre_wrap_hooks.append(communicators.warm_up)
     model.transformer.finalize_model_grads_func = step.finalize_grads
     return model
 

@@ -4,7 +4,7 @@
 #
 # Settings (environment variables), all optional:
 #   BFT_HOME          checkout of bft-megatron; default: the folder that sbatch was called in
-#   BFT_COMMAND       how the command is called; default: bft-megatron of the checkout's .venv, or else of PATH
+#   BFT_COMMAND       how the command is called; default: bft-megatron of the image or the checkout's .venv, or else of PATH
 #   CONTAINER_IMAGE   image for pyxis (srun --container-image); CONTAINER_MOUNTS: default, the working folder
 #   PREPARE=1         pack the data first, in a CPU job of its own (call the script itself, not through sbatch);
 #                     PREPARE_OPTIONS: sbatch options of that job, for example "--partition=cpu --time=4:00:00"
@@ -28,7 +28,9 @@ main() {
   [ -r "$1" ] || die "cannot read the recipe $1 from $PWD"
   if [ -z "${BFT_COMMAND:-}" ]; then
     BFT_COMMAND=bft-megatron
-    [ ! -x "$BFT_HOME/.venv/bin/bft-megatron" ] || BFT_COMMAND=$BFT_HOME/.venv/bin/bft-megatron
+    if [ -z "${CONTAINER_IMAGE:-}" ] && [ -x "$BFT_HOME/.venv/bin/bft-megatron" ]; then
+      BFT_COMMAND=$BFT_HOME/.venv/bin/bft-megatron
+    fi
   fi
   read -ra command <<< "$BFT_COMMAND"
   if [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then run_job "$@"; else submit "$@"; fi

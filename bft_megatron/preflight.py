@@ -1,6 +1,6 @@
 """Checks on one node before a batch job's ranks start: what would else end the job after its hours in the queue.
 
-Called through `srun`, once a node, by launch/lib.sh. No torch: it takes a second, and must not claim a GPU.
+Called through `srun`, once a node, by launch/lib.sh. It claims no GPU.
 """
 
 from __future__ import annotations

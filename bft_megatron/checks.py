@@ -27,6 +27,7 @@ class ModelShape(Protocol):
 def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     """Raise FieldError for values that cannot be, cannot be together, or do not divide the model."""
     _check_positive(recipe)
+    _check_data(recipe)
     _check_objective(recipe)
     _check_schedule(recipe)
     _check_layout(recipe)
@@ -95,6 +96,17 @@ def _check_positive(recipe: Recipe) -> None:
             )
             if must_be_positive and value <= 0:
                 raise FieldError(f"{group}.{name}", f"must be above 0, not {value}")
+
+
+def _check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    if not data.sources("train"):
+        raise FieldError("data.train", "must name at least one source")
+    data.sources("valid")
+    if data.turns == "split" and data.supervise != "assistant":
+        raise FieldError(
+            "data.turns", "split makes a sample of each of the assistant's turns, which data.supervise names"
+        )
 
 
 MAY_BE_ZERO = {

@@ -53,10 +53,11 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     in_rank = launcher.started_by_launcher()
     processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(recipe)
     _check(recipe_file, overrides, lambda: checks.check_world(recipe, processes))
-    if in_rank:
-        rows = _open_rows(recipe)
-    else:
-        rows = _prepare(recipe_file, overrides, recipe, config, model_folder)
+
+    def make() -> RunRows:
+        return _prepare(recipe_file, overrides, recipe, config, model_folder)
+
+    rows = _rows_of_rank(recipe, make) if in_rank else make()
     folder = RunFolder.of(recipe)
     if folder.is_done(rows.steps(recipe)):
         if os.environ.get("RANK", "0") == "0":
@@ -177,10 +178,19 @@ def _record_base(recipe: Recipe, config: ModelConfig, model_folder: Path) -> Non
         record_base(RunFolder.of(recipe), recipe, config, model_folder)
 
 
-def _open_rows(recipe: Recipe) -> RunRows:
-    from bft_megatron.rows import open_rows
+def _record_template(recipe: Recipe, model_folder: Path) -> None:
+    """What the run learned from goes with its model; a file of this name comes before the tokenizer's own template."""
+    if recipe.data.chat_template is not None:
+        from bft_megatron.data import tokenizers
 
-    return open_rows(recipe)
+        template = tokenizers.load(model_folder, recipe.data.chat_template).template
+        (RunFolder.of(recipe).model / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
+    from bft_megatron.rows import rows_of_rank
+
+    return rows_of_rank(recipe, make)
 
 
 def _train_rank(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows) -> None:
@@ -188,6 +198,7 @@ def _train_rank(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: R
     if rank == 0:
         folder.write_config(recipe, model_folder)
         _record_base(recipe, config, model_folder)
+        _record_template(recipe, model_folder)
         folder.mark_unfinished("running")
     with output_to(folder.log(rank)) as console:
         from bft_megatron import train as training
@@ -198,12 +209,11 @@ def _train_rank(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: R
 def _prepare(
     path: Path, overrides: list[str] | None, recipe: Recipe, config: ModelConfig, model_folder: Path
 ) -> RunRows:
+    from bft_megatron.data.report import report
     from bft_megatron.rows import prepare_rows
 
     rows = _check(path, overrides, lambda: prepare_rows(recipe, model_folder, config.vocab_size))
-    print(f"{recipe.data.train}: {rows.train.summary()}")
-    if rows.valid:
-        print(f"{recipe.data.valid}: {rows.valid.summary()}")
+    Console().print(report(rows.named))
     return rows
 
 

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bft_megatron import defaults
 from bft_megatron.errors import UserError
+from bft_megatron.recipe_sources import SourceSettings, source_settings
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ class ObjectiveSettings:
 class DataSettings:
     """`data:`, which conversations, and how they become rows."""
 
-    train: str
-    """JSONL file of chat `messages`."""
-    valid: str | None = None
-    """Held-out JSONL file, read whole at every validation."""
+    train: Any
+    """A path, or a list of sources, each a path or the fields of `SourceSettings`."""
+    valid: Any = None
+    """Held-out sources, as in `train`, read whole at every validation."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens at a row that is no conversation; `skip` counts and lists it."""
     seq_length: int = 4096
     """Tokens in a row."""
     packing: bool = True
@@ -59,6 +62,19 @@ class DataSettings:
     """What happens to samples longer than a row; both are counted."""
     supervise: Literal["assistant", "last", "all"] = "assistant"
     """Which turns are learned: all of the assistant's, its last one, or every token."""
+    turns: Literal["joined", "split"] = "joined"
+    """`split`: a sample for each of the assistant's turns, which ends with that turn and learns it alone."""
+    chat_template: str | None = None
+    """Jinja file, or the name of one of the tokenizer's templates; left out: the tokenizer's own."""
+
+    def sources(self, field_name: Literal["train", "valid"]) -> tuple[SourceSettings, ...]:
+        """The items of `train` or `valid`; none where `valid` is left out.
+
+        Raises:
+            FieldError: what is wrong with which item.
+        """
+        value = getattr(self, field_name)
+        return () if value is None else source_settings(value, f"data.{field_name}")
 
 
 @dataclass(frozen=True)

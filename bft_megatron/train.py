@@ -27,8 +27,8 @@ from bft_megatron.checkpoint.stopping import Stop
 from bft_megatron.checkpoint.writer import after_each_save
 from bft_megatron.checks import model_parallel_size
 from bft_megatron.cpu import backend
-from bft_megatron.data.dataset import Shuffled, training_rows, validation_rows
-from bft_megatron.data.prepare import Prepared
+from bft_megatron.data.blend import Blend
+from bft_megatron.data.dataset import training_order, training_rows, validation_rows
 from bft_megatron.hf import architectures, load
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.lora import adapters
@@ -72,9 +72,10 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
         steps,
         validation,
     )
-    meter = Meter()
+    names = [blend.names if blend and len(blend.parts) > 1 else () for blend in (rows.train, rows.valid)]
+    meter = Meter(max(1, *map(len, names)))
     step = Step(recipe.objective, config.vocab_size, meter)
-    reporter = Reporter(meter, folder.metrics, console, step.objective.name, steps)
+    reporter = Reporter(meter, folder.metrics, console, step.objective.name, steps, *names)
     reporter.give_up(recipe.train.max_skipped, rows_of_step(recipe, rows))
     reporter.install(start)
     stop = Stop(reporter, steps, recipe.train.exit_after)
@@ -162,7 +163,8 @@ def situation(recipe: Recipe, reporter: Reporter, step: Step) -> Iterator[None]:
 
 def rows_of_step(recipe: Recipe, rows: RunRows) -> Callable[[int], list[int]]:
     """step -> the rows of its global batch, by their numbers in the prepared data."""
-    order, batch = Shuffled(rows.train.rows, recipe.train.seed, rows.rows(recipe)), recipe.train.global_batch_size
+    order = training_order(rows.train, seed=recipe.train.seed, limit=rows.rows(recipe))
+    batch = recipe.train.global_batch_size
 
     def of(step: int) -> list[int]:
         found = (order.row(place) for place in range((step - 1) * batch, step * batch))
@@ -210,7 +212,7 @@ def model_config(
     return model
 
 
-def validation_shape(recipe: Recipe, valid: Prepared | None) -> tuple[int, int]:
+def validation_shape(recipe: Recipe, valid: Blend | None) -> tuple[int, int]:
     """Rows of a validation iteration and iterations of a whole pass: as few filler rows as the layout allows."""
     if valid is None:
         return 0, 0

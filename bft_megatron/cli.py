@@ -77,6 +77,31 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     _prepare(recipe_file, overrides, recipe, config, model_folder)
 
 
+@app.command()
+def inspect(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option(help="Which row, from 0.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page instead.")] = None,
+) -> None:
+    """Show a row of the training data as it will be trained: its samples' text, and which of it is learned."""
+    recipe, config, model_folder = read(recipe_file, overrides or [])
+    from bft_megatron.data import inspect, page, sources, tokenizers
+    from bft_megatron.rows import prepare_rows
+
+    rows = _check(recipe_file, overrides, lambda: prepare_rows(recipe, model_folder, config.vocab_size))
+    files = [sources.open_source(source).files for source in recipe.data.sources("train")]
+    shown = inspect.read(rows.train, files, tokenizers.load(model_folder, recipe.data.chat_template), row)
+    if html is None:
+        inspect.print_row(shown, Console())
+        return
+    try:
+        html.write_text(page.page(shown), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot write the page: {e.strerror}", str(html)) from None
+    print(f"wrote {html}")
+
+
 @app.command(hidden=True)
 def preflight(
     recipe_file: RecipeFile,
@@ -129,6 +154,29 @@ def generate(
     from bft_megatron.hf.generate import generate
 
     print(generate(folder, prompt, max_new_tokens))
+
+
+@app.command("from-llamafactory")
+def from_llamafactory(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What `llamafactory-cli train` takes.")],
+    recipe_file: Annotated[Path | None, typer.Argument(metavar="[OUT.yaml]", help="Recipe to write.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="On how many the config runs; its batch counts them.")] = None,
+) -> None:
+    """Write the recipe that does what a LLaMA-Factory SFT config does, and name what it could not carry over."""
+    from bft_megatron.llamafactory import convert, print_table, recipe_text
+
+    conversion = convert(config, gpus)
+    text = recipe_text(conversion)
+    print_table(conversion, Console(stderr=recipe_file is None))
+    if recipe_file is None:
+        print(text, end="")
+        return
+    try:
+        with recipe_file.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as e:
+        raise UserError(f"cannot write the recipe: {e.strerror}", str(recipe_file)) from None
+    print(f"wrote {recipe_file}")
 
 
 def read(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig, Path]:

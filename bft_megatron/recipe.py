@@ -204,7 +204,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         text = path.read_text()
     except OSError as e:
         raise UserError(f"cannot read the recipe: {e.strerror}", str(path)) from None
-    source = _Source(path, text)
+    source = YamlFile(path, text)
     layers = [(source.tree, None), *((_override(o), o) for o in overrides or [])]
     merged = OmegaConf.structured(Recipe)
     for tree, override in layers:
@@ -228,7 +228,7 @@ def where(path: str | Path, overrides: list[str], field_name: str) -> str:
     for override in reversed(overrides):
         if override.partition("=")[0] == field_name:
             return override
-    return _Source(Path(path), Path(path).read_text()).where(field_name)
+    return YamlFile(Path(path), Path(path).read_text()).where(field_name)
 
 
 def dump(recipe: Recipe) -> str:
@@ -236,8 +236,12 @@ def dump(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
-class _Source:
-    """A YAML file that knows the line of each of its keys."""
+class YamlFile:
+    """A YAML file of fields, `tree`, that knows the line of each.
+
+    Raises:
+        UserError: not YAML, or no mapping, with the line.
+    """
 
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.lines = path, {}
@@ -250,7 +254,7 @@ class _Source:
                 f"not YAML: {getattr(e, 'problem', e)}", f"{path}:{mark.line + 1}" if mark else str(path)
             ) from None
         if not isinstance(node, yaml.MappingNode) or not isinstance(self.tree, DictConfig):
-            raise UserError("a recipe is a mapping of fields; see recipes/ for examples", str(path))
+            raise UserError("must be a mapping of fields, such as those in recipes/", str(path))
         self._note_lines(node, "")
 
     def _note_lines(self, node: yaml.MappingNode, prefix: str) -> None:
@@ -261,6 +265,7 @@ class _Source:
                 self._note_lines(value, f"{name}.")
 
     def where(self, key: str) -> str:
+        """file:line: key, or the part of it that is known."""
         line = self.lines.get(key)
         place = f"{self.path}:{line}" if line else str(self.path)
         return f"{place}: {key}" if key else place

@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+TE_STAMP := .venv-te/.installed
 
-.PHONY: venv demo test matrix soak lint format clean
+.PHONY: venv demo test test-te matrix soak lint format clean
 
 venv: $(STAMP)
 
@@ -27,6 +28,14 @@ demo: $(DEMO_STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+$(TE_STAMP): $(STAMP) tests/te/install.sh
+	tests/te/install.sh $(VENV) .venv-te
+	@touch $@
+
+# On Transformer Engine's layers, which build without a GPU. TE_WHEELS: a folder with a wheel of its PyTorch extension.
+test-te: $(TE_STAMP)
+	.venv-te/bin/python -m pytest tests/te
+
 # A run killed thirty times at random moments must end with the bits of one left alone; some ten minutes.
 soak: $(STAMP)
 	$(BIN)/python -m tests.checkpoint.soak --kills 30
@@ -44,4 +53,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-te runs .pytest_cache .ruff_cache *.egg-info

@@ -187,6 +187,7 @@ def unfused_spec(config: Any, vp_stage: int | None = None) -> Any:
 
 
 def _attach(layer: torch.nn.Module, adapter: Adapter, source: Source) -> None:
+    assert not hasattr(layer, "layer_norm_weight"), "the layer norms its own input, which its adapter would not see"
     with torch.no_grad():
         for name, weight in adapter.weights.items():
             fill_part(adapter.get_parameter(name), weight, source)

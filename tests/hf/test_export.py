@@ -25,11 +25,11 @@ from tests.hf.sharded import Layout
 from tests.world import run_world
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def _assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
@@ -53,8 +53,8 @@ def test_round_trip_is_bit_identical(models: list[SavedModel], checkpoints: Path
     for model in models:
         out = tmp_path / model.name
         export(checkpoints / model.name, out, model.folder, shard_bytes=1e5)
-        after = _tensors(out)
-        _assert_same(_tensors(model.folder), after)
+        after = tensors(out)
+        assert_same(tensors(model.folder), after)
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == after.keys()
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
@@ -87,19 +87,19 @@ def test_other_layouts(
     _save(saved, layout, metadata=metadata)
     for folder, checkpoint in saved.items():
         export(checkpoint, tmp_path / "out" / folder.name, folder)
-        _assert_same(_tensors(folder), _tensors(tmp_path / "out" / folder.name))
+        assert_same(tensors(folder), tensors(tmp_path / "out" / folder.name))
 
 
 def test_bfloat16_is_kept_and_chosen(tmp_path: Path) -> None:
     model, bf16 = tmp_path / "model", torch.bfloat16
     tiny.save("qwen2", model, dtype=bf16)
     _save({model: tmp_path / "ck"}, Layout(tp=2), flags=("--bf16",))
-    before = _tensors(model)
+    before = tensors(model)
     assert {t.dtype for t in before.values()} == {bf16}
     export(tmp_path / "ck", tmp_path / "kept", model)
-    _assert_same(before, _tensors(tmp_path / "kept"))
+    assert_same(before, tensors(tmp_path / "kept"))
     export(tmp_path / "ck", tmp_path / "chosen", model, dtype=torch.float32)
-    _assert_same({name: t.float() for name, t in before.items()}, _tensors(tmp_path / "chosen"))
+    assert_same({name: t.float() for name, t in before.items()}, tensors(tmp_path / "chosen"))
     config, chosen = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("model", "chosen"))
     assert config.pop("dtype") == "bfloat16"
     assert chosen.pop("dtype") == "float32"
@@ -116,9 +116,9 @@ def test_random_weights_are_the_same_on_every_layout(models: list[SavedModel], t
         drawn = []
         for i in range(len(layouts)):
             export(tmp_path / f"{model.name}-{i}", tmp_path / "out" / f"{model.name}-{i}", model.folder)
-            drawn.append(_tensors(tmp_path / "out" / f"{model.name}-{i}"))
+            drawn.append(tensors(tmp_path / "out" / f"{model.name}-{i}"))
         for other in drawn[1:]:
-            _assert_same(drawn[0], other)
+            assert_same(drawn[0], other)
         matrices = {name: t for name, t in drawn[0].items() if t.ndim == 2}
         assert len({float(t.flatten()[0]) for t in matrices.values()}) == len(matrices)
         assert all(abs(float(t.std()) / 0.02 - 1) < 0.1 for t in matrices.values())
@@ -127,8 +127,8 @@ def test_random_weights_are_the_same_on_every_layout(models: list[SavedModel], t
                 assert torch.equal(t, torch.ones_like(t) if "norm" in name else torch.zeros_like(t)), name
     _save({models[1].folder: tmp_path / "reseeded"}, Layout(), random=True, seed=8)
     export(tmp_path / "reseeded", tmp_path / "out" / "reseeded", models[1].folder)
-    name, seeded = "model.embed_tokens.weight", _tensors(tmp_path / "out" / f"{models[1].name}-0")
-    assert not torch.equal(_tensors(tmp_path / "out" / "reseeded")[name], seeded[name])
+    name, seeded = "model.embed_tokens.weight", tensors(tmp_path / "out" / f"{models[1].name}-0")
+    assert not torch.equal(tensors(tmp_path / "out" / "reseeded")[name], seeded[name])
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
@@ -197,7 +197,7 @@ def test_other_iteration(models: list[SavedModel], checkpoints: Path, tmp_path: 
     with pytest.raises(UserError, match="iter_0000002: no such checkpoint"):
         export(checkpoints / "llama", tmp_path / "out", models[0].folder, iteration=2)
     export(checkpoints / "llama", tmp_path / "out", models[0].folder, iteration=3)
-    _assert_same(_tensors(models[0].folder), _tensors(tmp_path / "out"))
+    assert_same(tensors(models[0].folder), tensors(tmp_path / "out"))
 
 
 def test_a_folder_in_use_is_left_alone(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:

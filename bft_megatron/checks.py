@@ -90,14 +90,16 @@ def _context_chunks(recipe: Recipe) -> int:
 def _check_positive(recipe: Recipe) -> None:
     for group in ("data", "parallel", "train", "objective"):
         for name, value in vars(getattr(recipe, group)).items():
-            must_be_positive = (
-                name not in MAY_BE_ZERO and isinstance(value, int | float) and not isinstance(value, bool)
-            )
-            if must_be_positive and value <= 0:
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if name not in MAY_BE_ZERO and value <= 0:
                 raise FieldError(f"{group}.{name}", f"must be above 0, not {value}")
+            if value < 0:
+                raise FieldError(f"{group}.{name}", f"must not be below 0, not {value}")
 
 
 MAY_BE_ZERO = {
+    "iterations",  # the model is converted, and not trained
     "min_lr",
     "warmup_iterations",
     "weight_decay",

@@ -50,9 +50,9 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     that they descend, and their plain cross entropy may rise while mean p rises.
     """
     recipe, config, model_folder = read(recipe_file, overrides or [])
-    in_rank = launcher.started_by_launcher()
-    processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(recipe)
-    _check(recipe_file, overrides, lambda: checks.check_world(recipe, processes))
+    in_rank, processes = _world(recipe_file, overrides, recipe)
+    if recipe.train.iterations == 0:
+        return _convert(recipe_file, overrides, recipe, config, model_folder)
     if in_rank:
         rows = _open_rows(recipe)
     else:
@@ -74,6 +74,13 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenise and pack the recipe's data, so that a job starts at once. `train` does it by itself on one machine."""
     recipe, config, model_folder = read(recipe_file, overrides or [])
     _prepare(recipe_file, overrides, recipe, config, model_folder)
+
+
+@app.command()
+def convert(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Write the recipe's model as a Megatron checkpoint and stop; so does `train` with train.iterations=0."""
+    recipe, config, model_folder = read(recipe_file, overrides or [])
+    _convert(recipe_file, overrides, recipe, config, model_folder)
 
 
 @app.command(hidden=True)
@@ -102,8 +109,6 @@ def export(
 ) -> None:
     """Write the newest checkpoint of a run as a Hugging Face model; of a LoRA run, its adapters as a PEFT folder."""
     source = RunFolder(run)
-    if not source.saved_iteration():
-        raise UserError("holds no checkpoint of a run", str(source.checkpoints))
     recipe = recipes.load(source.config) if source.config.exists() else None
     if recipe is not None and recipe.lora is not None:
         from bft_megatron.lora.peft import export_adapter, export_merged
@@ -156,6 +161,29 @@ def _check[T](path: Path, overrides: list[str] | None, check: Callable[[], T]) -
         return check()
     except FieldError as e:
         raise UserError(e.message, recipes.where(path, overrides or [], e.field)) from None
+
+
+def _world(path: Path, overrides: list[str] | None, recipe: Recipe) -> tuple[bool, int]:
+    """Whether this is a rank already, and how many there are or will be."""
+    in_rank = launcher.started_by_launcher()
+    processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(recipe)
+    _check(path, overrides, lambda: checks.check_world(recipe, processes))
+    return in_rank, processes
+
+
+def _convert(path: Path, overrides: list[str] | None, recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:
+    in_rank, processes = _world(path, overrides, recipe)
+    folder = RunFolder.of(recipe)
+    _check(path, overrides, lambda: folder.check_converts(recipe))
+    if not in_rank:
+        sys.exit(launcher.launch(sys.argv[1:], processes))
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        folder.write_config(recipe, model_folder)
+    with output_to(folder.log(rank)) as console:
+        from bft_megatron import convert as converting
+
+        converting.run(recipe, config, model_folder, console)
 
 
 def _check_adapters(recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:

@@ -84,7 +84,8 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     stop.install()
     after_each_save(lambda iteration, seconds: saved(recipe, stop, iteration, seconds))
     margs = parse(flags)
-    model = model_config(recipe, config, model_folder, step, margs, on_cpu, fresh=start == 0)
+    model = model_config(recipe, config, model_folder, margs, on_cpu, fresh=start == 0)
+    model.transformer.finalize_model_grads_func = step.finalize_grads
     with situation(recipe, reporter, step), stops(stop):
         pretrain(margs, model, step, datasets(recipe, rows, validation))
     finish(recipe, stop.reason)
@@ -184,9 +185,9 @@ def parse(flags: list[str]) -> Any:
 
 
 def model_config(
-    recipe: Recipe, config: ModelConfig, model_folder: Path, step: Step, margs: Any, on_cpu: bool, *, fresh: bool
+    recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fresh: bool
 ) -> Any:
-    """Megatron's model configuration, with our layers on the CPU, the weights, and the end of a step.
+    """Megatron's model configuration, with our layers on the CPU, the weights and the adapters.
 
     Args:
         fresh: no checkpoint brings the weights.
@@ -204,7 +205,6 @@ def model_config(
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
     if recipe.lora is not None:
         adapters.install(model, recipe, config, on_cpu=on_cpu)
-    model.transformer.finalize_model_grads_func = step.finalize_grads
     return model
 
 

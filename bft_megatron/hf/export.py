@@ -1,15 +1,13 @@
 """A torch_dist checkpoint of any layout as a Hugging Face model: one process, no model built, one tensor in memory.
 
-Reads the checkpoint by its own index and writes each tensor as it comes, so 70B needs some GiB, not 140. Which part of
-which parameter a tensor is, is in `weights`; the files are in `shards`. A checkpoint's index is a pickle, and reading
-one runs what it holds: export your own checkpoints.
+Writes each tensor as it is read, so 70B needs some GiB, not 140. Reading checkpoints is in `torch_dist`, which part of
+which parameter a tensor is in `weights`, the files are in `shards`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,19 +15,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import shards
 from bft_megatron.hf.architectures import companions, read_config
-from bft_megatron.hf.weights import Weight, part, weights
-
-_BROKEN = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)
-"""What torch raises on a damaged file of a checkpoint."""
+from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
+from bft_megatron.hf.weights import Weight, weights
 
 
 def export(
@@ -94,118 +85,12 @@ def written_whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-class Checkpoint:
-    """Reads rows of parameters from a torch_dist checkpoint, whatever layout wrote it.
-
-    Megatron stores a parameter of all layers as one tensor with a leading layer dimension
-    (`decoder.layers.mlp.linear_fc1.weight`), or, where layers differ from each other, one by one
-    (`decoder.layers.7.mlp.linear_fc1.weight`). Either is read slice by slice; torch then loads the stored chunks that
-    the slice touches, one at a time: a layer's part of one tensor-parallel rank.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._reader = FileSystemReader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except _BROKEN as e:
-            raise UserError(f"not a whole checkpoint, cannot read its .metadata: {e}", str(folder)) from e
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-
-    def dtype(self, weight: Weight) -> torch.dtype:
-        return self._find(weight)[1].properties.dtype
-
-    def shape(self, weight: Weight) -> tuple[int, ...]:
-        """Of the whole parameter, over all TP ranks; the vocabulary with Megatron's padding."""
-        key, stored = self._find(weight)
-        return tuple(stored.size)[1:] if self._stacked(weight, key) else tuple(stored.size)
-
-    def read(self, weight: Weight, first: int, rows: int) -> Tensor:
-        """Rows first to first + rows of the whole parameter.
-
-        Raises:
-            UserError: a file of the checkpoint is missing or broken, or a part of the tensor in none of them.
-        """
-        key, stored = self._find(weight)
-        lead = [weight.layer] if self._stacked(weight, key) else []
-        size = [rows, *self.shape(weight)[1:]]
-        offsets = [*lead, first, *(0 for _ in size[1:])]
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size([1] * len(lead) + size))
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
-        out = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
-        if sum(torch.Size(item.lengths).numel() for item in items) != out.numel():
-            raise UserError(f"a part of {weight.path} is missing", str(self.folder))
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(out)).wait()
-        except _BROKEN as e:
-            raise UserError(f"cannot read {weight.path}, a file is missing or broken: {e}", str(self.folder)) from e
-        return out.view(size)
-
-    def read_tensor(self, weight: Weight, index: int) -> Tensor:
-        """The Hugging Face tensor number `index` of a parameter. Raises UserError as `read`."""
-        rows = [t.shape[0] for t in weight.tensors]
-        if weight.blocks == 1:  # its rows lie together; the vocabulary's padding is left behind
-            return self.read(weight, sum(rows[:index]), rows[index])
-        return part(weight, index, self.read(weight, 0, sum(rows)))
-
-    def check_shape(self, weight: Weight) -> None:
-        """Raise a UserError where the checkpoint's parameter is not the size that config.json says."""
-        rows = sum(t.shape[0] for t in weight.tensors)
-        shape, needed = self.shape(weight), (rows, *weight.tensors[0].shape[1:])
-        fits = shape[0] >= rows and shape[1:] == needed[1:] if weight.padded else shape == needed
-        if not fits:
-            raise UserError(f"{weight.path} is {shape} in the checkpoint, {needed} by config.json", str(self.folder))
-
-    def _find(self, weight: Weight) -> tuple[str, TensorStorageMetadata]:
-        stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
-        for key in (stacked, weight.path):
-            stored = self._metadata.state_dict_metadata.get(key)
-            if isinstance(stored, TensorStorageMetadata):
-                return key, stored
-        raise UserError(f"has no {weight.path}: it is a checkpoint of another model", str(self.folder))
-
-    def _stacked(self, weight: Weight, key: str) -> bool:
-        return weight.layer is not None and key != weight.path
-
-
-class _Into:
-    """The smallest of torch's load planners: every piece that was read lands in one tensor."""
-
-    def __init__(self, out: Tensor) -> None:
-        self._out = out
-
-    def resolve_tensor(self, item: ReadItem) -> Tensor:
-        return self._out[tuple(slice(o, o + n) for o, n in zip(item.dest_offsets, item.lengths, strict=True))]
-
-    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None: ...
-
-
 def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dtype | None) -> shards.Output:
     """Tensor number `index` of a weight, read when it is written."""
     tensor = weight.tensors[index]
     checkpoint.check_shape(weight)
     dtype = dtype or checkpoint.dtype(weight)
     return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))
-
-
-def newest_checkpoint(checkpoints: Path, iteration: int | None = None) -> Checkpoint:
-    """The newest checkpoint of a folder of them, or that of an iteration.
-
-    Raises:
-        UserError: there is none, or it was never finished.
-    """
-    if iteration is None:
-        tracker = checkpoints / "latest_checkpointed_iteration.txt"
-        try:
-            iteration = int(tracker.read_text())
-        except OSError:
-            raise UserError("holds no checkpoint", str(checkpoints)) from None
-        except ValueError:
-            raise UserError("should hold the number of the newest checkpoint", str(tracker)) from None
-    folder = checkpoints / f"iter_{iteration:07d}"
-    if not (folder / "metadata.json").exists():  # Megatron writes it last
-        raise UserError("no such checkpoint, or one that was never finished", str(folder))
-    return Checkpoint(folder)
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from bft_megatron.errors import UserError
 from bft_megatron.hf import shards
 from bft_megatron.hf.architectures import ModelConfig, companions, read_config
-from bft_megatron.hf.export import Checkpoint, newest_checkpoint, refuse_used, write_model, written_whole
+from bft_megatron.hf.export import refuse_used, write_model, written_whole
 from bft_megatron.hf.hub import find_model
+from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import weights
 from bft_megatron.lora.base import check_base
 from bft_megatron.lora.factors import Factors, adapted, all_factors, scale

@@ -217,3 +217,26 @@ def test_a_full_disk_leaves_nothing(models: list[SavedModel], checkpoints: Path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+class _Trap:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+def test_an_index_that_would_run_something_is_not_unpickled(
+    models: list[SavedModel], checkpoints: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoints / "llama", tmp_path / "checkpoints")
+    index = tmp_path / "checkpoints" / "iter_0000003" / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    metadata.planner_data = _Trap(tmp_path / "sprung")
+    index.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"pathlib\.Path\.touch does not belong|getattr does not belong"):
+        export(tmp_path / "checkpoints", tmp_path / "out", models[0].folder)
+    assert not (tmp_path / "sprung").exists()

@@ -35,6 +35,12 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_lora(recipe)
 
 
+def check_comparable(recipe: Recipe) -> None:
+    """Raise FieldError where transformers has nothing to compare the recipe's model with."""
+    if recipe.lora is not None and recipe.lora.adapter is not None:
+        raise FieldError("lora.adapter", "the base model is what is compared: leave it out (lora.adapter=null)")
+
+
 def check_world(recipe: Recipe, world_size: int) -> None:
     """Raise FieldError where the layout does not divide the processes, or the batch does not divide over them."""
     parallel, train = recipe.parallel, recipe.train

@@ -77,6 +77,23 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Compare the recipe's layout with transformers on real rows, before the long run: green, or red and status 1."""
+    recipe, config, model_folder = read(recipe_file, overrides or [])
+    in_rank, processes = _world(recipe_file, overrides, recipe)
+    _check(recipe_file, overrides, lambda: checks.check_comparable(recipe))
+    if not in_rank:
+        _prepare(recipe_file, overrides, recipe, config, model_folder)
+        sys.exit(launcher.launch(sys.argv[1:], processes))
+    rows = _open_rows(recipe)
+    with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console:
+        from bft_megatron import check as checking
+
+        good = checking.run(recipe, config, model_folder, rows, console)
+    sys.exit(0 if good else 1)
+
+
+@app.command()
 def convert(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Write the recipe's model as a Megatron checkpoint and stop; so does `train` with train.iterations=0."""
     recipe, config, model_folder = read(recipe_file, overrides or [])

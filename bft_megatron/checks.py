@@ -206,8 +206,12 @@ def _check_lora(recipe: Recipe) -> None:
     for name in ("rank", "alpha"):
         if getattr(lora, name) <= 0:
             raise FieldError(f"lora.{name}", f"must be above 0, not {getattr(lora, name)}")
-    if not 0 <= lora.dropout < 1:
-        raise FieldError("lora.dropout", f"must be at least 0 and below 1, not {lora.dropout}")
+    if lora.dropout:
+        raise FieldError(
+            "lora.dropout",
+            f"must be 0, not {lora.dropout}: each rank would draw the mask of its own part, and a run would depend on "
+            "its layout",
+        )
     known = [name for names in LORA_TARGETS.values() for name in names]
     unknown = [name for name in lora.modules if name not in known]
     if unknown or not lora.modules:

@@ -129,7 +129,7 @@ class LoraSettings:
     alpha: float = 32.0
     """An adapter's product is scaled by alpha / rank."""
     dropout: float = 0.0
-    """On the adapters' input."""
+    """On the adapters' input; nothing but 0 is the same on every layout, and nothing but 0 is taken."""
     target: Any = "all"
     """`all`, `attention`, `mlp`, or a list of Hugging Face's module names, `[q_proj, v_proj]`."""
     adapter: str | None = None

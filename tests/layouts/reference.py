@@ -5,7 +5,7 @@ loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,16 @@ class Sample:
     weight: float
 
 
-def first_step(made: Recipe, windows_cp: int = 1) -> Result:
+def first_step(
+    made: Recipe, windows_cp: int = 1, adapt: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model
+) -> Result:
     """What one process must report of step 1 and of the validation before it, and every gradient of step 1.
 
     Args:
         windows_cp: with per_rank windows, the context-parallel size whose chunks they stay in.
+        adapt: what is done to the model first; gradients are of what it leaves trainable.
     """
-    model = _model(made)
+    model = adapt(_model(made))
     folder = find_model(made.model)
     run_rows = rows.prepare_rows(made, folder, read_config(folder).vocab_size)
     batch = made.train.global_batch_size
@@ -49,7 +52,7 @@ def first_step(made: Recipe, windows_cp: int = 1) -> Result:
     valid, _ = _report(made, model, [validation[i] for i in range(run_rows.valid.rows)], windows_cp)
     train, loss = _report(made, model, [training[i] for i in range(batch)], windows_cp)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
     return Result(
         [{"iteration": 1, **train, "grad_norm": norm}], [{"iteration": 0, "split": "valid", **valid}], gradients

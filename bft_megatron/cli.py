@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -123,20 +123,30 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a LoRA run: base and adapters as one whole model.")
     ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights; else as they are."),
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="Step of the checkpoint; else the newest.")] = None,
 ) -> None:
-    """Write the newest checkpoint of a run as a Hugging Face model; of a LoRA run, its adapters as a PEFT folder."""
-    source = RunFolder(run)
+    """Write a checkpoint of a run as a Hugging Face model; of a LoRA run, its adapters as a PEFT folder.
+
+    Cut short, the same command goes on with the weights that are not written yet.
+    """
+    import torch
+
+    source, chosen = RunFolder(run), {"iteration": iteration, "dtype": getattr(torch, dtype or "", None)}
     recipe = recipes.load(source.config) if source.config.exists() else None
     if recipe is not None and recipe.lora is not None:
         from bft_megatron.lora.peft import export_adapter, export_merged
 
-        (export_merged if merge else export_adapter)(source, recipe, folder)
+        (export_merged if merge else export_adapter)(source, recipe, folder, **chosen)
     elif merge:
         raise UserError("is no LoRA run: there is nothing to merge, leave out --merge", str(run))
     else:
         from bft_megatron.hf.export import export
 
-        export(source.checkpoints, folder, source.model)
+        export(source.checkpoints, folder, source.model, **chosen)
     print(f"wrote {folder}")
 
 

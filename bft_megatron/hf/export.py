@@ -1,13 +1,14 @@
 """A torch_dist checkpoint of any layout as a Hugging Face model: one process, no model built, one tensor in memory.
 
-Writes each tensor as it is read, so 70B needs some GiB, not 140. Reading checkpoints is in `torch_dist`, which part of
-which parameter a tensor is in `weights`, the files are in `shards`.
+Writes each tensor as it is read, so 70B needs some GiB, not 140; what was cut short goes on with the next file. Reading
+checkpoints is in `torch_dist`, which part of which parameter a tensor is in `weights`, the files are in `shards`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ def export(
 ) -> None:
     """Write a checkpoint as a folder that transformers and vLLM read; it appears under its name only when it is whole.
 
+    Cut short by an error or a signal, the same call again keeps the files of weights that were finished.
+
     Args:
         checkpoints: a run's checkpoints, `iter_*` folders and the file that names the newest.
         out: folder to write; must not hold anything yet.
@@ -50,7 +53,7 @@ def export(
     checkpoint = newest_checkpoint(checkpoints, iteration)
     table = weights(read_config(hf_folder))
     tensors = [_output(checkpoint, weight, i, dtype) for weight in table for i in range(len(weight.tensors))]
-    write_model(out, hf_folder, tensors, shard_bytes)
+    write_model(out, hf_folder, tensors, f"{checkpoint.identity} {shard_bytes}", shard_bytes)
 
 
 def refuse_used(out: Path) -> None:
@@ -59,30 +62,45 @@ def refuse_used(out: Path) -> None:
         raise UserError("is not empty; choose another folder, or remove it", str(out))
 
 
-def write_model(out: Path, hf_folder: Path, tensors: list[shards.Output], shard_bytes: float = 5e9) -> None:
-    """Write a model folder of these tensors, each read when its turn comes; the rest as in `export`."""
-    with written_whole(out) as partial:
+def write_model(
+    out: Path, hf_folder: Path, tensors: list[shards.Output], source: str, shard_bytes: float = 5e9
+) -> None:
+    """Write a model folder of these tensors, each read when its turn comes; the rest as in `export`.
+
+    Args:
+        source: where the values come from; files that an earlier call left are kept only if it was the same.
+    """
+    with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in tensors]}") as partial:
         _copy_companions(hf_folder, partial, tensors[0].dtype)
         _write_shards(partial, tensors, shard_bytes)
 
 
 @contextlib.contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which gets its name where no error comes, and is removed where one does.
+def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
+    """A folder beside `out` to write into, which gets its name where no error comes.
+
+    Args:
+        content: what is being written. Where an error comes, or the process is killed, a folder with finished weights
+            stays, and is given out again for the same content; without one it is removed.
 
     Raises:
         UserError: it cannot be written.
     """
     partial = out.absolute().with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    note = partial / ".content"
+    if content is None or not note.exists() or note.read_text() != content:
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        note.write_text(content or "")
         yield partial
+        note.unlink()
         partial.rename(out)
     except OSError as e:
         raise UserError(f"cannot write the model: {e.strerror}", str(out)) from e
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if content is None or not any(partial.glob("*.safetensors")):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dtype | None) -> shards.Output:
@@ -117,7 +135,12 @@ def _write_shards(folder: Path, tensors: list[shards.Output], shard_bytes: float
         task = bar.add_task("weights", total=total)
         for i, group in enumerate(groups):
             name = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-            shards.write(folder / name, group, lambda written: bar.advance(task, written))
+            if (folder / name).exists():  # of an export that was cut short
+                bar.advance(task, sum(t.bytes for t in group))
+            else:
+                temporary = folder / f"{name}.tmp"
+                shards.write(temporary, group, lambda written: bar.advance(task, written))
+                os.replace(temporary, folder / name)
             index |= {t.name: name for t in group}
     if not one:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import hub
+from bft_megatron.hf.record import crc_fault
 from bft_megatron.hf.weights import Weight, part
 
 _BROKEN = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)
@@ -36,12 +37,18 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._reader = FileSystemReader(folder)
+        self._reader, self._whole = FileSystemReader(folder), set[tuple[str, int, int]]()
         try:
             self._metadata = _read_index(folder / ".metadata")
         except _BROKEN as e:
             raise UserError(f"not a whole checkpoint, cannot read its .metadata: {e}", str(folder)) from e
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @property
+    def identity(self) -> str:
+        """Another one wherever another checkpoint was saved, under the same name too."""
+        index = self.folder / ".metadata"
+        return f"{index.absolute()} {index.stat().st_size} {index.stat().st_mtime_ns}"
 
     def dtype(self, weight: Weight) -> torch.dtype:
         return self._find(weight)[1].properties.dtype
@@ -67,10 +74,19 @@ class Checkpoint:
         if sum(torch.Size(item.lengths).numel() for item in items) != out.numel():
             raise UserError(f"a part of {weight.path} is missing", str(self.folder))
         try:
+            self._check(items)
             self._reader.read_data(LoadPlan(items), _Into(out)).wait()
         except _BROKEN as e:
             raise UserError(f"cannot read {weight.path}, a file is missing or broken: {e}", str(self.folder)) from e
         return out.view(size)
+
+    def _check(self, items: list[ReadItem]) -> None:
+        """Raise ValueError where a record that is about to be read for the first time does not match its CRC-32."""
+        places = (self._reader.storage_data[item.storage_index] for item in items)
+        for file, *record in {(p.relative_path, p.offset, p.length) for p in places} - self._whole:
+            if fault := crc_fault(self.folder / file, *record):
+                raise ValueError(fault)
+            self._whole.add((file, *record))
 
     def read_tensor(self, weight: Weight, index: int) -> Tensor:
         """The Hugging Face tensor number `index` of a parameter. Raises UserError as `read`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import resource
@@ -65,6 +66,13 @@ def test_round_trip_is_bit_identical(models: list[SavedModel], checkpoints: Path
         ]
         for name in ("config.json", "generation_config.json"):
             assert (out / name).read_bytes() == (model.folder / name).read_bytes()
+
+
+def test_round_trip_tied_otherwise(models_tied_otherwise: list[SavedModel], tmp_path: Path) -> None:
+    _save({m.folder: tmp_path / m.name for m in models_tied_otherwise}, Layout(tp=2, pp=2))
+    for model in models_tied_otherwise:
+        export(tmp_path / model.name, tmp_path / "out" / model.name, model.folder)
+        assert_same(tensors(model.folder), tensors(tmp_path / "out" / model.name))
 
 
 def test_transformers_reads_it(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
@@ -140,12 +148,20 @@ def _overwrite(file: Path, content: bytes) -> None:
     file.write_bytes(content)
 
 
+def _flip(file: Path) -> None:
+    """One byte in the middle of the file's largest tensor, which torch would load."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda c: _chunk(c).unlink(), "a file is missing or broken"),
         (lambda c: _overwrite(_chunk(c), _chunk(c).read_bytes()[:-2000]), "a file is missing or broken"),
         (lambda c: _overwrite(_chunk(c), bytes(_chunk(c).stat().st_size)), "a file is missing or broken"),
+        (lambda c: _flip(_chunk(c)), "does not match its CRC-32"),
         (lambda c: (c / "iter_0000003" / ".metadata").unlink(), "cannot read its .metadata"),
         (lambda c: _overwrite(c / "iter_0000003" / ".metadata", b"x"), "cannot read its .metadata"),
         (lambda c: (c / "iter_0000003" / "metadata.json").unlink(), "never finished"),
@@ -217,6 +233,47 @@ def test_a_full_disk_leaves_nothing(models: list[SavedModel], checkpoints: Path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+def _cut_short(model: SavedModel, checkpoints: Path, out: Path) -> tuple[Path, Path]:
+    """An export that failed at the second stage's layers -> the checkpoints, whole again, and a file it wrote."""
+    source = shutil.copytree(checkpoints / model.name, out.parent / "checkpoints")
+    second_stage, away = source / "iter_0000003" / "__2_0.distcp", out.parent / "away"
+    second_stage.rename(away)
+    with pytest.raises(UserError, match="No such file"):
+        export(source, out, model.folder, shard_bytes=6e4)
+    away.rename(second_stage)
+    assert not out.exists()
+    return source, min((out.parent / f".{out.name}.partial").glob("*.safetensors"))
+
+
+def test_an_export_that_was_cut_short_goes_on(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
+    source, written = _cut_short(models[1], checkpoints, tmp_path / "out")
+    before = written.stat()
+    export(source, tmp_path / "out", models[1].folder, shard_bytes=6e4)
+    after = (tmp_path / "out" / written.name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert_same(tensors(models[1].folder), tensors(tmp_path / "out"))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints", "out"]
+    assert not (tmp_path / "out" / ".content").exists()
+
+
+def test_what_was_cut_short_is_not_mixed_with_something_else(
+    models: list[SavedModel], checkpoints: Path, tmp_path: Path
+) -> None:
+    """With another dtype, or with a checkpoint that was saved again in the same place."""
+    model, bf16 = models[1], torch.bfloat16
+    for name, dtype in (("chosen", bf16), ("again", torch.float32)):
+        (tmp_path / name).mkdir()
+        source, written = _cut_short(model, checkpoints, tmp_path / name / "out")
+        before = written.stat().st_mtime_ns
+        if name == "again":
+            os.utime(source / "iter_0000003" / ".metadata")
+        export(source, tmp_path / name / "out", model.folder, dtype=dtype, shard_bytes=6e4)
+        if name == "again":
+            assert (tmp_path / name / "out" / written.name).stat().st_mtime_ns > before
+        expected = {name: t.to(dtype) for name, t in tensors(model.folder).items()}
+        assert_same(expected, tensors(tmp_path / name / "out"))
 
 
 class _Trap:

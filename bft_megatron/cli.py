@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from bft_megatron import arguments, checks, launcher
 from bft_megatron import recipe as recipes
+from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.errors import USER_ERROR, FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
@@ -61,6 +62,8 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     if folder.is_done(rows.steps(recipe)):
         if os.environ.get("RANK", "0") == "0":
             print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
+            if recipe.train.save_hf:
+                HFCopies(folder, sys.stdout).complete()
         return
     _check_adapters(recipe, config, model_folder)
     if in_rank:

@@ -4,7 +4,7 @@ contradicts it.
 config.yaml      the recipe with every default     metrics.jsonl  a line a step
 checkpoints/     Megatron's torch_dist format      tensorboard/   the same numbers as curves
 data/            the packed rows                   model/         config, tokenizer and template for the export
-logs/            what each rank printed
+logs/            what each rank printed            hf/            kept checkpoints as Hugging Face models
 unfinished       from the start of the run until it is complete, with a line: why the last process stopped
 done             from the save of the last step on
 """
@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "train.keep_best",
     "train.best_metric",
     "train.max_skipped",
+    "train.save_hf",
     "device",
     "output",
 }
@@ -97,6 +98,14 @@ class RunFolder:
 
     def checkpoint(self, iteration: int) -> Path:
         return self.checkpoints / f"iter_{iteration:07d}"
+
+    @property
+    def hf_copies(self) -> Path:
+        """Checkpoints as Hugging Face models, where `train.save_hf` asks for them."""
+        return self.root / "hf"
+
+    def hf_copy(self, iteration: int) -> Path:
+        return self.hf_copies / self.checkpoint(iteration).name
 
     @property
     def converted(self) -> Path:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from bft_megatron import arguments, checkpoint
 from bft_megatron.announce import sentence
+from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.checkpoint.retention import Retention
@@ -82,7 +83,8 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     reporter.install(start)
     stop = Stop(reporter, steps, recipe.train.exit_after)
     stop.install()
-    after_each_save(lambda iteration, seconds: saved(recipe, stop, iteration, seconds))
+    copies = HFCopies(folder, console) if recipe.train.save_hf and dist.get_rank() == 0 else None
+    after_each_save(lambda iteration, seconds: saved(recipe, stop, copies, iteration, seconds))
     margs = parse(flags)
     model = model_config(recipe, config, model_folder, margs, on_cpu, fresh=start == 0)
     model.transformer.finalize_model_grads_func = step.finalize_grads
@@ -92,6 +94,8 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     if stop.reason and dist.get_rank() == 0:
         print(f"{stop.reason}: saved, not finished; the same command goes on", file=console, flush=True)
     dist.destroy_process_group()
+    if copies:
+        copies.stop() if stop.reason else copies.complete()
 
 
 def join(on_cpu: bool) -> None:
@@ -121,13 +125,15 @@ def finish(recipe: Recipe, stopped: str | None) -> None:
         retention(recipe).apply(folder, wait=True)  # what was left undeleted, with the last validation known
 
 
-def saved(recipe: Recipe, stop: Stop, iteration: int, seconds: float) -> None:
+def saved(recipe: Recipe, stop: Stop, copies: HFCopies | None, iteration: int, seconds: float) -> None:
     """After a save, on every rank: how long it took; on rank 0 the older ones are deleted that need not be kept."""
     stop.saved(iteration, seconds)
     if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else the last good one may be an older one
         folder = RunFolder.of(recipe)
         seal(folder.checkpoint(iteration))
         retention(recipe).apply(folder)
+        if copies:
+            copies.follow()
 
 
 def retention(recipe: Recipe) -> Retention:

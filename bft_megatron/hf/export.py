@@ -7,11 +7,13 @@ checkpoints is in `torch_dist`, which part of which parameter a tensor is in `we
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
@@ -84,23 +86,46 @@ def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
             stays, and is given out again for the same content; without one it is removed.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another process is writing it.
     """
     partial = out.absolute().with_name(f".{out.name}.partial")
-    note = partial / ".content"
-    if content is None or not note.exists() or note.read_text() != content:
-        shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        note.write_text(content or "")
-        yield partial
-        note.unlink()
-        partial.rename(out)
+        with (partial / ".content").open("a+") as note:
+            _lock(note, out)
+            try:
+                _clear_unless(content, partial, note)
+                yield partial
+                (partial / ".content").unlink()
+                partial.rename(out)
+            finally:
+                if content is None or not any(partial.glob("*.safetensors")):
+                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as e:
         raise UserError(f"cannot write the model: {e.strerror}", str(out)) from e
-    finally:
-        if content is None or not any(partial.glob("*.safetensors")):
-            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear_unless(content: str | None, partial: Path, note: TextIO) -> None:
+    """Remove what an earlier call left, unless it was writing the same, and note what is being written."""
+    note.seek(0)
+    if content is not None and note.read() == content:
+        return
+    for file in partial.iterdir():
+        if file.name != ".content":
+            file.unlink()
+    note.truncate(0)
+    note.write(content or "")
+    note.flush()
+
+
+def _lock(file: TextIO, out: Path) -> None:
+    """Hold a lock until the file is closed, where the file system has locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError("another process is writing it", str(out)) from None
+    except OSError:
+        pass
 
 
 def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dtype | None) -> shards.Output:

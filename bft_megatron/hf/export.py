@@ -133,6 +133,8 @@ def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dty
     tensor = weight.tensors[index]
     checkpoint.check_shape(weight)
     dtype = dtype or checkpoint.dtype(weight)
+    if dtype not in shards.DTYPES.values():
+        raise UserError(f"{weight.path} has the dtype {dtype}: choose one with --dtype", str(checkpoint.folder))
     return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))
 
 

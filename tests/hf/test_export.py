@@ -181,6 +181,16 @@ def test_damaged_checkpoint(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints"]  # no half an export, under no name
 
 
+def test_a_dtype_nobody_expected(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoints / "llama", tmp_path / "checkpoints")
+    index = tmp_path / "checkpoints" / "iter_0000003" / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    metadata.state_dict_metadata["decoder.final_layernorm.weight"].properties.dtype = torch.float64
+    index.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"final_layernorm.weight has the dtype torch.float64: choose one with --dtype"):
+        export(tmp_path / "checkpoints", tmp_path / "out", models[0].folder)
+
+
 def test_chunk_that_no_file_holds(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
     """Unnoticed, it would leave memory that was never written to in the export."""
     shutil.copytree(checkpoints / "llama", tmp_path / "checkpoints")

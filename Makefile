@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+TE_STAMP := .venv-te/.installed
 
-.PHONY: venv demo test test-slurm matrix soak lint format clean
+.PHONY: venv demo test test-slurm test-te matrix soak lint format clean
 
 venv: $(STAMP)
 
@@ -32,6 +33,14 @@ test: $(STAMP)
 test-slurm: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/slurm
 
+$(TE_STAMP): $(STAMP) tests/te/install.sh
+	tests/te/install.sh $(VENV) .venv-te
+	@touch $@
+
+# On Transformer Engine's layers, which build without a GPU. TE_WHEELS: a folder with a wheel of its PyTorch extension.
+test-te: $(TE_STAMP)
+	.venv-te/bin/python -m pytest tests/te
+
 # A run killed thirty times at random moments must end with the bits of one left alone; some ten minutes.
 soak: $(STAMP)
 	$(BIN)/python -m tests.checkpoint.soak --kills 30
@@ -49,4 +58,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-te runs .pytest_cache .ruff_cache *.egg-info

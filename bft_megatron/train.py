@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from bft_megatron import arguments, checkpoint, communicators
 from bft_megatron.announce import sentence
+from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.checkpoint.retention import Retention
@@ -80,15 +81,20 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     reporter.install(start)
     stop = Stop(reporter, steps, recipe.train.exit_after)
     stop.install()
-    after_each_save(lambda iteration, seconds: saved(recipe, stop, iteration, seconds))
+    copies = HFCopies(folder, console) if recipe.train.save_hf and dist.get_rank() == 0 else None
+    after_each_save(lambda iteration, seconds: saved(recipe, stop, copies, iteration, seconds))
     margs = parse(flags)
-    model = model_config(recipe, config, model_folder, step, margs, on_cpu, fresh=start == 0)
+    model = model_config(recipe, config, model_folder, margs, on_cpu, fresh=start == 0)
+    model.pre_wrap_hooks.append(communicators.warm_up)
+    model.transformer.finalize_model_grads_func = step.finalize_grads
     with situation(recipe, reporter, step), stops(stop):
         pretrain(margs, model, step, datasets(recipe, rows, validation))
     finish(recipe, stop.reason)
     if stop.reason and dist.get_rank() == 0:
         print(f"{stop.reason}: saved, not finished; the same command goes on", file=console, flush=True)
     dist.destroy_process_group()
+    if copies:
+        copies.stop() if stop.reason else copies.complete()
 
 
 def join(recipe: Recipe, on_cpu: bool) -> None:
@@ -122,13 +128,15 @@ def finish(recipe: Recipe, stopped: str | None) -> None:
         retention(recipe).apply(folder, wait=True)  # what was left undeleted, with the last validation known
 
 
-def saved(recipe: Recipe, stop: Stop, iteration: int, seconds: float) -> None:
+def saved(recipe: Recipe, stop: Stop, copies: HFCopies | None, iteration: int, seconds: float) -> None:
     """After a save, on every rank: how long it took; on rank 0 the older ones are deleted that need not be kept."""
     stop.saved(iteration, seconds)
     if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else the last good one may be an older one
         folder = RunFolder.of(recipe)
         seal(folder.checkpoint(iteration))
         retention(recipe).apply(folder)
+        if copies:
+            copies.follow()
 
 
 def retention(recipe: Recipe) -> Retention:
@@ -187,9 +195,9 @@ def parse(flags: list[str]) -> Any:
 
 
 def model_config(
-    recipe: Recipe, config: ModelConfig, model_folder: Path, step: Step, margs: Any, on_cpu: bool, *, fresh: bool
+    recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fresh: bool
 ) -> Any:
-    """Megatron's model configuration, with our layers on the CPU, the weights, and the end of a step.
+    """Megatron's model configuration, with our layers on the CPU, the weights and the adapters.
 
     Args:
         fresh: no checkpoint brings the weights.
@@ -207,8 +215,6 @@ def model_config(
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
     if recipe.lora is not None:
         adapters.install(model, recipe, config, on_cpu=on_cpu)
-    model.pre_wrap_hooks.append(communicators.warm_up)
-    model.transformer.finalize_model_grads_func = step.finalize_grads
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bft_megatron.objective import sums
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs, vocab_parallel_statistics
-from bft_megatron.objective.sums import CPU_BLOCK_BYTES
 from tests.objective import reference
 from tests.world import run_world
 
@@ -28,6 +29,14 @@ CASES = {  # s, b, v, vocabulary, share masked, scale of the logits
 }
 
 UPSTREAM = 3.0  # the largest upstream gradient
+BLOCK = 1 << 20  # bytes: 8 rows of the vocabulary of 32,000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_blocks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "CPU_BLOCK_BYTES", BLOCK)
+        yield
 
 
 def _inputs(case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -221,12 +230,12 @@ class _Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_overwriting_allocates_no_more_than_a_block(dtype: torch.dtype):
     logits, targets, upstream, _ = _inputs("several blocks, some without a label", dtype)
-    assert logits.nbytes > 2 * CPU_BLOCK_BYTES
+    assert logits.nbytes > 2 * BLOCK
     x = logits.requires_grad_()
     with _Allocations(x) as allocations:
         logp = vocab_parallel_logprobs(x, targets, overwrite=True)
         torch.autograd.grad((logp * upstream).sum(), x)
-    assert 0 < allocations.largest <= CPU_BLOCK_BYTES
+    assert 0 < allocations.largest <= BLOCK
 
 
 def test_overwriting_refuses_logits_that_it_would_have_to_copy():

@@ -1,7 +1,7 @@
 """The loss head, forward and backward, side by side: CPU time of one thread, peak memory, errors; tables and a plot.
 
-    OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python benchmarks/head.py            # the README's, an hour and a half
-    ... python benchmarks/head.py 2048x49152:fp32 2048x576x49152:bf16:0.5:tp2 --errors --plot head.png
+    OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.head --errors --plot docs/head.png   # the README's
+    ... python -m benchmarks.head 2048x49152:fp32 2048x576x49152:bf16:0.5:tp2 --heads Megatron ours
 
 A case is rows x vocabulary (over logits that are there) or rows x hidden x vocabulary (the product with the weight is
 part of the time), dtype, share of supervised rows (1 where left out), tensor-parallel processes. All heads get the same
@@ -17,6 +17,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +32,17 @@ from bft_megatron.objective.records import bft
 from bft_megatron.objective.view import Rows
 
 DEFAULT_CASES = [
-    *(f"{shape}:{dtype}{share}" for dtype in ("fp32", "bf16") for shape, share in (
-        ("2048x32000", ""), ("2048x49152", ""), ("2048x49152", ":0.5"), ("1024x128256", ""), ("2048x49152", ":1:tp2"),
-    )),
-    *(f"{shape}:{dtype}{share}" for dtype in ("fp32", "bf16") for shape, share in (
-        ("2048x576x49152", ""), ("2048x576x49152", ":0.5"), ("8192x576x32000", ""), ("1024x2048x128256", ""),
-        ("2048x576x49152", ":1:tp2"),
-    )),
-]  # fmt: skip
+    f"{shape}:{dtype}{more}"
+    for shape, mores in (
+        ("2048x49152", ("", ":0.5", ":1:tp2")),
+        ("1024x128256", ("",)),
+        ("2048x576x49152", ("", ":0.5", ":1:tp2")),
+    )
+    for dtype in ("fp32", "bf16")
+    for more in mores
+]
+Found = dict[str, tuple[float, float]]
+"""head -> (seconds, peak MiB)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,7 +60,8 @@ class Case:
     @staticmethod
     def parse(text: str) -> Case:
         """`2048x576x49152:bf16:0.5:tp2`, of which the last two may be left out."""
-        shape, dtype, share, tp = [*text.split(":"), "1", "tp1"][:4] if text.count(":") < 3 else text.split(":")
+        shape, dtype, *more = text.split(":")
+        share, tp = (more + ["1", "tp1"][len(more) :])[:2]
         sizes = [int(x) for x in shape.split("x")]
         s, h, v = sizes if len(sizes) == 3 else (sizes[0], None, sizes[1])
         return Case(s, h, v, dtype, float(share), int(tp.removeprefix("tp")))
@@ -65,12 +70,6 @@ class Case:
         shape = f"{self.s:,} x {self.v:,}" if self.h is None else f"{self.s:,} x {self.h:,} x {self.v:,}"
         share = "" if self.share == 1 else f", {self.share:.0%} supervised"
         return f"{shape} {self.dtype}{share}{'' if self.tp == 1 else f', TP {self.tp}'}"
-
-    @property
-    def heads(self) -> dict[str, Callable[..., Tensor]]:
-        """Those that can run it."""
-        every = peers.OVER_LOGITS if self.h is None else peers.FROM_HIDDEN
-        return {name: head for name, head in every.items() if self.tp == 1 or name not in peers.UNSHARDED}
 
     def targets(self) -> Tensor:
         """[s, 1]; the rows that are not supervised come first, as a prompt does."""
@@ -144,53 +143,111 @@ class FromHidden:
         return time.thread_time() - start
 
 
-def measure(case: Case, repetitions: int) -> dict[str, tuple[float, float]]:
-    """On a rank: head -> (seconds, peak MiB)."""
+def measure(case: Case, heads: dict[str, Callable[..., Tensor]], repetitions: int) -> Found:
+    """On a rank: what each head takes."""
     given = OverLogits(case) if case.h is None else FromHidden(case)
     peaks = {}
-    for name, head in case.heads.items():  # first, and so the warm-up
+    for name, head in heads.items():  # first, and so the warm-up
         with Peak(*given.known) as peak:
             given.step(head)
         peaks[name] = (peak.peak - given.gradients) / 2**20
-    seconds: dict[str, list[float]] = {name: [] for name in case.heads}
+    seconds: dict[str, list[float]] = {name: [] for name in heads}
     for _ in range(repetitions):
-        for name, head in case.heads.items():
+        for name, head in heads.items():
             seconds[name].append(given.step(head))
-    return {name: (min(seconds[name]), peaks[name]) for name in case.heads}
+    return {name: (min(seconds[name]), peaks[name]) for name in heads}
 
 
-def report(cases: list[Case], repetitions: int) -> dict[Case, dict[str, tuple[float, float]]]:
-    """Print a markdown table, a row a case -> case -> head -> (seconds, MiB) of the rank that has most of either."""
-    names = list(peers.OVER_LOGITS if cases[0].h is None else peers.FROM_HIDDEN)
+def report(cases: list[Case], prefixes: list[str], repetitions: int) -> dict[Case, Found]:
+    """Print a markdown table, a row a case -> what was found, of the rank that has most of either."""
+    every = peers.OVER_LOGITS if cases[0].h is None else peers.FROM_HIDDEN
+    names = [name for name in every if name.startswith(tuple(prefixes))]
     print(f"\n| {'rows x ' + ('' if cases[0].h is None else 'hidden x ') + 'vocabulary'} | {' | '.join(names)} |")
     print(f"|{' --- |' * (len(names) + 1)}")
     found = {}
     for case in cases:
-        ranks = in_processes(case.tp, measure, case, repetitions)
-        found[case] = {name: tuple(max(rank[name][i] for rank in ranks) for i in (0, 1)) for name in case.heads}
+        heads = {name: every[name] for name in names if case.tp == 1 or name not in peers.UNSHARDED}
+        ranks = in_processes(case.tp, measure, case, heads, repetitions)
+        found[case] = {name: tuple(max(rank[name][i] for rank in ranks) for i in (0, 1)) for name in heads}
         print(f"| {case} | {' | '.join(_cell(name, found[case]) for name in names)} |", flush=True)
     return found
 
 
-def _cell(name: str, found: dict[str, tuple[float, float]]) -> str:
+def _cell(name: str, found: Found) -> str:
     if name not in found:
         return "-"
     seconds, mib = found[name]
-    ratio = f"{seconds / found[peers.BASELINE][0]:.2f}x"
-    time_ = f"{seconds:.2f} s ({ratio})" if name == peers.BASELINE else ratio
+    time_ = f"{seconds:.2f} s" if name == peers.BASELINE else f"{seconds / found[peers.BASELINE][0]:.2f}x"
     return time_ if name in peers.TIME_ALONE else f"{time_}, {mib:,.0f} MiB"
+
+
+def errors(dtype: str) -> None:
+    """Print how far each head is from float64 on the same inputs, half of the labels likely, random upstream."""
+    n, h, v = 768, 512, 16000
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, 1, h, generator=generator), torch.randn(v, h, generator=generator) / h**0.5
+    targets, upstream = torch.randint(v, (n, 1), generator=generator), torch.randn(n, 1, generator=generator)
+    hidden[::2, 0] += 10 * weight[targets[::2, 0]]
+    hidden, weight = (x.to(DTYPES[dtype]).requires_grad_() for x in (hidden, weight))
+
+    def numbers(logp: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad((logp * upstream).sum(), inputs)
+        return tuple(x.detach().double() for x in (logp, logp.exp(), *gradients))
+
+    h64, w64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    exact = numbers((h64 @ w64.t()).log_softmax(-1).gather(-1, targets[..., None])[..., 0], h64, w64)
+    for name, head in peers.FROM_HIDDEN.items():
+        found = numbers(head(hidden, weight, targets), hidden, weight)
+        away = [x - y for x, y in zip(found, exact, strict=True)]
+        cells = [x.square().mean().sqrt() for x in away[:2]]
+        cells += [x.norm() / y.norm() for x, y in zip(away[2:], exact[2:], strict=True)]
+        print(f"| {name}, {dtype} | {' | '.join(f'{float(x):.1e}' for x in cells)} |", flush=True)
+
+
+def plot(found: dict[Case, Found], path: Path) -> None:
+    """Draw what a case of one process takes relative to Megatron: time and memory, a bar a head."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = [case for case in found if case.tp == 1 and case.share == 1]
+    names = [name for name in {**peers.OVER_LOGITS, **peers.FROM_HIDDEN} if any(name in found[c] for c in cases)]
+    figure, panels = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")
+    for panel, i, what in zip(panels, (0, 1), ("CPU time", "peak memory"), strict=True):
+        for at, name in enumerate(names):
+            known = [(x, case) for x, case in enumerate(cases) if name in found[case]]
+            if i and name in peers.TIME_ALONE:
+                continue
+            ratios = [found[case][name][i] / found[case][peers.BASELINE][i] for _, case in known]
+            panel.bar([x + 0.11 * (at - len(names) / 2) for x, _ in known], ratios, 0.1, label=name)
+        panel.axhline(1, color="black", linewidth=0.5)
+        panel.set(yscale="log", ylabel=f"{what} / Megatron, unfused")
+    panels[0].legend(ncols=4, fontsize="small")
+    panels[1].set_xticks(range(len(cases)), [str(case).replace(" x ", "\u00d7") for case in cases], rotation=20)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
     """Print the tables of the cases, and what else was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=DEFAULT_CASES)
+    parser.add_argument("--heads", nargs="+", default=[""], help="beginnings of their names; Megatron's must be in it")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--errors", action="store_true", help="also hold every head to float64")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
-    cases = [Case.parse(case) for case in options.cases]
+    if options.errors:
+        print("| | log p, rms | p, rms | hidden gradient | weight gradient |\n| --- | --- | --- | --- | --- |")
+        for dtype in DTYPES:
+            in_processes(1, errors, dtype)
+    cases, found = [Case.parse(case) for case in options.cases], {}
     for kind in ([c for c in cases if c.h is None], [c for c in cases if c.h is not None]):
         if kind:
-            report(kind, options.repetitions)
+            found |= report(kind, options.heads, options.repetitions)
+    if options.plot:
+        plot(found, options.plot)
 
 
 if __name__ == "__main__":

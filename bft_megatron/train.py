@@ -24,7 +24,7 @@ from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.checkpoint.stopping import Stop
-from bft_megatron.checkpoint.writer import after_each_save
+from bft_megatron.checkpoint.writer import after_each_save, mind_padding_between_buckets
 from bft_megatron.checks import model_parallel_size
 from bft_megatron.cpu import backend
 from bft_megatron.data.dataset import Shuffled, training_rows, validation_rows
@@ -61,6 +61,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
     join(on_cpu)
     checkpoint.without_helper_process()
+    mind_padding_between_buckets()
     arguments.check_passed_through(recipe)
     start = newest_whole(folder, console)
     if start >= steps:  # killed between the last save and its mark

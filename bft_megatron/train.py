@@ -29,6 +29,7 @@ from bft_megatron.checks import model_parallel_size
 from bft_megatron.cpu import backend
 from bft_megatron.data.dataset import Shuffled, training_rows, validation_rows
 from bft_megatron.data.prepare import Prepared
+from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures, load
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.lora import adapters
@@ -59,6 +60,8 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     """
     folder, steps = RunFolder.of(recipe), rows.steps(recipe)
     on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
+    if on_cpu and recipe.objective.kernels == "triton":
+        raise FieldError("objective.kernels", "triton runs on GPUs alone, and this run is on the CPU; use torch")
     join(on_cpu)
     checkpoint.without_helper_process()
     mind_padding_between_buckets()

@@ -23,7 +23,7 @@ def without_helper_process() -> None:
 def mind_padding_between_buckets() -> None:
     """Have the optimizer's state saved for the parameter that it belongs to where gradients are reduced in buckets.
 
-    For the format that any layout can load Megatron gathers the state without the padding at the buckets' ends, and then
+    For the format that any layout can load, Megatron gathers the state without the padding at the buckets' ends, then
     looks for each parameter at its place with that padding (`distrib_optimizer.py`, `get_parameter_state_dp_zero`,
     `sharded_param_state_fully_reshardable`): behind the first bucket that is padded, master weights and moments of
     other parameters are saved, without an error. One bucket (no `overlap-grad-reduce`) or sizes that need no padding

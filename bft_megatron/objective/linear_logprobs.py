@@ -23,16 +23,16 @@ from torch.autograd.function import once_differentiable
 
 from bft_megatron.objective.kept_rows import KeptRows
 from bft_megatron.objective.sums import (
+    TORCH,
+    Kernels,
     Statistics,
     Sums,
-    gradient,
     merge,
     merge_ranks,
     no_sums,
     outcome,
     shard_labels,
     softmax_scale,
-    sums,
 )
 
 TILE_BYTES = 16 << 20
@@ -76,6 +76,7 @@ def vocab_parallel_linear_statistics(
     vocab_size: int | None = None,
     entropy: bool = False,
     fuse_main_grad: bool = False,
+    kernels: Kernels = TORCH,
 ) -> Statistics:
     """Return log p of the targets under hidden @ weight^T, whether they are the argmax, and where asked the entropy.
 
@@ -89,6 +90,7 @@ def vocab_parallel_linear_statistics(
         entropy: also return the entropy of each labelled row.
         fuse_main_grad: Megatron's gradient accumulation fusion: where the weight has a `main_grad`, its gradient is
             added there, the weight says so in `grad_added_to_main_grad`, and what autograd gets is a placeholder.
+        kernels: as in `vocab_parallel_statistics`.
 
     Collectives over `group`, none where no row has a label: forward, MAX [n] fp32 and SUM [2, n] fp64 (with the entropy
     [3, n]) for the n rows with a label; backward, an all-reduce [n, h] of the hidden states' gradient. Under
@@ -103,7 +105,7 @@ def vocab_parallel_linear_statistics(
         raise ValueError(f"hidden {hidden.dtype} {list(hidden.shape)} and weight {weight.dtype} {list(weight.shape)}")
     if hidden.shape[0] * shards != targets.shape[0] or hidden.shape[1] != targets.shape[1]:
         raise ValueError(f"hidden {list(hidden.shape)} on {shards} ranks and targets {list(targets.shape)}")
-    options = _Options(group, chunk_size, shards > 1, vocab_size, entropy, fuse_main_grad)
+    options = _Options(group, chunk_size, shards > 1, vocab_size, entropy, fuse_main_grad, kernels)
     return Statistics(*_LinearStatistics.apply(hidden, weight, targets, options))
 
 
@@ -115,6 +117,7 @@ class _Options:
     vocab_size: int | None
     entropy: bool
     fuse_main_grad: bool
+    kernels: Kernels
 
 
 class _LinearStatistics(torch.autograd.Function):
@@ -129,7 +132,8 @@ class _LinearStatistics(torch.autograd.Function):
             pool, w = kept.pool(hidden.detach()), weight.detach()[: label.columns]
             for rows in _chunks(kept.n, options.chunk_size):
                 for columns, z in _tiles(kept.take(pool, rows), w):
-                    part = sums(z, label.tile(rows, columns), entropy=options.entropy, keep_numerators=z.dtype == _FP32)
+                    tile, scratch = label.tile(rows, columns), z.dtype == _FP32 and options.kernels.numerators
+                    part = options.kernels.sums(z, tile, entropy=options.entropy, keep_numerators=scratch)
                     _merge_into(shard, part, rows)
         whole = merge_ranks(shard, options.group) if kept.n else shard
         found = outcome(whole, label.valid)
@@ -160,7 +164,7 @@ class _LinearStatistics(torch.autograd.Function):
             d_x = None if d_pool is None else _accumulator(d_pool, rows, kept)
             for columns, z in _tiles(x, w):
                 tile = label.tile(rows, columns)
-                gradient(z, z, tile, shift[rows], -up * scale[rows], up * miss[rows] * tile.owned)
+                options.kernels.gradient(z, z, tile, shift[rows], -up * scale[rows], up * miss[rows] * tile.owned)
                 z = z.to(x.dtype)
                 if d_x is not None:
                     _add_product(d_x, z, w[columns])

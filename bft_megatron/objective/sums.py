@@ -14,7 +14,7 @@ fp64, which costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -220,6 +220,22 @@ def gradient(
         x.mul_(at_others[block]).scatter_add_(1, column[block], at_label[block])
         if scratch is not None:
             out[block] = x
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Who does the two passes over a part of the vocabulary.
+
+    numerators: whether `sums` can leave them in the rows; else the backward pass makes them from the logits again.
+    """
+
+    sums: Callable[..., Sums]
+    gradient: Callable[..., None]
+    numerators: bool
+
+
+TORCH = Kernels(sums, gradient, numerators=True)
+"""The functions above."""
 
 
 def _rows_per_block(rows: Tensor) -> int:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bft_megatron.objective import sums
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs, vocab_parallel_statistics
+from tests.collectives import Collectives
 from tests.objective import reference
 from tests.world import run_world
 
@@ -122,25 +123,12 @@ def test_tensor_parallel(tp: int, overwrite: bool):
         _check((logp, gradient, correct), _expected(logits, targets, upstream, vocabulary), dtype)
 
 
-class _Collectives(TorchDispatchMode):
-    """Records every collective and the bytes of the tensors that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "c10d":
-            self.seen.append((func._schema.name, sum(t.nbytes for t in args[0])))
-        return func(*args, **(kwargs or {}))
-
-
 def _count_collectives() -> tuple[list, list]:
     logits, targets, _, vocabulary = _inputs("plain", torch.float32)
     x = logits.chunk(2, -1)[dist.get_rank()].clone().requires_grad_()
-    with _Collectives() as forward:
+    with Collectives() as forward:
         logp = vocab_parallel_logprobs(x, targets, group=dist.group.WORLD, vocab_size=vocabulary)
-    with _Collectives() as backward:
+    with Collectives() as backward:
         logp.sum().backward()
     return forward.seen, backward.seen
 
@@ -148,7 +136,7 @@ def _count_collectives() -> tuple[list, list]:
 def test_two_collectives_forward_and_none_backward():
     n = 7 * 3
     for forward, backward in run_world(2, _count_collectives):
-        assert forward == [("c10d::allreduce_", 4 * n), ("c10d::allreduce_", 2 * 8 * n)]
+        assert forward == [("allreduce", 4 * n), ("allreduce", 2 * 8 * n)]
         assert backward == []
 
 

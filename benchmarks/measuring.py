@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -70,6 +71,8 @@ def in_processes(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
 
 def _rank(rank: int, n: int, store: Path, pipe: Any, fn: Callable[..., Any], args: tuple) -> None:
     torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", store=dist.FileStore(str(store), n), rank=rank, world_size=n)
     pipe.send(fn(*args))
-    dist.destroy_process_group()
+    if dist.is_initialized():  # Megatron's loop ends it itself
+        dist.destroy_process_group()

@@ -40,6 +40,8 @@ class ObjectiveSettings:
     """With the logits, or a tile at a time without them; `auto`: without where they would take over 1 GiB on a rank."""
     chunk_size: int = 8192
     """Tokens of a tile of the chunked head."""
+    kernels: Literal["torch", "triton"] = "torch"
+    """Of the head's arithmetic on the vocabulary; `triton` on GPUs alone, and not measured on one."""
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.checkpoint.stopping import Stop
-from bft_megatron.checkpoint.writer import after_each_save
+from bft_megatron.checkpoint.writer import after_each_save, mind_padding_between_buckets
 from bft_megatron.checks import model_parallel_size
 from bft_megatron.cpu import backend
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import training_order, training_rows, validation_rows
+from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures, load
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.lora import adapters
@@ -57,8 +58,11 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     """
     folder, steps = RunFolder.of(recipe), rows.steps(recipe)
     on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
+    if on_cpu and recipe.objective.kernels == "triton":
+        raise FieldError("objective.kernels", "triton runs on GPUs alone, and this run is on the CPU; use torch")
     join(recipe, on_cpu)
     checkpoint.without_helper_process()
+    mind_padding_between_buckets()
     arguments.check_passed_through(recipe)
     start = newest_whole(folder, console)
     if start >= steps:  # killed between the last save and its mark

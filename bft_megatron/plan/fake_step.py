@@ -23,7 +23,7 @@ from bft_megatron.cpu import backend
 from bft_megatron.hf import architectures
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.metrics import Meter
-from bft_megatron.plan.memory import Collective, Ledger, Moments, Work
+from bft_megatron.plan.memory import HEAD, Ledger, Moments
 from bft_megatron.recipe import Recipe
 from bft_megatron.step import Step
 
@@ -66,6 +66,8 @@ def replace_what_needs_values() -> None:
 
     dist.all_gather_object = all_gather_object
     training.logical_and_across_model_parallel_group = successful
+    clip_grads.multi_tensor_applier = lambda operator, flag, tensors, *args: operator(0, flag, tensors, *args)
+    clip_grads.multi_tensor_scale_tensor_impl = None
     clip_grads.l2_norm_impl = lambda _, __, gradients, *___: (gradients[0][0].new_zeros(1), None)
     torch.is_autocast_enabled = lambda *_: False  # the meta device is not among those it knows
 
@@ -244,7 +246,7 @@ class _Watch:
             model.embedding.register_forward_pre_hook(enter("activations of the embedding"))
             model.embedding.register_forward_hook(enter("activations"))
         if model.post_process:
-            model.decoder.register_forward_hook(enter("head"))
+            model.decoder.register_forward_hook(enter(HEAD))
 
     def _named(self, call: Callable[..., Any], what: str) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:

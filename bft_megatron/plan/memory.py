@@ -29,6 +29,10 @@ CUDA_BLOCK = 512
 """Bytes to a multiple of which CUDA's caching allocator rounds."""
 
 
+HEAD = "head"
+"""The part of the output layer and the objective."""
+
+
 @dataclass(frozen=True)
 class Collective:
     """One kind of collective as a rank issues it."""
@@ -41,12 +45,15 @@ class Collective:
     """Ranks of the group."""
     bytes: int
     """Of the whole message: of a gather's output, of a reduce-scatter's input."""
+    head: bool
+    """Issued by the output layer or the objective."""
 
 
 @dataclass(frozen=True)
 class Work:
     """One kind of kernel."""
 
+    attention: bool
     flops: int
     bytes: int
     """Read and written, each operand once."""
@@ -184,7 +191,7 @@ class Ledger(TorchDispatchMode):
             first = list(_tensors((args[0],)))
             message = max(sum(t.numel() * t.element_size() for t in part) for part in (first, tensors[len(first) :]))
         kind = "pp" if name in ("send", "recv_") and kind == "world" else kind
-        self.step.collectives[self.phase, Collective(name, kind, size, message)] += 1
+        self.step.collectives[self.phase, Collective(name, kind, size, message, self.part == HEAD)] += 1
         if self.real:
             return func(*args, **kwargs)
         if "gather" in name or "scatter" in name:
@@ -212,7 +219,8 @@ class Ledger(TorchDispatchMode):
         flops = 0 if count is None else count(*args, **kwargs, out_val=out)
         moved = sum(t.numel() * t.element_size() for t in inputs) + sum(t.numel() * t.element_size() for t in born)
         dtype = str((inputs or born)[0].dtype).removeprefix("torch.")
-        self.step.work[self.phase, Work(flops, moved, dtype)] += 1
+        attention = func._opname.startswith("attention") or "scaled_dot_product" in func._opname
+        self.step.work[self.phase, Work(attention, flops, moved, dtype)] += 1
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

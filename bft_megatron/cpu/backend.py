@@ -133,7 +133,7 @@ def _redirect_torch(device: torch.device) -> None:
     )
     torch.accelerator.current_device_index = lambda: 0
     torch.accelerator.is_available = lambda *_, **__: False
-    torch.nn.Module.cuda = lambda self, *_, **__: self.to(device)
+    torch.nn.Module.cuda = lambda self, *_, **__: self if device.type == "cpu" else self.to(device)
 
 
 def _redirect_megatron() -> None:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from bft_megatron import arguments, checks, train
 from bft_megatron.cpu import backend
+from bft_megatron.data.dataset import VIRTUAL_LENGTH
 from bft_megatron.hf import architectures
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.metrics import Meter
@@ -64,7 +65,10 @@ def replace_what_needs_values() -> None:
         reduce_success(own, **groups)
         return own
 
-    dist.all_gather_object = all_gather_object
+    def one_by_one(messages: list[dist.P2POp]) -> list[Any]:  # together they would ask for the device's back end
+        return [m.op(m.tensor, m.peer, group=m.group, tag=m.tag) for m in messages]
+
+    dist.all_gather_object, dist.batch_isend_irecv = all_gather_object, one_by_one
     training.logical_and_across_model_parallel_group = successful
     clip_grads.multi_tensor_applier = lambda operator, flag, tensors, *args: operator(0, flag, tensors, *args)
     clip_grads.multi_tensor_scale_tensor_impl = None
@@ -81,14 +85,14 @@ def run(
     config: ModelConfig,
     rank: int,
     world: int,
-    item: Callable[[], dict[str, torch.Tensor]],
+    provider: Callable[..., Any],
 ) -> Trace:
     """Trace one rank's step. In a process of its own: Megatron's state is global.
 
     Args:
         recipe: checked, for this world.
         config: of the model.
-        item: makes a row, as the data set gives it.
+        provider: of the data set, as Megatron calls it: `full_rows`, or the run's own.
 
     Raises:
         FieldError: a flag under `megatron:` that Megatron does not have.
@@ -123,7 +127,7 @@ def run(
         watch = _Watch(ledger)
         watch.install()
         with contextlib.suppress(_Enough):
-            train.pretrain(margs, model, step, _provider(item))
+            train.pretrain(margs, model, step, provider)
     return watch.trace(rank)
 
 
@@ -161,21 +165,6 @@ def _without(flags: list[str], names: tuple[str, ...]) -> list[str]:
         if not skipping:
             kept.append(word)
     return kept
-
-
-def _provider(item: Callable[[], dict[str, torch.Tensor]]) -> Callable[..., Any]:
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self) -> int:
-            return 1 << 40
-
-        def __getitem__(self, _: int) -> dict[str, torch.Tensor]:
-            return item()
-
-    def provide(*_: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
-        return Rows(), None, None
-
-    provide.is_distributed = True
-    return provide
 
 
 class _Watch:
@@ -298,8 +287,8 @@ class _Watch:
         )
 
 
-def full_row(recipe: Recipe) -> Callable[[], dict[str, torch.Tensor]]:
-    """A row that a single sample fills, all of it learned: what needs the most of everything."""
+def full_rows(recipe: Recipe) -> Callable[..., Any]:
+    """A provider of rows that a single sample fills, all of it learned: what needs the most of everything."""
     s = recipe.data.seq_length
     row = {
         "tokens": torch.zeros(s, dtype=torch.int64),
@@ -312,4 +301,16 @@ def full_row(recipe: Recipe) -> Callable[[], dict[str, torch.Tensor]]:
     }
     if recipe.data.packing:
         row |= {"cu_seqlens": torch.tensor([0, s], dtype=torch.int32), "max_seqlen": torch.tensor(s)}
-    return lambda: row
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return VIRTUAL_LENGTH
+
+        def __getitem__(self, _: int) -> dict[str, torch.Tensor]:
+            return row
+
+    def provide(*_: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
+        return Rows(), None, None
+
+    provide.is_distributed = True
+    return provide

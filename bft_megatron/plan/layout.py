@@ -38,7 +38,8 @@ def stages(recipe: Recipe, config: ModelConfig, world: int) -> list[Stage]:
     """
     spans = _spans(recipe)
     traced = replace(recipe, train=replace(recipe.train, global_batch_size=_batch(recipe, world)))
-    import megatron.training.arguments  # once, in place of once a process
+    import megatron.core.tokenizers.text  # once, in place of once a process
+    import megatron.training.arguments
     import megatron.training.training  # noqa: F401
 
     torch.set_num_threads(1)  # a forked child must not inherit a thread pool
@@ -52,7 +53,7 @@ def micro_batches(recipe: Recipe, world: int) -> int:
 
 
 def _trace(recipe: Recipe, config: ModelConfig, rank: int, world: int) -> Trace:
-    return fake_step.run(recipe, config, rank, world, fake_step.full_row(recipe))
+    return fake_step.run(recipe, config, rank, world, fake_step.full_rows(recipe))
 
 
 def _spans(recipe: Recipe) -> list[tuple[int, int]]:

@@ -134,7 +134,7 @@ class Ledger(TorchDispatchMode):
             if not self.real and _reads_values(func, kwargs):
                 return _nothing(func, tensors[0], kwargs)
             out = func(*args, **kwargs)
-        elif not tensors and self._makes_virtual(kwargs):
+        elif not tensors and self._makes_virtual(func, args, kwargs):
             out = func(*args, **kwargs)
         else:
             with unset_fake_temporarily():
@@ -146,13 +146,13 @@ class Ledger(TorchDispatchMode):
             self._count_work(func, args, kwargs, out, tensors, born)
         return out
 
-    def _makes_virtual(self, kwargs: dict[str, Any]) -> bool:
+    def _makes_virtual(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Of what is made from nothing: on the device, or under FakeTensorMode whatever is no index."""
-        device = str(kwargs.get("device") or "cpu")
         if self.device == "meta":
-            return device == "meta"
-        dtype = kwargs.get("dtype") or torch.get_default_dtype()
-        return dtype.is_floating_point
+            return str(kwargs.get("device")) == "meta"
+        if kwargs.get("dtype") is None and func._opname in ("arange", "full"):  # their numbers say
+            return any(isinstance(a, float) for a in args)
+        return (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
 
     def _born(self, tensor: Tensor) -> None:
         if tensor.device.type != self.device:

@@ -100,14 +100,20 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
     gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB.")] = "h100-80g",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the report.")] = False,
+    html: Annotated[Path | None, typer.Option(help="File to write: the memory of a step over its time.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Rank the layouts of this many GPUs instead.")] = False,
 ) -> None:
     """Say whether the recipe fits a cluster, and how fast it may run, without one. Exit status 1: it does not fit."""
     from bft_megatron.plan import command
 
     recipe, config = read_to_plan(recipe_file, overrides or [])
     cluster = command.cluster(recipe, nodes, gpus_per_node, gpu)
-    _check(recipe_file, overrides, lambda: checks.check_world(recipe, cluster.world))
-    if not _check(recipe_file, overrides, lambda: command.run(recipe, config, cluster, as_json=as_json)):
+    if search:
+        fits = command.search(recipe, config, cluster, as_json=as_json)
+    else:
+        _check(recipe_file, overrides, lambda: checks.check_world(recipe, cluster.world))
+        fits = _check(recipe_file, overrides, lambda: command.run(recipe, config, cluster, as_json=as_json, html=html))
+    if not fits:
         sys.exit(1)
 
 

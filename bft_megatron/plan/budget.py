@@ -27,7 +27,7 @@ FIXED = ("weights", "gradients", "optimizer")
 
 @dataclass(frozen=True)
 class Allowance:
-    """GiB from the least to the most, beside PyTorch's tensors. Customary figures, which depend on versions and nodes."""
+    """GiB from least to most, beside PyTorch's tensors: customary figures, which depend on versions and nodes."""
 
     name: str
     least: float

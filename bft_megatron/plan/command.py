@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import warnings
+from pathlib import Path
 
 from rich.console import Console
 
@@ -29,22 +30,43 @@ def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> 
     return Cluster(lookup(gpu), world, gpus_per_node)
 
 
-def run(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool) -> bool:
-    """Plan and print; returns whether the recipe fits.
+def run(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool, html: Path | None) -> bool:
+    """Plan and print, with what to change where it does not fit; returns whether it fits.
 
     Raises:
         UserError: Megatron refuses the recipe.
     """
     quietly()
     from bft_megatron.plan import report
+    from bft_megatron.plan.changes import changes
+    from bft_megatron.plan.page import page
     from bft_megatron.plan.plan import plan
 
     made = plan(recipe, config, on)
+    helps = [] if made.verdict.fits else changes(recipe, config, on)
     if as_json:
-        print(json.dumps(report.as_json(made), indent=2))
+        print(json.dumps(report.as_json(made, helps), indent=2))
     else:
         report.show(made, Console())
+        if not made.verdict.fits:
+            report.show_changes(helps, Console())
+    if html is not None:
+        html.write_text(page(made))
     return made.verdict.fits
+
+
+def search(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool) -> bool:
+    """Rank the world's layouts and print them; returns whether one fits."""
+    quietly()
+    from bft_megatron.plan import report
+    from bft_megatron.plan.search import search
+
+    found = search(recipe, config, on)
+    if as_json:
+        print(json.dumps([report.as_json(plan, []) for plan in found], indent=2))
+    else:
+        report.show_layouts(found, Console())
+    return any(plan.verdict.fits for plan in found)
 
 
 def quietly() -> None:

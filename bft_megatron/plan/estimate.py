@@ -9,7 +9,7 @@ what of the messages hides behind kernels, is assumed, below.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bft_megatron.plan import layout

@@ -9,16 +9,17 @@ first step makes the optimizer's state, the second is what is looked at.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from bft_megatron import arguments, checks, train
+from bft_megatron import arguments, train
 from bft_megatron.cpu import backend
 from bft_megatron.data.dataset import VIRTUAL_LENGTH
 from bft_megatron.hf import architectures
@@ -28,7 +29,14 @@ from bft_megatron.plan.memory import HEAD, Ledger, Moments
 from bft_megatron.recipe import Recipe
 from bft_megatron.step import Step
 
-LEFT_OUT = ("--save", "--load", "--save-interval", "--tensorboard-dir", "--exit-signal-handler", "--use-cpu-initialization")
+LEFT_OUT = (
+    "--save",
+    "--load",
+    "--save-interval",
+    "--tensorboard-dir",
+    "--exit-signal-handler",
+    "--use-cpu-initialization",
+)
 """Flags of a run that a plan does without."""
 INSTEAD = ("--num-workers", "0", "--disable-gloo-process-groups")
 MANY = 1_000_000
@@ -168,7 +176,7 @@ def _without(flags: list[str], names: tuple[str, ...]) -> list[str]:
 
 
 class _Watch:
-    """Tells the ledger which part of the run is going on: by replacing functions that Megatron looks up when it calls."""
+    """Tells the ledger what is going on, by replacing functions that Megatron looks up when it calls them."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.steps, self.forwards, self.backwards = ledger, 0, 0, 0
@@ -260,6 +268,7 @@ class _Watch:
 
     def _step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
+            gc.collect()  # cycles of what the step before left
             self._name_states()
             self.ledger.begin()
             self.at_rest = +self.ledger.total

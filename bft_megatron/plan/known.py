@@ -1,4 +1,4 @@
-"""Architectures that can be planned without their files: of the models that recipes/ names, as their makers publish them."""
+"""Architectures that can be planned without their files: of the models that recipes/ names, as published."""
 
 from __future__ import annotations
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from bft_megatron.checks import model_parallel_size
+from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.plan import fake_step, processes
 from bft_megatron.plan.fake_step import Trace
@@ -36,15 +39,45 @@ def stages(recipe: Recipe, config: ModelConfig, world: int) -> list[Stage]:
     Raises:
         UserError: Megatron refuses the recipe, or a flag of it.
     """
-    spans = _spans(recipe)
-    traced = replace(recipe, train=replace(recipe.train, global_batch_size=_batch(recipe, world)))
+    [found] = of_each([recipe], config, world, _spans)
+    return found
+
+
+def ends(recipes: list[Recipe], config: ModelConfig, world: int) -> list[list[Stage] | UserError]:
+    """Of each recipe the first stage, standing for those behind it too, and the last, or why Megatron refuses it.
+
+    Quicker than all of `stages`, and enough to compare: the first holds the most micro-batches, the last the head.
+    """
+    return of_each(recipes, config, world, _end_spans, refusals=True)
+
+
+def of_each(
+    recipes: list[Recipe],
+    config: ModelConfig,
+    world: int,
+    spans: Callable[[Recipe], list[tuple[int, int]]],
+    *,
+    refusals: bool = False,
+) -> list[Any]:
+    """The stages of each recipe, traced at their spans' first ranks; UserErrors are raised, or returned in their place."""
     import megatron.core.tokenizers.text  # once, in place of once a process
     import megatron.training.arguments
     import megatron.training.training  # noqa: F401
 
     torch.set_num_threads(1)  # a forked child must not inherit a thread pool
-    calls = [(traced, config, _rank(recipe, world, first), world) for first, _ in spans]
-    return [Stage(*span, trace) for span, trace in zip(spans, processes.each(_trace, calls), strict=True)]
+    jobs = [(i, span) for i, recipe in enumerate(recipes) for span in spans(recipe)]
+    calls = []
+    for i, (first, _) in jobs:
+        recipe = recipes[i]
+        traced = replace(recipe, train=replace(recipe.train, global_batch_size=_batch(recipe, world)))
+        calls.append((traced, config, _rank(recipe, world, first), world))
+    found: list[Any] = [[] for _ in recipes]
+    for (i, span), trace in zip(jobs, processes.each(_trace, calls, refusals=refusals), strict=True):
+        if isinstance(trace, UserError):
+            found[i] = trace
+        elif isinstance(found[i], list):
+            found[i].append(Stage(*span, trace))
+    return found
 
 
 def micro_batches(recipe: Recipe, world: int) -> int:
@@ -65,8 +98,13 @@ def _spans(recipe: Recipe) -> list[tuple[int, int]]:
     return [(0, 0), (1, pipeline - 2), (pipeline - 1, pipeline - 1)]
 
 
+def _end_spans(recipe: Recipe) -> list[tuple[int, int]]:
+    last = recipe.parallel.pipeline - 1
+    return [(0, last - 1), (last, last)] if last else [(0, 0)]
+
+
 def _batch(recipe: Recipe, world: int) -> int:
-    """Rows of the traced step: with twice as many micro-batches as stages the pipeline has been full, and more repeat."""
+    """Rows of the traced step: twice as many micro-batches as stages fill the pipeline, and more repeat it."""
     held = min(micro_batches(recipe, world), 2 * recipe.parallel.pipeline)
     return held * _data_parallel(recipe, world) * recipe.train.micro_batch_size
 

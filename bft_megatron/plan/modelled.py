@@ -1,4 +1,4 @@
-"""What a GPU's layers keep and a CPU's do not: a layer spec that allocates as Transformer Engine's does, computing nothing.
+"""What a GPU's layers keep and a CPU's do not: a layer spec that allocates as Transformer Engine's does.
 
 Each operator here stands for a kernel that needs a GPU. `MODELLED` says for each what is taken to be kept, and from
 where that is known; the rest of the planned step, Megatron's and ours, is executed as it is.
@@ -76,7 +76,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:-1], v.shape[-1]), lse
 
 
-@_kernel("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, int pairs) -> (Tensor, Tensor, Tensor)")
+@_kernel(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, int pairs) -> (Tensor, Tensor, Tensor)"
+)
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
@@ -268,5 +270,7 @@ def install() -> None:
     from megatron.core.transformer import mlp
 
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-    rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb_thd = lambda t, *_, **__: _Rope.apply(t)
+    rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb_thd = lambda t, *_, **__: _Rope.apply(
+        t
+    )
     mlp.bias_swiglu_impl = lambda x, *_, **__: _SwiGLU.apply(x)

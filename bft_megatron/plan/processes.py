@@ -1,4 +1,4 @@
-"""Calls in forked processes, a few at a time: Megatron's globals are set once a process, and its imports take seconds."""
+"""Calls in forked processes, a few at a time: Megatron's globals are set once, and its imports take seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import batched
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,18 +19,27 @@ class Refused(UserError):
     """Megatron itself does not accept the recipe."""
 
 
-def each(function: Callable[..., Any], calls: list[tuple[Any, ...]], at_once: int = 2) -> list[Any]:
+def each(function: Callable[..., Any], calls: list[tuple[Any, ...]], *, refusals: bool = False) -> list[Any]:
     """`function(*call)` for each call, in a process of its own; what it prints goes to a file of no interest.
+
+    Args:
+        refusals: return a UserError in the place of its call's result, in place of raising it.
 
     Raises:
         UserError, FieldError: as the call did.
         Refused: Megatron raised something.
         RuntimeError: anything else, with its traceback.
     """
-    return [result for some in batched(calls, at_once) for result in _together(function, some)]
+    results = []
+    for some in batched(calls, len(os.sched_getaffinity(0))):
+        for error, result in _together(function, some):
+            if error is not None and not (refusals and isinstance(error, UserError)):
+                raise error
+            results.append(error or result)
+    return results
 
 
-def _together(function: Callable[..., Any], calls: tuple[tuple[Any, ...], ...]) -> Iterator[Any]:
+def _together(function: Callable[..., Any], calls: tuple[tuple[Any, ...], ...]) -> list[tuple[Exception | None, Any]]:
     context = multiprocessing.get_context("fork")
     running = []
     for call in calls:
@@ -42,10 +51,7 @@ def _together(function: Callable[..., Any], calls: tuple[tuple[Any, ...], ...]) 
     answers = [_receive(connection) for _, connection in running]
     for process, _ in running:
         process.join()
-    for error, result in answers:
-        if error is not None:
-            raise error
-        yield result
+    return answers
 
 
 def _receive(connection: Connection) -> tuple[Exception | None, Any]:

@@ -1,20 +1,25 @@
-"""The truth that a plan is held to: real gloo processes in Megatron's own loop, and what torch's allocator says of them.
+"""The truth that a plan is held to: real gloo processes in Megatron's own loop, and what torch's allocator says.
 
 The allocator is asked through the profiler's memory events, never through the ledger that the plan itself is made by;
-of a ledger over the real run only the collectives are taken.
+of a ledger over the real run only the collectives are taken. The profiler sees one thread, and what a collective is
+given may die in gloo's own, and then never seem to go: so each collective is waited for until gloo has let go, and a
+balance is compared with one of a moment before, not with zero.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import os
+import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bft_megatron import train
@@ -39,10 +44,15 @@ class Sizes:
     optimizer: int
     saved: int
     """By the first micro-batch of the second step."""
-    peak: int
-    """Of the second step."""
+    rise: int
+    """Of the second step, from its start to its peak."""
     collectives: Counter[Collective]
     """Of the second step."""
+
+    @property
+    def peak(self) -> int:
+        """Of the second step."""
+        return self.weights + self.gradients + self.optimizer + self.rise
 
 
 def real(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int) -> list[Sizes]:
@@ -50,9 +60,9 @@ def real(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int) -> list
     return run_world(world, _profiled, recipe, config, rows, megatron=True, timeout=600)
 
 
-def planned(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int) -> list[Sizes]:
-    """The same two steps, planned, by rank."""
-    calls = [(recipe, config, rank, world, train.datasets(recipe, rows, (0, 0))) for rank in range(world)]
+def planned(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, ranks: list[int]) -> list[Sizes]:
+    """The same two steps, planned, of some of the ranks."""
+    calls = [(recipe, config, rank, world, train.datasets(recipe, rows, (0, 0))) for rank in ranks]
     return [_sizes(trace) for trace in each(fake_step.run, calls)]
 
 
@@ -62,7 +72,7 @@ def _sizes(trace: Trace) -> Sizes:
         trace.at_rest["gradients"],
         trace.at_rest["optimizer"],
         trace.after_forward,
-        trace.step.peak,
+        trace.step.peak - trace.at_rest.total(),
         _without_phases(trace.step.collectives),
     )
 
@@ -70,8 +80,25 @@ def _sizes(trace: Trace) -> Sizes:
 def _without_phases(collectives: Counter[tuple[str, Collective]]) -> Counter[Collective]:
     found: Counter[Collective] = Counter()
     for (_, collective), n in collectives.items():
-        found[collective] += n
+        found[replace(collective, head=False)] += n  # the ledger of a real run knows no parts
     return found
+
+
+class _RealLedger(Ledger):
+    """Of a run whose tensors have values; its collectives end when they return."""
+
+    PAIRWISE = ("send", "recv_")
+    """Waiting for one of these would wait for another rank's turn."""
+
+    def _collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        held = [t._use_count() for t in tensors]
+        result = super()._collective(func, args, kwargs, tensors)
+        deadline = time.monotonic() + 1
+        while func._opname not in self.PAIRWISE and time.monotonic() < deadline:
+            if all(t._use_count() <= n for t, n in zip(tensors, held, strict=True)):
+                break
+            time.sleep(0)
+        return result
 
 
 class _TwoSteps(BaseException):
@@ -79,21 +106,19 @@ class _TwoSteps(BaseException):
 
 
 def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
-    ledger = Ledger("cpu", kind_of_group, real=True)
+    ledger = _RealLedger("cpu", kind_of_group, real=True)
     recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console, recorder, ledger:
         _mark_moments(ledger)
-        try:
+        with contextlib.suppress(_TwoSteps):
             train.run(recipe, config, Path(recipe.model), rows, console)
-        except _TwoSteps:
-            pass
     moments = _Moments(recorder)
     return Sizes(
         weights=moments.grown("setup", "model"),
         gradients=moments.grown("setup", "optimizer") - moments.grown("setup", "model"),
-        optimizer=moments.grown("optimizer", "step 2"),
+        optimizer=moments.grown("optimizer", "optimizer done") + moments.grown("adam", "adam done"),
         saved=moments.grown("forward", "forward done"),
-        peak=moments.highest("step 2", "step 2 done") - moments.at("setup"),
+        rise=moments.highest("step 2", "step 2 done") - moments.at("step 2"),
         collectives=_without_phases(ledger.step.collectives),
     )
 
@@ -129,19 +154,23 @@ def _mark_moments(ledger: Ledger) -> None:
 
     train_step, forward_step = training.train_step, schedules.forward_step
     training.train_step, schedules.forward_step = step, forward
-    _mark_before(training, "setup_model_and_optimizer", "setup")
-    _mark_before(training, "get_megatron_optimizer", "optimizer")
-    _mark_before(dist_utils, "_ddp_wrap", "model")
+    _mark_around(training, "setup_model_and_optimizer", "setup")
+    _mark_around(dist_utils, "_ddp_wrap", "model")
+    _mark_around(training, "get_megatron_optimizer", "optimizer")
+    _mark_around(torch.optim.Adam, "step", "adam")
 
 
-def _mark_before(module: Any, name: str, mark: str) -> None:
-    call = getattr(module, name)
+def _mark_around(owner: Any, name: str, what: str) -> None:
+    call = getattr(owner, name)
 
+    @functools.wraps(call)
     def called(*args: Any, **kwargs: Any) -> Any:
-        _mark(mark)
-        return call(*args, **kwargs)
+        _mark(what)
+        result = call(*args, **kwargs)
+        _mark(f"{what} done")
+        return result
 
-    setattr(module, name, called)
+    setattr(owner, name, called)
 
 
 def _mark(what: str) -> None:

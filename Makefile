@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 
-.PHONY: venv demo test matrix soak lint format clean
+.PHONY: venv demo test plan-recipes matrix soak lint format clean
 
 venv: $(STAMP)
 
@@ -26,6 +26,10 @@ demo: $(DEMO_STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Every recipe planned at its own number of GPUs, and plans of many layouts held to real processes; some minutes.
+plan-recipes: $(STAMP)
+	$(BIN)/python -m pytest tests/plan -m plan
 
 # A run killed thirty times at random moments must end with the bits of one left alone; some ten minutes.
 soak: $(STAMP)

@@ -59,7 +59,7 @@ def of_each(
     *,
     refusals: bool = False,
 ) -> list[Any]:
-    """The stages of each recipe, traced at their spans' first ranks; UserErrors are raised, or returned in their place."""
+    """The stages of each recipe, traced at their spans' first ranks; UserErrors are raised, or returned instead."""
     import megatron.core.tokenizers.text  # once, in place of once a process
     import megatron.training.arguments
     import megatron.training.training  # noqa: F401

@@ -2,8 +2,8 @@
 
 The allocator is asked through the profiler's memory events, never through the ledger that the plan itself is made by;
 of a ledger over the real run only the collectives are taken. The profiler sees one thread, and what a collective is
-given may die in gloo's own, and then never seem to go: so each collective is waited for until gloo has let go, and a
-balance is compared with one of a moment before, not with zero.
+given may die in gloo's own, and then never seem to go: so it is held until the next collective, and a balance is
+compared with one of a moment before, not with zero.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import functools
 import gc
 import os
-import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,19 +84,11 @@ def _without_phases(collectives: Counter[tuple[str, Collective]]) -> Counter[Col
 
 
 class _RealLedger(Ledger):
-    """Of a run whose tensors have values; its collectives end when they return."""
-
-    PAIRWISE = ("send", "recv_")
-    """Waiting for one of these would wait for another rank's turn."""
+    """Of a run whose tensors have values. Holds what a collective was given until the next: gloo lets go first."""
 
     def _collective(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
-        held = [t._use_count() for t in tensors]
         result = super()._collective(func, args, kwargs, tensors)
-        deadline = time.monotonic() + 1
-        while func._opname not in self.PAIRWISE and time.monotonic() < deadline:
-            if all(t._use_count() <= n for t, n in zip(tensors, held, strict=True)):
-                break
-            time.sleep(0)
+        self._held = result, tensors
         return result
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from bft_megatron.plan.hardware import Gpu
+from bft_megatron.plan.hardware import CPU, Gpu
 from bft_megatron.plan.layout import Stage
 from bft_megatron.plan.memory import gib
 
@@ -34,8 +34,10 @@ class Allowance:
     most: float
 
 
-def allowances(stage: Stage, world: int) -> list[Allowance]:
+def allowances(stage: Stage, gpu: Gpu, world: int) -> list[Allowance]:
     """What a rank of this stage needs beside its tensors."""
+    if gpu.name == CPU:
+        return [Allowance("Python and its libraries", 0.6, 0.9)]
     moving = gib(sum(n for part, n in parts(stage.trace.step.at_peak).items() if part not in FIXED))
     return [
         Allowance("CUDA context", 0.5, 0.6),
@@ -66,7 +68,7 @@ class Verdict:
 def verdict(stages: list[Stage], gpu: Gpu, world: int) -> Verdict:
     """`tight`: between the least and the most of the allowances."""
     fullest = max(stages, key=lambda stage: stage.trace.step.peak)
-    beside = allowances(fullest, world)
+    beside = allowances(fullest, gpu, world)
     peak = gib(fullest.trace.step.peak)
     least, most = peak + sum(a.least for a in beside), peak + sum(a.most for a in beside)
     answer = "fits" if most <= gpu.memory else "tight" if least <= gpu.memory else "does not fit"

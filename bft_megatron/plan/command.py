@@ -8,25 +8,23 @@ import os
 import warnings
 from pathlib import Path
 
-from rich.console import Console
-
 from bft_megatron.checks import model_parallel_size
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.plan.hardware import Cluster, lookup
+from bft_megatron.plan.hardware import Cluster, lookup, share_of_this_machine
 from bft_megatron.recipe import Recipe
 
 
 def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> Cluster:
-    """The cluster that the options name; without nodes, as few as hold the model once, or what a run on the CPU starts.
+    """The cluster that the options name; without nodes, as few as hold the model once. Of a CPU run, this machine.
 
     Raises:
         UserError: there is no such GPU.
     """
     one_copy = model_parallel_size(recipe)
-    if nodes is None and recipe.device == "cpu":
+    if recipe.device == "cpu":
         world = one_copy * recipe.parallel.data
-    else:
-        world = (nodes or -(-one_copy // gpus_per_node)) * gpus_per_node
+        return Cluster(share_of_this_machine(world), world, world)
+    world = (nodes or -(-one_copy // gpus_per_node)) * gpus_per_node
     return Cluster(lookup(gpu), world, gpus_per_node)
 
 
@@ -42,14 +40,14 @@ def run(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool, html
     from bft_megatron.plan.page import page
     from bft_megatron.plan.plan import plan
 
-    made = plan(recipe, config, on)
+    made, console = plan(recipe, config, on), report.console()
     helps = [] if made.verdict.fits else changes(recipe, config, on)
     if as_json:
         print(json.dumps(report.as_json(made, helps), indent=2))
     else:
-        report.show(made, Console())
+        report.show(made, console)
         if not made.verdict.fits:
-            report.show_changes(helps, Console())
+            report.show_changes(helps, console)
     if html is not None:
         html.write_text(page(made))
     return made.verdict.fits
@@ -65,7 +63,7 @@ def search(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool) -
     if as_json:
         print(json.dumps([report.as_json(plan, []) for plan in found], indent=2))
     else:
-        report.show_layouts(found, Console())
+        report.show_layouts(found, report.console())
     return any(plan.verdict.fits for plan in found)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bft_megatron.plan import layout
-from bft_megatron.plan.hardware import Gpu
+from bft_megatron.plan.hardware import Cluster, Gpu
 from bft_megatron.plan.layout import Stage
 from bft_megatron.plan.memory import Collective, Work
 from bft_megatron.recipe import Recipe
@@ -53,9 +53,10 @@ class Estimate:
     """Bytes that a GPU of the slowest stage sends in a step, by group."""
 
 
-def estimate(recipe: Recipe, stages: list[Stage], gpu: Gpu, world: int, gpus_per_node: int) -> Estimate:
+def estimate(recipe: Recipe, stages: list[Stage], on: Cluster) -> Estimate:
     """See the module."""
-    speeds = _Speeds(recipe, gpu, world, gpus_per_node)
+    gpu, world = on.gpu, on.world
+    speeds = _Speeds(recipe, gpu, world, on.gpus_per_node)
     times = [_StageTimes.of(recipe, stage, speeds) for stage in stages]
     slowest = max(times, key=lambda t: t.micro_batch)
     total = layout.micro_batches(recipe, world)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 from bft_megatron.errors import UserError
@@ -44,6 +45,15 @@ GPUS = {
     )
 }
 """By name: the makers' data sheets."""
+
+
+CPU = "cpu"
+
+
+def share_of_this_machine(processes: int) -> Gpu:
+    """What a process of a run on the CPU has; its speed is not estimated."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Gpu(CPU, memory / processes, 0.0, 0.0, 0.0, 0.0)
 
 
 def lookup(name: str) -> Gpu:

@@ -39,22 +39,19 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
             }
             for stage in plan.stages
         ],
-        "allowances_gib": {a.name: [a.least, _round(a.most)] for a in allowances(v.stage, plan.cluster.world)},
+        "allowances_gib": {
+            a.name: [a.least, _round(a.most)] for a in allowances(v.stage, plan.cluster.gpu, plan.cluster.world)
+        },
         "changes": [{"set": c.words, "peak_gib": _round(c.verdict.peak), "fits": c.verdict.fits} for c in changes],
         "layout": asdict(plan.recipe.parallel),
-        "estimate": {
-            "step_seconds": e.seconds,
-            "kernels_seconds": e.kernels,
-            "shown_communication_seconds": e.shown,
-            "head_communication_seconds": e.head_shown,
-            "bubble_seconds": e.bubble,
-            "update_seconds": e.update,
-            "tokens_per_second_per_gpu": e.tokens_per_second,
-            "mfu": e.mfu,
-            "model_flops": e.model_flops,
-            "sent_gib": {group: _round(gib(n)) for group, n in e.sent.items()},
-        },
+        "estimate": None if e is None else asdict(e) | {"days": plan.days},
     }
+
+
+def console() -> Console:
+    """Where a report goes; wide enough for its tables where no terminal says how wide it is."""
+    found = Console()
+    return found if found.is_terminal else Console(width=120)
 
 
 def parameters(plan: Plan) -> int:
@@ -65,16 +62,21 @@ def parameters(plan: Plan) -> int:
 def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
     v, e, cluster = plan.verdict, plan.estimate, plan.cluster
-    held = f"{parameters(plan) / 1e9:.3g} B parameters held"
+    count = parameters(plan)
+    held = f"{count / 1e9:.3g} B parameters held" if count >= 1e9 else f"{count / 1e6:.3g} M parameters held"
     _say(console, f"{plan.recipe.model} ({held}), {layout(plan.recipe, cluster.world)}, {cluster.gpu.name}")
     console.print(_table(plan))
-    beside = ", ".join(f"{a.name} {_range(a.least, a.most)}" for a in allowances(v.stage, cluster.world) if a.most)
+    beside = ", ".join(
+        f"{a.name} {_range(a.least, a.most)}" for a in allowances(v.stage, cluster.gpu, cluster.world) if a.most
+    )
     _say(console, f"beside the tensors, allowed for: {beside} GiB")
     needs = f"{v.least:.1f} to {v.most:.1f} of {v.capacity:g} GiB"
     _say(
         console,
         f"[bold]{v.answer}[/]: {needs}, by the ranks of stage {v.stage.name}, in {v.stage.trace.step.peak_mark}",
     )
+    if e is None:
+        return
     shown = ", ".join(f"{group} {t:.2g}" for group, t in e.shown.items() if t >= 0.001) or "0"
     _say(
         console,
@@ -82,6 +84,8 @@ def show(plan: Plan, console: Console) -> None:
         f"{shown}; pipeline bubble {e.bubble:.2g}; update {e.update:.2g}), {e.tokens_per_second:,.0f} tokens/s a GPU, "
         f"{e.mfu:.0%} of its peak",
     )
+    if plan.days is not None:
+        _say(console, f"{plan.steps:,} steps: {plan.days:.2g} days")
 
 
 def show_changes(changes: list[Change], console: Console) -> None:
@@ -117,10 +121,11 @@ def _table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in ("GiB of stage", "layers", *PARTS, "peak"):
         table.add_column(heading, justify="right", no_wrap=True)
+    digits = 1 if plan.verdict.peak >= 1 else 3
     for stage in plan.stages:
         step = stage.trace.step
-        sizes = (f"{gib(n):.1f}" for n in parts(step.at_peak).values())
-        table.add_row(stage.name, str(stage.trace.layers), *sizes, f"{gib(step.peak):.1f}")
+        sizes = (f"{gib(n):.{digits}f}" for n in (*parts(step.at_peak).values(), step.peak))
+        table.add_row(stage.name, str(stage.trace.layers), *sizes)
     return table
 
 

@@ -34,7 +34,7 @@ def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
     for layout, found in zip(chosen, ends(chosen, config, on.world), strict=True):
         if isinstance(found, list):
             judged = verdict(found, on.gpu, on.world)
-            took = estimate(layout, found, on.gpu, on.world, on.gpus_per_node)
+            took = estimate(layout, found, on)
             plans.append(Plan(layout, config, on, found, judged, took))
     return sorted(plans, key=lambda p: (not p.verdict.fits, p.estimate.seconds))
 

@@ -57,7 +57,7 @@ def test_the_70b_is_as_fast_as_published_within_what_fp8_makes_of_it():
     made = load("llama31_70b", *NVIDIA_70B, "megatron.grad-reduce-in-bf16=true")
     found = stages(made, model_config(made.model), 32)
     assert sum(stage.trace.parameters for stage in found) * 4 == pytest.approx(70.55e9, rel=0.01)
-    speed = estimate(made, found, H100, 32, 8).tokens_per_second
+    speed = estimate(made, found, Cluster(H100, 32, 8)).tokens_per_second
     assert 1638 / 1.6 < speed < 1638 / 1.2
 
 

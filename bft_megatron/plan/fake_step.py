@@ -132,6 +132,8 @@ def run(
         model = train.model_config(recipe, config, None, step, margs, on_cpu, fresh=False)
         if not on_cpu:
             model.transformer_layer_spec = modelled.layer_spec
+        if recipe.lora is not None:
+            del model.pre_wrap_hooks[0]  # would fill the frozen weights, which have no values here
         watch = _Watch(ledger)
         watch.install()
         with contextlib.suppress(_Enough):

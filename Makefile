@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 TE_STAMP := .venv-te/.installed
 
-.PHONY: venv demo test test-slurm test-te matrix soak lint format clean
+.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak lint format clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,10 @@ $(TE_STAMP): $(STAMP) tests/te/install.sh
 # On Transformer Engine's layers, which build without a GPU. TE_WHEELS: a folder with a wheel of its PyTorch extension.
 test-te: $(TE_STAMP)
 	.venv-te/bin/python -m pytest tests/te
+
+# Every recipe planned at its own number of GPUs, and plans of many layouts held to real processes; some minutes.
+plan-recipes: $(STAMP)
+	$(BIN)/python -m pytest tests/plan -m plan
 
 # A run killed thirty times at random moments must end with the bits of one left alone; some ten minutes.
 soak: $(STAMP)

@@ -146,6 +146,31 @@ def preflight(
 
 
 @app.command()
+def plan(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="Left out: as few as hold the model once.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB.")] = "h100-80g",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the report.")] = False,
+    html: Annotated[Path | None, typer.Option(help="File to write: the memory of a step over its time.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Rank the layouts of this many GPUs instead.")] = False,
+) -> None:
+    """Say whether the recipe fits a cluster, and how fast it may run, without one. Exit status 1: it does not fit."""
+    from bft_megatron.plan import command
+
+    recipe, config = read_to_plan(recipe_file, overrides or [])
+    cluster = command.cluster(recipe, nodes, gpus_per_node, gpu)
+    if search:
+        fits = command.search(recipe, config, cluster, as_json=as_json)
+    else:
+        _check(recipe_file, overrides, lambda: checks.check_world(recipe, cluster.world))
+        fits = _check(recipe_file, overrides, lambda: command.run(recipe, config, cluster, as_json=as_json, html=html))
+    if not fits:
+        sys.exit(1)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output folder.")],
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder to write, for transformers or vLLM.")],
@@ -232,6 +257,25 @@ def read(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig, Path]:
         return resolved
 
     return _check(path, overrides, check), config, model_folder
+
+
+def read_to_plan(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig]:
+    """Read and check a recipe of which neither the model's files nor the run's folder need be here.
+
+    Raises:
+        UserError: as `read`.
+    """
+    from bft_megatron.plan.known import model_config
+
+    recipe = recipes.load(path, overrides)
+    config = model_config(recipe.model)
+
+    def check() -> None:
+        checks.check_recipe(recipe, config)
+        arguments.passed_through(recipe)
+
+    _check(path, overrides, check)
+    return recipe, config
 
 
 def _check[T](path: Path, overrides: list[str] | None, check: Callable[[], T]) -> T:

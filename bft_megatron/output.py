@@ -79,6 +79,11 @@ class RunFolder:
         return self.root / "model"
 
     @property
+    def plan(self) -> Path:
+        """What `bft-megatron plan --json` said, where somebody kept it here."""
+        return self.root / "plan.json"
+
+    @property
     def base(self) -> Path:
         """Of a LoRA run: which weights its adapters belong to (`lora.base`)."""
         return self.root / "base.json"

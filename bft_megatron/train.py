@@ -36,6 +36,7 @@ from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.lora import adapters
 from bft_megatron.metrics import Meter, Reporter
 from bft_megatron.output import RunFolder
+from bft_megatron.peak import report_peak
 from bft_megatron.recipe import Recipe
 from bft_megatron.rows import RunRows
 from bft_megatron.step import Step
@@ -93,6 +94,8 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     model.transformer.finalize_model_grads_func = step.finalize_grads
     with situation(recipe, reporter, step), stops(stop):
         pretrain(margs, model, step, datasets(recipe, rows, validation))
+    if not on_cpu:
+        report_peak(folder, console)
     finish(recipe, stop.reason)
     if stop.reason and dist.get_rank() == 0:
         print(f"{stop.reason}: saved, not finished; the same command goes on", file=console, flush=True)

@@ -129,7 +129,8 @@ def run(
             modelled.install()
         margs = train.parse([*_without(flags, LEFT_OUT), *INSTEAD])
         margs.do_train = True  # which it would read from a tensor
-        model = train.model_config(recipe, config, None, step, margs, on_cpu, fresh=False)
+        model = train.model_config(recipe, config, None, margs, on_cpu, fresh=False)
+        model.transformer.finalize_model_grads_func = step.finalize_grads
         if not on_cpu:
             model.transformer_layer_spec = modelled.layer_spec
         if recipe.lora is not None:

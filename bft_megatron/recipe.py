@@ -40,6 +40,8 @@ class ObjectiveSettings:
     """With the logits, or a tile at a time without them; `auto`: without where they would take over 1 GiB on a rank."""
     chunk_size: int = 8192
     """Tokens of a tile of the chunked head."""
+    kernels: Literal["torch", "triton"] = "torch"
+    """Of the head's arithmetic on the vocabulary; `triton` on GPUs alone, and not measured on one."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class TrainSettings:
     """Checkpoints that are kept besides: the best by `best_metric` of the validation at their step."""
     best_metric: Literal["loss", "lm_loss", "mean_p", "accuracy"] | None = None
     """Left out: `lm_loss` for sft, `mean_p` for the others, whose loss is not what they descend."""
+    save_hf: bool = False
+    """Write every kept checkpoint as a Hugging Face model too."""
     max_skipped: int = 10
     """Steps in a row with a gradient that is not finite, each of them skipped, after which the run gives up."""
 
@@ -145,7 +149,7 @@ class LoraSettings:
     alpha: float = 32.0
     """An adapter's product is scaled by alpha / rank."""
     dropout: float = 0.0
-    """On the adapters' input."""
+    """On the adapters' input; nothing but 0 is the same on every layout, and nothing but 0 is taken."""
     target: Any = "all"
     """`all`, `attention`, `mlp`, or a list of Hugging Face's module names, `[q_proj, v_proj]`."""
     adapter: str | None = None

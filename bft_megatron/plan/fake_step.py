@@ -310,6 +310,7 @@ def full_rows(recipe: Recipe) -> Callable[..., Any]:
         "samples": torch.tensor(1),
         "real_tokens": torch.tensor(s),
         "row": torch.tensor(0),
+        "source": torch.tensor(0),
     }
     if recipe.data.packing:
         row |= {"cu_seqlens": torch.tensor([0, s], dtype=torch.int32), "max_seqlen": torch.tensor(s)}

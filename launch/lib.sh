@@ -4,7 +4,7 @@
 #
 # Settings (environment variables), all optional:
 #   BFT_HOME          checkout of bft-megatron; default: the folder that sbatch was called in
-#   BFT_COMMAND       how the command is called; default: bft-megatron of the checkout's .venv, or else of PATH
+#   BFT_COMMAND       how the command is called; default: bft-megatron of the image or the checkout's .venv, or else of PATH
 #   CONTAINER_IMAGE   image for pyxis (srun --container-image); CONTAINER_MOUNTS: default, the working folder
 #   PREPARE=1         pack the data first, in a CPU job of its own (call the script itself, not through sbatch);
 #                     PREPARE_OPTIONS: sbatch options of that job, for example "--partition=cpu --time=4:00:00"
@@ -28,7 +28,9 @@ main() {
   [ -r "$1" ] || die "cannot read the recipe $1 from $PWD"
   if [ -z "${BFT_COMMAND:-}" ]; then
     BFT_COMMAND=bft-megatron
-    [ ! -x "$BFT_HOME/.venv/bin/bft-megatron" ] || BFT_COMMAND=$BFT_HOME/.venv/bin/bft-megatron
+    if [ -z "${CONTAINER_IMAGE:-}" ] && [ -x "$BFT_HOME/.venv/bin/bft-megatron" ]; then
+      BFT_COMMAND=$BFT_HOME/.venv/bin/bft-megatron
+    fi
   fi
   read -ra command <<< "$BFT_COMMAND"
   if [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then run_job "$@"; else submit "$@"; fi
@@ -117,7 +119,19 @@ conclude() {
       ;;
   esac
   count_failure
+  leave_to_slurm
   go_on "status $status" "$status"
+}
+
+# A node that is lost: Slurm requeues the job itself once it has noticed. Asked for before that, some releases lose
+# count of the job's GPUs and never start it again.
+leave_to_slurm() {
+  timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true \
+    2> /dev/null && return
+  say "a node does not answer: waiting for Slurm to take it out"
+  sleep 600 &
+  wait $!
+  [ "$cancelled" = 0 ] || exit "$status"  # Slurm has, and ends this script
 }
 
 # Failures in a row that brought no new checkpoint, over the restarts of this job.
@@ -152,8 +166,14 @@ preflight() {
     "${command[@]}" preflight --world "$SLURM_NTASKS" --per-node "$tasks" "$@") || status=$?
   case $status in
     0) ;;
-    137 | 143) [ "$cancelled" = 1 ] || go_on "stopped before the ranks started" ;;&  # preempted
-    *) die "not started, by the checks above" "$status" ;;
+    "$USER_ERROR") die "not started, by the checks above" "$status" ;;
+    *)
+      # A first start that fails is the set-up's fault and told at once; later it is a node's, or a preemption.
+      if [ "$cancelled" = 1 ] || { [ "$status" -lt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; }; then
+        die "not started: status $status of srun" "$status"
+      fi
+      go_on "not started: status $status of srun"
+      ;;
   esac
   RUN=$(sed -n 's/^run: //p' <<< "$line")
   mkdir -p "$RUN/launch" || die "cannot write to $RUN"
@@ -212,7 +232,7 @@ if [ "$1" != ft_launcher ]; then
 fi
 env --default-signal=USR1,TERM --block-signal=USR1,TERM "$@"
 status=$?
-[ $status = 0 ] || echo "$status rank ${RANK:-s} on $(uname -n)" > "$file"
+[ $status = 0 ] || { echo "$status rank ${RANK:-s} on $(uname -n)" > "$file"; } 2> /dev/null
 exit $status'
 
 set_environment() {

@@ -235,7 +235,8 @@ class _Watch:
 
         def enter(part: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                ledger.part = part
+                if ledger.phase == "forward":  # and not computed again in a backward pass
+                    ledger.part = part
 
             return hook
 

@@ -223,6 +223,8 @@ def plot(found: dict[Case, Found], path: Path) -> None:
             panel.bar([x + 0.11 * (at - len(names) / 2) for x, _ in known], ratios, 0.1, label=name)
         panel.axhline(1, color="black", linewidth=0.5)
         panel.set(yscale="log", ylabel=f"{what} / Megatron, unfused")
+        panel.set_yticks(ticks := (0.1, 0.2, 0.5, 1, 2, 4), [f"{tick:g}x" for tick in ticks])
+        panel.minorticks_off()
     panels[0].legend(ncols=4, fontsize="small")
     panels[1].set_xticks(range(len(cases)), [str(case).replace(" x ", "\u00d7") for case in cases], rotation=20)
     path.parent.mkdir(exist_ok=True)

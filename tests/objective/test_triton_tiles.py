@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,27 @@ def test_as_float64(case: str, dtype: torch.dtype, way: str, interpreted: dict[A
         tolerance = 2e-5 if dtype == torch.float32 else 2**-7
         assert (mine - theirs).abs().max() <= tolerance * theirs.abs().max()
         assert theirs.any() == mine.any()
+
+
+@pytest.mark.parametrize("kernel", ["_sums_of_row", "_gradient_of_row"])
+def test_compiles_for_a_gpu(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """To machine code of an H100, which takes no GPU; whether it is fast, only one can tell."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bft_megatron.objective import triton_tiles
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(triton_tiles, kernel)
+    kinds = {"X": "*bf16", "OUT": "*bf16", "HOLE": "*i64", "VALID": "*i8", "OTHERS": "*fp64", "WEIGHTED": "*fp64"}
+    constants = {"ENTROPY": True, "BLOCK": triton_tiles.LARGEST_BLOCK}
+    signature = {
+        name: "constexpr" if name in constants else "i32" if name.islower() else kinds.get(name, "*fp32")
+        for name in function.arg_names
+    }
+    given = {(i,): constants[name] for i, name in enumerate(function.arg_names) if name in constants}
+    compiled = triton.compile(ASTSource(function, signature, given), target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"]
+    assert "atom" not in compiled.asm["ptx"]
+    assert "ex2.approx" in compiled.asm["ptx"]

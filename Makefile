@@ -26,7 +26,7 @@ demo: $(DEMO_STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python examples/demo/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --ignore=tests/slurm
+	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/image --ignore=tests/te
 
 # The launch scripts on a Slurm of three nodes that it starts itself: as root, with Debian's slurmctld, slurmd, slurm-client
 # and munge.
@@ -40,6 +40,10 @@ $(TE_STAMP): $(STAMP) tests/te/install.sh
 # On Transformer Engine's layers, which build without a GPU. TE_WHEELS: a folder with a wheel of its PyTorch extension.
 test-te: $(TE_STAMP)
 	.venv-te/bin/python -m pytest tests/te
+
+# The Dockerfile built with buildah on a base of Debian's; as root, some minutes.
+test-image: $(STAMP)
+	$(BIN)/python -m pytest tests/image
 
 # Every recipe planned at its own number of GPUs, and plans of many layouts held to real processes; some minutes.
 plan-recipes: $(STAMP)

@@ -8,6 +8,8 @@
 #   CONTAINER_IMAGE   image for pyxis (srun --container-image); CONTAINER_MOUNTS: default, the working folder
 #   PREPARE=1         pack the data first, in a CPU job of its own (call the script itself, not through sbatch);
 #                     PREPARE_OPTIONS: sbatch options of that job, for example "--partition=cpu --time=4:00:00"
+#   PLAN=1            first see whether the layout fits the GPUs (the script itself, as for PREPARE): a minute on the login
+#                     node, nothing is submitted where it does not; PLAN_GPU: default h100-80g
 #   MAX_REQUEUES      of one job, default 100
 #   MAX_FAILURES      in a row without a new checkpoint, default 3
 #   REQUEUE=0         never requeue: for a chain of jobs, `sbatch --dependency=singleton` several times. In a job array
@@ -43,6 +45,11 @@ submit() {
   for word; do
     case $word in -*) options+=("$word") ;; *) overrides+=("$word") ;; esac
   done
+  if [ "${PLAN:-0}" = 1 ]; then
+    "${command[@]}" plan "$recipe" "${overrides[@]}" --gpu "${PLAN_GPU:-h100-80g}" \
+      --nodes "$(sbatch_value nodes "${options[@]}")" \
+      --gpus-per-node "$(sbatch_value ntasks-per-node "${options[@]}")" || die "not submitted, by the plan above" $?
+  fi
   if [ "${PREPARE:-0}" = 1 ]; then
     local prepare=() more=()
     compose_container
@@ -53,12 +60,22 @@ submit() {
     say "job ${job%%;*} prepares the data"
     options+=("--dependency=afterok:${job%%;*}" --kill-on-invalid-dep=yes)
   fi
-  PREPARE=0 exec sbatch "${options[@]}" "$BFT_SCRIPT" ${BFT_TAKES_RECIPE:+"$recipe"} "${overrides[@]}"
+  PREPARE=0 PLAN=0 exec sbatch "${options[@]}" "$BFT_SCRIPT" ${BFT_TAKES_RECIPE:+"$recipe"} "${overrides[@]}"
+}
+
+# sbatch_value NAME OPTIONS...: what an option of the form --NAME=VALUE is, here or else in the script's own lines.
+sbatch_value() {
+  local name=$1 word value
+  shift
+  value=$(sed -n "s/^#SBATCH --$name=//p" "$BFT_SCRIPT")
+  for word; do case $word in "--$name="*) value=${word#*=} ;; esac; done
+  echo "$value"
 }
 
 # Inside the job.
 run_job() {
-  [ "${PREPARE:-0}" = 0 ] || die "with PREPARE=1 call launch/*.sh itself, not through sbatch: the data job comes first"
+  [ "${PREPARE:-0}${PLAN:-0}" = 00 ] ||
+    die "with PREPARE=1 or PLAN=1 call launch/*.sh itself, not through sbatch: they come before the job"
   step='' asked=0 cancelled=0
   # The time limit is near: to this script alone (--signal=B:USR1). A signal that came before srun's tasks were there is
   # lost, so it is sent again until they end; they save once.

@@ -70,7 +70,7 @@ def render(conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supe
 
 
 class _Renderer:
-    """A conversation whose beginnings are rendered, each once."""
+    """A conversation whose beginnings are rendered to find its turns."""
 
     def __init__(self, conversation: Conversation, tokenizer: ChatTokenizer) -> None:
         self.messages = tokenizer.quote(conversation.messages)

@@ -68,8 +68,8 @@ class Repeated:
         return within if within < self.rows else None
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)  # an epoch needs its own, and two of each source that is taken in part
 def _permutation(rows: int, seed: tuple[int, ...]) -> np.ndarray:
     """By sorting raw random numbers: numpy keeps those the same in every release, but not its shuffles."""
     keys = np.random.PCG64(seed).random_raw(rows)
-    return np.argsort(keys, kind="stable")
+    return np.argsort(keys, kind="stable").astype(np.int32)

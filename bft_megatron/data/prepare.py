@@ -112,7 +112,7 @@ def prepare(
         if not counts.conversations and not counts.refused:
             raise UserError("holds no conversation", opened.settings.path)
         if not lengths:
-            raise UserError(f"nothing is left to learn from: {counts}", opened.settings.path)
+            raise UserError(f"nothing is left to learn from: {counts}{_first_refused(part)}", opened.settings.path)
         rows = pack(lengths, settings.seq_length, pad_multiple) if settings.packing else _one_each(lengths)
         _write_rows(part, rows)
         counts.rows = len(rows)
@@ -166,6 +166,11 @@ def _write_samples(folder: Path, batches: Iterator[Encoded]) -> tuple[array[int]
                     file.write("".join(f"{reason}\n" for reason in batch.refused))
         writer.finalize()
     return lengths, counts
+
+
+def _first_refused(folder: Path) -> str:
+    refused = folder / "refused.txt"
+    return f"; {refused.read_text(encoding='utf-8').splitlines()[0]}" if refused.exists() else ""
 
 
 def _one_each(lengths: array[int]) -> list[list[int]]:

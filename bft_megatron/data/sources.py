@@ -155,7 +155,7 @@ def _files(settings: SourceSettings, field: str) -> list[str]:
         if not found:
             raise FieldError(field, f"no file matches {path}")
         return found
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix:
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and Path(path).suffix not in READERS:
         return _folder(_cached(path, field), settings, field)
     raise FieldError(field, f"cannot read {path}: No such file or directory")
 

@@ -116,17 +116,17 @@ def _carry_sharding(to: Conversion) -> None:
     settings = deepspeed(config)
     if config.given("deepspeed") and not settings:
         to.lose("deepspeed", "is not here: its ZeRO stage, offloading and clipping are not known")
-    zero = settings.get("zero_optimization") or {}
+    zero = _group(settings, "zero_optimization")
     theirs = f"DeepSpeed ZeRO {zero['stage']}" if "stage" in zero else "FSDP" if config.raw("fsdp") else ""
     if theirs:
         ours = "the optimizer's state, over all GPUs"
         if zero.get("stage") not in (0, 1):
             ours += "; parallel.tensor and pipeline shard the weights: see `bft-megatron plan`"
         to.show("sharding", theirs, ours)
-    if (zero.get("offload_optimizer") or {}).get("device") in ("cpu", "nvme"):
+    if _group(zero, "offload_optimizer").get("device") in ("cpu", "nvme"):
         for flag in ("optimizer-cpu-offload", "use-precision-aware-optimizer"):
             to.carry("offloading", "offload_optimizer of the DeepSpeed file", f"megatron.{flag}", True)
-    if (zero.get("offload_param") or {}).get("device") in ("cpu", "nvme"):
+    if _group(zero, "offload_param").get("device") in ("cpu", "nvme"):
         to.lose("deepspeed", "offload_param: weights stay on the GPUs here")
     for name in ("optimizer", "scheduler"):
         if name in settings:
@@ -177,8 +177,12 @@ def _carry_precision(to: Conversion) -> None:
 
 
 def _autotp(config: Config) -> int:
-    size = (deepspeed(config).get("tensor_parallel") or {}).get("autotp_size", 1)
+    size = _group(deepspeed(config), "tensor_parallel").get("autotp_size", 1)
     return size if isinstance(size, int) and size > 0 else 1
+
+
+def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    return value if isinstance(value := settings.get(name), dict) else {}
 
 
 def _find(name: str, config: Path) -> Path | None:

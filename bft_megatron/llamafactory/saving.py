@@ -31,13 +31,14 @@ def _carry_validation(to: Conversion) -> None:
     strategy = "eval_strategy" if config.given("eval_strategy") else "evaluation_strategy"
     by_logging = config.raw(strategy) == "steps" and not config.given("eval_steps")  # as transformers has it
     every = _carry_interval(to, strategy, "no", "logging_steps" if by_logging else "eval_steps", _USUAL_STEPS)
+    best, metric = config.flag("load_best_model_at_end"), config.text("metric_for_best_model", "loss")
     if "data.valid" not in to.fields:
         return
     if every:
         to.carry("validation", f"every {every} steps", "train.validate_every", every)
     else:
         to.show("validation", "none", "before the first step and after the last")
-    if not config.flag("load_best_model_at_end"):
+    if not best:
         return
     saves = to.fields.get("train.save_every")
     if not every or not saves or saves % every:
@@ -46,7 +47,7 @@ def _carry_validation(to: Conversion) -> None:
         )
         return
     to.carry("best checkpoint", "load_best_model_at_end", "train.keep_best", 1)
-    if config.text("metric_for_best_model", "loss") in ("loss", "eval_loss"):
+    if metric in ("loss", "eval_loss"):
         to.carry("best checkpoint", "metric_for_best_model loss", "train.best_metric", "loss")
     else:
         to.lose("metric_for_best_model", "train.best_metric takes loss, lm_loss, mean_p or accuracy")
@@ -55,9 +56,8 @@ def _carry_validation(to: Conversion) -> None:
 def _carry_interval(to: Conversion, strategy: str, usual: str, name: str, default: int) -> int | None:
     """Steps between two saves or validations; None for none but the last, or where they cannot be told."""
     config, steps = to.config, to.fields.get("train.iterations")
-    chosen = config.raw(strategy)
-    chosen = {False: "no", None: usual}.get(chosen, chosen)  # YAML reads a bare `no` as false
-    if chosen == "no":
+    chosen = usual if config.raw(strategy) is None else config.raw(strategy)
+    if chosen in ("no", False):  # as which YAML reads a bare `no`
         config.raw(name)
         return None
     if chosen != "steps":

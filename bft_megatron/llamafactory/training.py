@@ -114,6 +114,8 @@ def _carry_warmup(to: Conversion, kind: str, steps: int | None) -> None:
     theirs = f"warmup_steps {length:g}" if length else f"warmup_ratio {ratio:g}"
     if 0 < length < 1:  # as of transformers 5 a share of the steps
         length, ratio = 0.0, length
+    if ratio >= 1:
+        raise config.wrong("warmup_ratio", f"must be below 1, the share of the steps, not {ratio:g}")
     if not length and not ratio:
         return
     if kind == "constant":

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import batched
 from typing import Any
 
 from bft_megatron import checks
-from bft_megatron.errors import FieldError
+from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.plan import processes
 from bft_megatron.plan.budget import Verdict, verdict
 from bft_megatron.plan.hardware import Cluster
-from bft_megatron.plan.layout import ends
+from bft_megatron.plan.layout import Stage, of_each
 from bft_megatron.recipe import Recipe
+
+ENOUGH = 3
+"""Changes that a report names."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,24 @@ class Change:
     verdict: Verdict
 
 
-def changes(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Change]:
-    """The single changes that make the recipe fit; failing that, the one that comes closest."""
-    tried = [
-        (words, costs, changed) for words, costs, changed in _candidates(recipe) if possible(changed, config, on.world)
-    ]
-    found = [
-        Change(words, costs, verdict(stages, on.gpu, on.world))
-        for (words, costs, _), stages in zip(tried, ends([t[2] for t in tried], config, on.world), strict=True)
-        if isinstance(stages, list)
-    ]
+def changes(recipe: Recipe, config: ModelConfig, on: Cluster, fullest: Stage) -> list[Change]:
+    """The first `ENOUGH` single changes that make the fullest stage fit; failing that, the one that comes closest."""
+    at_end = fullest.first > 0 and fullest.last == recipe.parallel.pipeline - 1
+    tried = (candidate for candidate in _candidates(recipe) if possible(candidate[2], config, on.world))
+    found: list[Change] = []
+    for some in batched(tried, processes.AT_ONCE):
+        traced = of_each([t[2] for t in some], config, on.world, lambda r: [_span(r, at_end)], refusals=True)
+        for (words, costs, _), stages in zip(some, traced, strict=True):
+            if not isinstance(stages, UserError):
+                found.append(Change(words, costs, verdict(stages, on.gpu, on.world)))
+        if sum(change.verdict.fits for change in found) >= ENOUGH:
+            break
     return [c for c in found if c.verdict.fits] or sorted(found, key=lambda c: c.verdict.peak)[:1]
+
+
+def _span(recipe: Recipe, at_end: bool) -> tuple[int, int]:
+    last = recipe.parallel.pipeline - 1
+    return (last, last) if at_end else (0, last)
 
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:

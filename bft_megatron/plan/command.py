@@ -41,7 +41,7 @@ def run(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool, html
     from bft_megatron.plan.plan import plan
 
     made, console = plan(recipe, config, on), report.console()
-    helps = [] if made.verdict.fits else changes(recipe, config, on)
+    helps = [] if made.verdict.fits else changes(recipe, config, on, made.verdict.stage)
     if as_json:
         print(json.dumps(report.as_json(made, helps), indent=2))
     else:

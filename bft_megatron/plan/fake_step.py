@@ -235,7 +235,8 @@ class _Watch:
 
         def enter(part: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                ledger.part = part
+                if ledger.phase == "forward":  # and not computed again in a backward pass
+                    ledger.part = part
 
             return hook
 
@@ -310,6 +311,7 @@ def full_rows(recipe: Recipe) -> Callable[..., Any]:
         "samples": torch.tensor(1),
         "real_tokens": torch.tensor(s),
         "row": torch.tensor(0),
+        "source": torch.tensor(0),
     }
     if recipe.data.packing:
         row |= {"cu_seqlens": torch.tensor([0, s], dtype=torch.int32), "max_seqlen": torch.tensor(s)}

@@ -14,6 +14,9 @@ from typing import Any
 
 from bft_megatron.errors import FieldError, UserError
 
+AT_ONCE = min(4, len(os.sched_getaffinity(0)))
+"""Processes; each takes about a GiB."""
+
 
 class Refused(UserError):
     """Megatron itself does not accept the recipe."""
@@ -31,7 +34,7 @@ def each(function: Callable[..., Any], calls: list[tuple[Any, ...]], *, refusals
         RuntimeError: anything else, with its traceback.
     """
     results = []
-    for some in batched(calls, len(os.sched_getaffinity(0))):
+    for some in batched(calls, AT_ONCE):
         for error, result in _together(function, some):
             if error is not None and not (refusals and isinstance(error, UserError)):
                 raise error

@@ -282,3 +282,10 @@ WRONG: list[tuple[Any, str]] = [
 def test_what_is_wrong_with_a_recipes_sources(value: Any, said: str) -> None:
     with pytest.raises(FieldError, match=said):
         source_settings(value, "data.train")
+
+
+def test_a_validation_has_no_weights() -> None:
+    with pytest.raises(FieldError, match="a validation reads every source once"):
+        source_settings([{"path": "a", "weight": 2}], "data.valid")
+    with pytest.raises(FieldError, match="valid is what the reports call the whole set"):
+        source_settings(["a.jsonl", "b/valid.jsonl"], "data.valid")

@@ -220,6 +220,10 @@ def test_rows_that_are_no_conversation_are_skipped_counted_and_listed(tmp_path: 
     assert said.count("an assistant's message must not be empty") == 5
     assert "... and 3 more" in said
     assert not (prepared(tmp_path / "cache").folder / "refused.txt").exists()
+    with pytest.raises(
+        UserError, match=r"nothing is left .*bad\.jsonl:1: messages\[1\]\.content: an assistant's message"
+    ):
+        prepared(tmp_path / "cache", replace(source(tmp_path, rows[1], name="bad.jsonl"), on_error="skip"))
 
 
 def test_a_row_a_turn(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:

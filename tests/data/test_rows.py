@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bft_megatron import cli, recipe
+from bft_megatron import checks, cli, recipe
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.hf.architectures import read_config
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
 from bft_megatron.rows import RunRows, open_rows, prepare_rows, rows_of_rank
@@ -71,6 +72,11 @@ def test_many_machines_without_rows_are_refused_with_the_command(tmp_path: Path,
 def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="they do not match"):
         prepare_rows(made(tmp_path), TINY, 100)
+
+
+def test_a_row_a_turn_learns_every_answer(tmp_path: Path) -> None:
+    with pytest.raises(FieldError, match="split makes a sample of each"):
+        checks.check_recipe(made(tmp_path, "data.turns=split", "data.supervise=last"), read_config(TINY))
 
 
 def test_a_template_of_the_recipes_own_goes_with_the_model(tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ REFUSED = {
     "learning_rate": ("fast", "must be a number, not 'fast'"),
     "gradient_accumulation_steps": (1.5, "must be a whole number, not 1.5"),
     "cutoff_len": (-4, "must not be below 1, as -4 is"),
+    "warmup_ratio": (1.5, "must be below 1"),
     "bf16": ("yes", "must be true or false, not 'yes'"),
     "dataset": ("a,b,a", "names a twice"),
     "dataset_dir": ("REMOTE:llamafactory/demo_data", "lies on the hub"),

@@ -5,6 +5,10 @@ The scripts of launch/ are real, Slurm is real; the ranks are `worker`.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tests.slurm.cluster import Cluster, ranks, wait_for
@@ -65,6 +69,21 @@ def test_data_prepared_first(run: Run):
     said = run.cluster.run(*script, "steps=3", f"output={run.folder}", PREPARE=1, **run.settings)
     finished(run, said.split()[-1], steps=3, starts=1)
     assert (run.folder / "data/rows").read_text() == "prepared"
+
+
+def test_a_layout_that_does_not_fit_is_not_submitted(run: Run):
+    """PLAN=1, on a login node, by the plan itself."""
+    environment = {
+        **os.environ,
+        "PLAN": "1",
+        "PLAN_GPU": "a100-40g",
+        "BFT_COMMAND": f"{sys.executable} -m bft_megatron",
+    }
+    words = [ROOT / "launch/bft_8b.sh", "--nodes=1", f"output={run.folder}"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "not submitted, by the plan above" in done.stderr
+    assert "a100-40g" in done.stdout
 
 
 def warn(cluster: Cluster, job: str) -> None:

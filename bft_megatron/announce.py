@@ -29,7 +29,7 @@ def sentence(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, don
     parameters = sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)
     steps, batch = rows.steps(recipe), recipe.train.global_batch_size
     counts = rows.train.counts
-    tokens = rows.rows(recipe) * counts.tokens / counts.rows
+    tokens = rows.rows(recipe) * rows.train.tokens / rows.train.rows
     left = tokens * (steps - done) / steps
     go_on = f" from step {done}" if done else ""
     return (

@@ -27,12 +27,19 @@ class ModelShape(Protocol):
 def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     """Raise FieldError for values that cannot be, cannot be together, or do not divide the model."""
     _check_positive(recipe)
+    _check_data(recipe)
     _check_objective(recipe)
     _check_schedule(recipe)
     _check_layout(recipe)
     _check_model(recipe, model)
     _check_row_length(recipe, model)
     _check_lora(recipe)
+
+
+def check_comparable(recipe: Recipe) -> None:
+    """Raise FieldError where transformers has nothing to compare the recipe's model with."""
+    if recipe.lora is not None and recipe.lora.adapter is not None:
+        raise FieldError("lora.adapter", "the base model is what is compared: leave it out (lora.adapter=null)")
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
@@ -90,14 +97,27 @@ def _context_chunks(recipe: Recipe) -> int:
 def _check_positive(recipe: Recipe) -> None:
     for group in ("data", "parallel", "train", "objective"):
         for name, value in vars(getattr(recipe, group)).items():
-            must_be_positive = (
-                name not in MAY_BE_ZERO and isinstance(value, int | float) and not isinstance(value, bool)
-            )
-            if must_be_positive and value <= 0:
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if name not in MAY_BE_ZERO and value <= 0:
                 raise FieldError(f"{group}.{name}", f"must be above 0, not {value}")
+            if value < 0:
+                raise FieldError(f"{group}.{name}", f"must not be below 0, not {value}")
+
+
+def _check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    if not data.sources("train"):
+        raise FieldError("data.train", "must name at least one source")
+    data.sources("valid")
+    if data.turns == "split" and data.supervise != "assistant":
+        raise FieldError(
+            "data.turns", "split makes a sample of each of the assistant's turns, which data.supervise names"
+        )
 
 
 MAY_BE_ZERO = {
+    "iterations",  # the model is converted, and not trained
     "min_lr",
     "warmup_iterations",
     "weight_decay",
@@ -198,8 +218,12 @@ def _check_lora(recipe: Recipe) -> None:
     for name in ("rank", "alpha"):
         if getattr(lora, name) <= 0:
             raise FieldError(f"lora.{name}", f"must be above 0, not {getattr(lora, name)}")
-    if not 0 <= lora.dropout < 1:
-        raise FieldError("lora.dropout", f"must be at least 0 and below 1, not {lora.dropout}")
+    if lora.dropout:
+        raise FieldError(
+            "lora.dropout",
+            f"must be 0, not {lora.dropout}: each rank would draw the mask of its own part, and a run would depend on "
+            "its layout",
+        )
     known = [name for names in LORA_TARGETS.values() for name in names]
     unknown = [name for name in lora.modules if name not in known]
     if unknown or not lora.modules:

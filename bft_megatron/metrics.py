@@ -1,9 +1,9 @@
 """Reports: sums over counts of every step and validation, to metrics.jsonl, TensorBoard and the terminal.
 
 Megatron's own report means micro-batch values in fp32, knows no minimum, and prints for the second step of every start
-the mean of the first two. Here the step adds fp64 sums, one SUM and one MIN all-reduce over data and context parallel
-ranks make the step's totals, and three functions of Megatron's training loop, which it looks up at call time, are
-replaced to hear of its events.
+the mean of the first two. Here the step adds fp64 sums by source, one SUM and one MIN all-reduce over data and context
+parallel ranks make the step's totals, and three functions of Megatron's training loop, which it looks up at call time,
+are replaced to hear of its events.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ SUMS = (
 )
 
 
+BY_SOURCE = ("loss", "mean_p", "samples", "tokens")
+"""What a step reports of each source."""
+
+
 @dataclass(frozen=True)
 class Totals:
     """One step's or validation's sums over all micro-batches and ranks."""
@@ -58,21 +62,34 @@ class Totals:
         }
 
 
+def together(totals: list[Totals]) -> Totals:
+    """Those of several sources as one."""
+    sums = {name: sum(t.sums[name] for t in totals) for name in SUMS}
+    return Totals(sums, min(t.min_confidence for t in totals))
+
+
 def _ratio(total: float, count: float) -> float:
     return total / count if count else float("nan")
 
 
 class Meter:
-    """Sums of the running step on this rank; `reduce` turns them into the step's totals on every rank of its stage."""
+    """Sums of the running step on this rank, by source; `reduce` turns them into the step's totals on every rank of its
+    stage.
 
-    def __init__(self) -> None:
+    Args:
+        sources: how many there are, of the training or of the validation, whichever has more.
+    """
+
+    def __init__(self, sources: int = 1) -> None:
+        self.sources = sources
         self._sums: Tensor | None = None
         self._minimum: Tensor | None = None
+        self.by_source: list[Totals] = []
         self.totals: Totals | None = None
 
     def add(self, sums: dict[str, Tensor], min_confidence: Tensor) -> None:
-        """Add one micro-batch: scalars for all of `SUMS`, and the lowest c_b in it (+inf without a sample). No host
-        sync.
+        """Add one micro-batch: for all of `SUMS` the sum of each source [sources], and the lowest c_b of each (+inf
+        without a sample). No host sync.
         """
         values = torch.stack([sums[name].double() for name in SUMS])
         self._sums = values if self._sums is None else self._sums + values
@@ -80,22 +97,36 @@ class Meter:
         self._minimum = low if self._minimum is None else torch.minimum(self._minimum, low)
 
     def reduce(self, group: dist.ProcessGroup) -> None:
-        """All-reduce (SUM [10], MIN [1], fp64) over `group`, data x context parallel, and start anew."""
-        device = torch.device("cuda")
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device) if self._sums is None else self._sums
-        low = torch.full((), torch.inf, dtype=torch.float64, device=device) if self._minimum is None else self._minimum
+        """All-reduce (SUM [10, sources], MIN [sources], fp64) over `group`, data x context parallel, and start anew."""
+        empty = torch.zeros(len(SUMS), self.sources, dtype=torch.float64, device="cuda")
+        sums = empty if self._sums is None else self._sums
+        low = torch.full_like(empty[0], torch.inf) if self._minimum is None else self._minimum
         dist.all_reduce(sums, group=group)
         dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
-        self.totals = Totals(dict(zip(SUMS, sums.tolist(), strict=True)), low.item())
+        self.by_source = [
+            Totals(dict(zip(SUMS, column, strict=True)), minimum)
+            for column, minimum in zip(sums.t().tolist(), low.tolist(), strict=True)
+        ]
+        self.totals = together(self.by_source)
         self._sums = self._minimum = None
 
 
 class Reporter:
     """Hears of Megatron's steps and validations, and writes them down on the last rank, which holds the loss."""
 
-    def __init__(self, meter: Meter, path: Path, console: TextIO, objective: str, iterations: int) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        path: Path,
+        console: TextIO,
+        objective: str,
+        iterations: int,
+        sources: tuple[str, ...] = (),
+        valid: tuple[str, ...] = (),
+    ) -> None:
+        """`sources` and `valid` are the names of the training's and the validation's, where they are reported apart."""
         self.meter, self.path, self.console = meter, path, console
-        self.objective, self.iterations = objective, iterations
+        self.objective, self.iterations, self.sources, self.valid = objective, iterations, sources, valid
         self.iteration = 0
         self.step_seconds = 0.0
         self.skipped_in_a_row = 0
@@ -158,6 +189,7 @@ class Reporter:
                     "lr": None if learning_rate is None else float(learning_rate),
                     "step_seconds": round(seconds, 4),
                     "tokens_per_second": round(totals.sums["real_tokens"] / seconds, 1),
+                    **self._by_source(),
                     **({"skipped": True, "rows": self._rows_of(iteration) if self._rows_of else []} if skipped else {}),
                 }
                 self._write(line, "train")
@@ -181,13 +213,30 @@ class Reporter:
             self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
             self._validated = (self.iteration, result)
             if _writes():
-                line = {"iteration": self.iteration, "split": "valid", **self.meter.totals.report()}
-                self._write(line, "valid")
-                self._print_validation(line)
+                for split, totals in [
+                    ("valid", self.meter.totals),
+                    *zip(self.valid, self.meter.by_source, strict=False),
+                ]:
+                    line = {"iteration": self.iteration, "split": split, **totals.report()}
+                    self._write(line, split)
+                    self._print_validation(line)
             self._clock = time.monotonic()
             return result
 
         return evaluate_and_report
+
+    def _by_source(self) -> dict[str, dict[str, dict[str, float | int]]]:
+        """The report of each source that had samples in the step, where sources are reported apart.
+
+        The meter has as many sources as the training or the validation, whichever has more.
+        """
+        reports = {
+            name: totals.report()
+            for name, totals in zip(self.sources, self.meter.by_source, strict=False)
+            if totals.sums["samples"]
+        }
+        sources = {name: {key: report[key] for key in BY_SOURCE} for name, report in reports.items()}
+        return {"sources": sources} if self.sources else {}
 
     def _write(self, line: dict[str, Any], split: str) -> None:
         from megatron.training.global_vars import get_tensorboard_writer
@@ -198,6 +247,9 @@ class Reporter:
         for name, value in line.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "iteration":
                 writer.add_scalar(f"{split}/{name}", value, line["iteration"])
+        for source, report in line.get("sources", {}).items():
+            for name, value in report.items():
+                writer.add_scalar(f"{split}/{source}/{name}", value, line["iteration"])
         writer.flush()
 
     def _drop_lines_after(self, start: int) -> None:
@@ -230,7 +282,10 @@ class Reporter:
         )
 
     def _print_validation(self, line: dict[str, Any]) -> None:
-        self._print(f"validation at {line['iteration']:<4}  {self._numbers(line)}  over {line['tokens']:,} tokens")
+        where = "" if line["split"] == "valid" else f" on {line['split']}"
+        self._print(
+            f"validation at {line['iteration']:<4}  {self._numbers(line)}  over {line['tokens']:,} tokens{where}"
+        )
 
     def _numbers(self, line: dict[str, Any]) -> str:
         return (

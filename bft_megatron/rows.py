@@ -1,30 +1,48 @@
 """The rows of a run: prepared once, by one process, before any rank starts; opened by every rank.
 
 Preparing inside a running job would keep all its GPUs waiting in a collective until that times out. So `bft-megatron
-prepare`, or `train` where it starts the ranks itself, writes the rows and a small file that names them, and a rank
-reads that file or refuses.
+prepare`, or `train` where it starts the ranks itself, writes the rows and a small file that names them. A rank reads
+that file before it joins the others; without one, rank 0 of a single machine makes it while the others look out for it,
+and a job on many machines is refused.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from bft_megatron.checks import pad_multiple
 from bft_megatron.data import prepare
+from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
+from bft_megatron.recipe_sources import SourceSettings
+
+WAIT_SECONDS = 0.5
+"""Between two looks for the file that rank 0 writes."""
 
 
 @dataclass(frozen=True)
 class RunRows:
     """Training rows, and validation rows where the recipe has any."""
 
-    train: Prepared
-    valid: Prepared | None
+    train: Blend
+    valid: Blend | None
+
+    @property
+    def named(self) -> dict[str, Prepared]:
+        """Every source, by its name, those of the validation marked as such where the training has the name too."""
+        train = {part.name: part.prepared for part in self.train.parts}
+        valid = {part.name: part.prepared for part in self.valid.parts} if self.valid else {}
+        return train | {f"{name} (valid)" if name in train else name: prepared for name, prepared in valid.items()}
 
     def steps(self, recipe: Recipe) -> int:
         """Steps of the whole run: the recipe's, or those that its epochs take; the last may be a part of a batch."""
@@ -52,21 +70,58 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
     """
     folder = RunFolder.of(recipe)
 
-    def one(path: str) -> Prepared:
-        return prepare.prepare(path, model_folder, recipe.data, pad_multiple(recipe), folder.data)
+    def blend(field: Literal["train", "valid"]) -> Blend | None:
+        sources = recipe.data.sources(field)
+        made = [
+            prepare.prepare(source, model_folder, recipe.data, pad_multiple(recipe), folder.data, f"data.{field}")
+            for source in sources
+        ]
+        return _blend(sources, made)
 
-    rows = RunRows(one(recipe.data.train), one(recipe.data.valid) if recipe.data.valid else None)
-    highest = max(prepared.counts.highest_token for prepared in (rows.train, rows.valid) if prepared)
+    train = blend("train")
+    assert train is not None, "checks refuse a recipe without training data"
+    rows = RunRows(train, blend("valid"))
+    highest = max(made.counts.highest_token for made in (rows.train, rows.valid) if made)
     if highest >= vocab_size:  # a sharded embedding would take it for another token, silently
         raise FieldError(
             "model",
             f"its tokenizer gives the token {highest:,}, its vocabulary ends at {vocab_size:,}: they do not match",
         )
-    names = {"train": rows.train.folder.name, "valid": rows.valid and rows.valid.folder.name, **_wanted(recipe)}
-    temporary = folder.data / "rows.tmp"
+    names = {"train": _folders(rows.train), "valid": rows.valid and _folders(rows.valid), **_wanted(recipe)}
+    temporary = folder.data / f"rows.{socket.gethostname()}.{os.getpid()}.tmp"  # another prepare may be at it too
     temporary.write_text(json.dumps(names, indent=2))
     temporary.replace(folder.data / "rows.json")
     return rows
+
+
+def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
+    """The rows that were prepared for this recipe, on a rank that something else started, before any process group.
+
+    On a single machine rank 0 makes what is missing; the others wait for the file that names it, on disk and not in a
+    collective, which has a time limit.
+
+    Args:
+        make: calls `prepare_rows`.
+
+    Raises:
+        UserError: there are none, and the job runs on many machines.
+    """
+    try:
+        return open_rows(recipe)
+    except UserError:
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+            raise
+    if os.environ["RANK"] == "0":
+        return make()
+    print(f"rank {os.environ['RANK']}: waiting for rank 0 to prepare the data", flush=True)
+    launcher = os.getppid()
+    while True:
+        time.sleep(WAIT_SECONDS)
+        try:
+            return open_rows(recipe)
+        except UserError:
+            if os.getppid() != launcher:  # which ends the others when rank 0 has failed
+                raise
 
 
 def open_rows(recipe: Recipe) -> RunRows:
@@ -90,7 +145,19 @@ def open_rows(recipe: Recipe) -> RunRows:
                 "run `bft-megatron prepare RECIPE`",
                 str(path),
             )
-    return RunRows(prepare.load(folder / names["train"]), names["valid"] and prepare.load(folder / names["valid"]))
+
+    def blend(field: Literal["train", "valid"]) -> Blend | None:
+        return _blend(recipe.data.sources(field), [prepare.load(folder / name) for name in names[field] or ()])
+
+    return RunRows(blend("train"), blend("valid"))
+
+
+def _blend(sources: tuple[SourceSettings, ...], made: list[Prepared]) -> Blend | None:
+    return Blend(tuple(Part(s.label, p, s.weight) for s, p in zip(sources, made, strict=True))) if made else None
+
+
+def _folders(blend: Blend) -> list[str]:
+    return [part.prepared.folder.name for part in blend.parts]
 
 
 def _wanted(recipe: Recipe) -> dict[str, object]:

@@ -49,6 +49,8 @@ class Batch:
     """[b] int64, tokens that are not padding"""
     row: Tensor
     """[b] int64, the row's number in the prepared data, -1 for a filler row"""
+    source: Tensor
+    """[b] int64, which of the sources the row is from; any for a filler row"""
     cu_seqlens: Tensor | None = None
     """[1, k + 1] int32, the samples' edges in a packed row; None: padded rows"""
     max_seqlen: Tensor | None = None
@@ -68,6 +70,11 @@ class Batch:
         if self.cu_seqlens is None:
             return self.samples > 0
         return torch.arange(len(self.edges) - 1) < self.samples
+
+    @cached_property
+    def source_of(self) -> Tensor:
+        """[B] int64: the source of each sample."""
+        return self.source if self.cu_seqlens is None else self.source.expand(len(self.edges) - 1)
 
     def rows(self, cp_windows: str) -> Rows:
         """The batch's geometry for the objective, under this rank's context-parallel group."""
@@ -160,24 +167,34 @@ class Step:
         device = confidence.device
         counted = rows.counted.to(device, non_blocking=True)
         ours = counted if rows.cp_rank == 0 else torch.zeros_like(counted)
+        source = batch.source_of.to(device, non_blocking=True)
 
-        def number(x: float) -> Tensor:
-            return torch.tensor(x, dtype=torch.float64, device=device)
+        def of_samples(x: Tensor, where: Tensor = source) -> Tensor:  # [B] -> [sources]
+            return torch.zeros(self.meter.sources, dtype=torch.float64, device=device).index_add_(0, where, x.double())
 
+        def of_tokens(x: Tensor) -> Tensor:  # [T] -> [sources]
+            return of_samples(x, source[view.sample])
+
+        tokens, samples = of_tokens(torch.ones_like(view.logp)), of_samples(ours)
+        real = batch.real_tokens * (rows.cp_rank == 0)
         self.meter.add(
             {
-                "loss": result.loss.detach(),
-                "divisor": number(result.count),
-                "nll": -view.logp.double().sum(),
-                "p": view.logp.double().exp().sum(),
-                "correct": rows.take(correct.flatten()).sum(),
-                "confidence": torch.where(ours, confidence, 0.0).sum(),
-                "weight": torch.where(ours, result.sample_weight, 0.0).sum(),
-                "samples": ours.sum(),
-                "tokens": number(len(view.logp)),
-                "real_tokens": number(int(batch.real_tokens.sum()) if rows.cp_rank == 0 else 0),
+                "loss": of_tokens(result.token_loss),
+                "divisor": tokens if self.objective.reduce == "tokens" else samples,
+                "nll": of_tokens(-view.logp),
+                "p": of_tokens(view.logp.double().exp()),
+                "correct": of_tokens(rows.take(correct.flatten())),
+                "confidence": of_samples(torch.where(ours, confidence, 0.0)),
+                "weight": of_samples(torch.where(ours, result.sample_weight, 0.0)),
+                "samples": samples,
+                "tokens": tokens,
+                "real_tokens": of_samples(
+                    real.to(device, non_blocking=True), batch.source.to(device, non_blocking=True)
+                ),
             },
-            torch.where(counted, confidence, torch.inf).min(),
+            torch.full((self.meter.sources,), torch.inf, dtype=torch.float64, device=device).scatter_reduce_(
+                0, source, torch.where(counted, confidence, torch.inf).double(), "amin"
+            ),
         )
 
     def finalize_grads(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:

@@ -9,9 +9,12 @@ prefixes of the whole, what lies between is the turn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from bft_megatron.data.formats import Conversation
 from bft_megatron.data.tokenizers import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError
 
@@ -38,58 +41,119 @@ def encode(
     Raises:
         UserError: the template refuses the conversation, or doesn't tell where the assistant's turns lie.
     """
-    return tokenise([render(messages, tokenizer, supervise)], tokenizer)[0]
+    ((tokens, learned),) = tokenise([render(Conversation(0, messages, 1.0), tokenizer, supervise)], tokenizer)
+    return tokens.tolist(), learned.tolist()
 
 
-def render(messages: list[dict[str, Any]], tokenizer: ChatTokenizer, supervise: Supervise) -> Rendered:
-    """A conversation as text with its learned spans.
+def split(conversation: Conversation) -> list[Conversation]:
+    """A conversation for each turn of the assistant that is learned: all that is said up to it, it alone learned."""
+    turns = _assistant(conversation.messages)
+    return [
+        replace(conversation, messages=conversation.messages[: i + 1], masked=frozenset(j for j in turns if j < i))
+        for i in turns
+        if i not in conversation.masked
+    ]
+
+
+def render(conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supervise) -> Rendered:
+    """A conversation as text with its learned spans, in which the control tokens that it spells out are broken up.
 
     What follows the assistant's last turn is left out unless everything is learned: it comes after all that is learned.
 
     Raises:
         UserError: as `encode`.
     """
-    if supervise == "all":
-        text, _ = tokenizer.render(messages)
-        return Rendered(text, [(0, len(text))])
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    messages = messages[: turns[-1] + 1]
-    text, marked = tokenizer.render(messages)
-    if tokenizer.has_markers:
-        return Rendered(text, marked if supervise == "assistant" else marked[-1:])
-    learned = turns if supervise == "assistant" else turns[-1:]
-    return Rendered(text, [_turn(messages, i, text, tokenizer) for i in learned])
+    try:
+        return _Renderer(conversation, tokenizer).render(conversation.masked, supervise)
+    except RecursionError:
+        raise UserError("is nested too deeply") from None
 
 
-def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[list[int], list[bool]]]:
-    """Tokens and mask of many conversations in one call of the tokenizer, which spreads them over its threads."""
-    encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-    broken = tokenizer.backend.token_to_id(BREAK)
-    return [_without(broken, e.ids, _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
+class _Renderer:
+    """A conversation whose beginnings are rendered to find its turns."""
 
+    def __init__(self, conversation: Conversation, tokenizer: ChatTokenizer) -> None:
+        self.messages = tokenizer.quote(conversation.messages)
+        self.tokenizer = tokenizer
+        self.given = (tokenizer.quote(conversation.tools), tokenizer.quote(conversation.template))
 
-def _turn(messages: list[dict[str, Any]], i: int, text: str, tokenizer: ChatTokenizer) -> Span:
-    """Characters of turn i that are learned: from after its header to the end of its end-of-turn token."""
-    opened = _opening(messages, i, tokenizer)
-    closed = tokenizer.render(messages[: i + 1])[0] if i + 1 < len(messages) else text
-    for part in (opened, closed):
+    def render(self, masked: frozenset[int], supervise: Supervise) -> Rendered:
+        turns = _assistant(self.messages)
+        if supervise != "all":
+            self.messages = self.messages[: turns[-1] + 1]
+        text, marked = self.text(self.messages)
+        if supervise == "all":
+            return Rendered(text, _without_spans((0, len(text)), [self.turn(i, text) for i in sorted(masked)]))
+        learned = [i for i in (turns if supervise == "assistant" else turns[-1:]) if i not in masked]
+        if not self.tokenizer.has_markers:
+            return Rendered(text, [self.turn(i, text) for i in learned])
+        if learned == turns:
+            return Rendered(text, marked)
+        if len(marked) == len(turns):
+            return Rendered(text, [marked[turns.index(i)] for i in learned])
+        wholes = [self.whole(i, text) for i in learned]
+        return Rendered(text, [span for span in marked if any(a <= span[0] < b for a, b in wholes)])
+
+    def text(self, messages: list[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]:
+        return self.tokenizer.render(messages, prompt, *self.given)
+
+    def turn(self, i: int, text: str) -> Span:
+        """Characters of turn i that are learned: from after its header to the end of its end-of-turn token."""
+        opened, closed = self.opening(i, text), self.before(i + 1, text)
+        self.check(i, opened, text)
+        self.check(i, closed, text)
+        trimmed = closed.rstrip()
+        return len(opened), len(trimmed) if trimmed.endswith(self.tokenizer.control) else len(closed)
+
+    def whole(self, i: int, text: str) -> Span:
+        """Characters of turn i with its header."""
+        edges = self.before(i, text), self.before(i + 1, text)
+        for edge in edges:
+            self.check(i, edge, text)
+        return len(edges[0]), len(edges[1])
+
+    def before(self, i: int, text: str) -> str:
+        """The text of the first i messages."""
+        if i == len(self.messages):
+            return text
+        return self.text(self.messages[:i])[0] if i else ""
+
+    def opening(self, i: int, text: str) -> str:
+        """The text before turn i with the turn's header: what the template writes when asked to let the assistant
+        answer.
+
+        Where it ignores the request, or nothing stands before the turn: what is the same whatever the turn says.
+        """
+        messages = self.messages
+        if i:
+            opened, _ = self.text(messages[:i], prompt=True)
+            # Where the answer follows at once, a header is in it: no need to see that it is longer than without one.
+            answer = self.tokenizer.asks and messages[i]["content"].strip()
+            if (answer and text.startswith(answer, len(opened))) or opened != self.text(messages[:i])[0]:
+                return opened
+        one, other = (self.text([*messages[:i], {"role": "assistant", "content": said}])[0] for said in "01")
+        header = one[: _common(one, other)]
+        return header[: _common(header, text)]  # a turn that calls a function may have another header, or none
+
+    def check(self, i: int, part: str, text: str) -> None:
         if not text.startswith(part):
-            raise UserError(_difference(i, len(messages), part, text))
-    trimmed = closed.rstrip()
-    return len(opened), len(trimmed) if trimmed.endswith(tokenizer.control) else len(closed)
+            raise UserError(_difference(i, len(self.messages), part, text))
 
 
-def _opening(messages: list[dict[str, Any]], i: int, tokenizer: ChatTokenizer) -> str:
-    """The text before turn i with the turn's header: what the template writes when asked to let the assistant answer.
+def _assistant(messages: list[dict[str, Any]]) -> list[int]:
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
-    Where it ignores the request, or nothing stands before the turn: what is the same whatever the turn says.
-    """
-    if i:
-        opened, _ = tokenizer.render(messages[:i], prompt=True)
-        if opened != tokenizer.render(messages[:i])[0]:
-            return opened
-    one, other = (tokenizer.render([*messages[:i], messages[i] | {"content": content}])[0] for content in "01")
-    return one[: _common(one, other)]
+
+def _without_spans(whole: Span, spans: list[Span]) -> list[Span]:
+    edges = [whole[0], *(edge for span in spans for edge in span), whole[1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tokens [n] int32 and mask [n] bool of each conversation, in one call of the tokenizer."""
+    encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+    broken = np.array(tokenizer.broken)
+    return [_without(broken, np.array(e.ids, np.int32), _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
 
 
 def _common(a: str, b: str) -> int:
@@ -100,16 +164,19 @@ def _common(a: str, b: str) -> int:
 def _difference(i: int, n: int, part: str, text: str) -> str:
     at = _common(part, text)
     shown = [repr(t[max(0, at - 30) : at + 40].replace(BREAK, "")) for t in (part, text)]
-    last = "set data.supervise: last to learn the last answer alone"
+    ways = (
+        "set data.turns: split for a sample of each answer, or data.supervise: last to learn the last one alone"
+        if i + 1 < n
+        else "add {% generation %} markers to the template and name its file in data.chat_template"
+    )
     return (
-        f"the model's chat template writes the conversation up to messages[{i}] differently once all {n} messages are "
-        f"there, so that the place of the answer is unknown: {shown[0]} became {shown[1]}; "
-        + (last if i + 1 < n else "add {% generation %} markers to it")
+        f"the chat template writes the conversation up to messages[{i}] differently once all {n} messages are there, "
+        f"so that the place of the answer is unknown: {shown[0]} became {shown[1]}; {ways}"
     )
 
 
-def _mask(encoding: Encoding, rendered: Rendered) -> list[bool]:
-    mask = [False] * len(encoding.ids)
+def _mask(encoding: Encoding, rendered: Rendered) -> np.ndarray:
+    mask = np.zeros(len(encoding), bool)
     for start, end in rendered.spans:
         first = _token_at(encoding, start, end)
         if first is None:  # an empty span, or nothing in it but spaces that the tokenizer's offsets leave out
@@ -119,7 +186,7 @@ def _mask(encoding: Encoding, rendered: Rendered) -> list[bool]:
             after = len(mask)
         elif encoding.token_to_chars(after)[0] < end:
             after += 1
-        mask[first:after] = [True] * (after - first)
+        mask[first:after] = True
     return mask
 
 
@@ -129,8 +196,12 @@ def _token_at(encoding: Encoding, char: int, stop: int) -> int | None:
     return next((token for token in tokens if token is not None), None)
 
 
-def _without(broken: int, ids: list[int], mask: list[bool]) -> tuple[list[int], list[bool]]:
-    if broken not in ids:
+def _without(broken: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask without those that spell `BREAK`."""
+    if broken[0] not in ids:
         return ids, mask
-    kept = [i for i, token in enumerate(ids) if token != broken]
-    return [ids[i] for i in kept], [mask[i] for i in kept]
+    begins = np.flatnonzero(ids == broken[0])
+    begins = [at for at in begins if np.array_equal(ids[at : at + len(broken)], broken)]
+    kept = np.ones(len(ids), bool)
+    kept[np.add.outer(np.array(begins, int), np.arange(len(broken)))] = False
+    return ids[kept], mask[kept]

@@ -1,123 +1,207 @@
-"""Reading conversations: JSONL of chat `messages`, every fault named by file, line and field.
+"""A source's files and the conversations in them, every fault named by file, line and field.
 
-Plain Python only, so that a bad file is refused before anything slow is imported. What a conversation becomes is in
-`chat`.
+What a recipe may say of a source is in `recipe_sources`; how files and rows are read, in `readers` and `formats`.
+Nothing is downloaded: a data set of the hub must be in the local cache, for the reasons that hold for models.
 """
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from bft_megatron.data import dataset_info
+from bft_megatron.data.formats import Conversation, conversation
+from bft_megatron.data.portion import portion
+from bft_megatron.data.readers import READERS, Chunk, read_file
 from bft_megatron.errors import FieldError, UserError
-
-ROLES = ("system", "user", "assistant", "tool")
+from bft_megatron.recipe_sources import SourceSettings
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """One line of a source.
+class Source:
+    """A source, its files found.
 
     Attributes:
-        line: its number in the file, from 1.
-        messages: dicts with at least `role` and `content`, at least one of them from the assistant.
-        weight: what its sample's weight is multiplied by.
+        settings: as the recipe has them, a dataset_info.json's entry filled in.
+        field: the recipe's field that names it.
+        files: in the order in which they are read.
     """
 
-    line: int
-    messages: list[dict[str, Any]]
-    weight: float
+    settings: SourceSettings
+    field: str
+    files: tuple[str, ...]
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of the files' content, whatever they are called, and of how a row becomes a conversation.
+
+        Raises:
+            FieldError: a file that cannot be read.
+        """
+        digest = hashlib.sha256(
+            repr((self.settings.format, self.settings.columns, self.settings.roles, self.settings.rows)).encode()
+        )
+        for path in self.files:
+            with self._readable(path), open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The rows that are taken, in order, some hundred at a time.
+
+        Raises:
+            UserError: a file that is not what its name says, or that cannot be read.
+        """
+        yield from portion(self._all_chunks(), *self.settings.first_and_end)
+
+    def _all_chunks(self) -> Iterator[Chunk]:
+        for number, path in enumerate(self.files):
+            with self._readable(path):
+                yield from read_file(path, number)
+
+    def convert(self, chunk: Chunk) -> Iterator[Conversation | UserError]:
+        """The conversations of a chunk; a row that is none, as an error in its place."""
+        for number, where, row in chunk:
+            if isinstance(row, UserError):
+                yield row
+                continue
+            try:
+                yield conversation(row, self.settings, number, chunk.file, where)
+            except UserError as e:
+                yield e
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """The conversations in order.
+
+        Raises:
+            UserError: the first row that is none.
+        """
+        for chunk in self.chunks():
+            for found in self.convert(chunk):
+                if isinstance(found, UserError):
+                    raise found
+                yield found
+
+    def _readable(self, path: str) -> _Readable:
+        return _Readable(self.field, path)
 
 
-def read(path: str | Path, field: str = "data.train") -> Iterator[Conversation]:
-    """Yield the conversations of a JSONL file in order; blank lines are skipped.
+def open_source(settings: SourceSettings | str | Path, field: str = "data.train") -> Source:
+    """Find a source's files.
 
     Args:
-        path: absolute, or relative to the current directory.
-        field: the recipe's field that names the file, for the error when it can't be read.
+        settings: or a path alone, absolute or relative to the current directory.
+        field: the recipe's field that names the source, for errors.
 
     Raises:
-        UserError: no such file, nothing in it, or a line that is not a conversation, at the first such line.
+        FieldError: nothing there, or nothing that can be read.
     """
-    empty = True
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    empty = False
-                    yield _conversation(line, number, f"{path}:{number}")
-    except OSError as e:
-        raise FieldError(field, f"cannot read {path}: {e.strerror}") from None
+    if not isinstance(settings, SourceSettings):
+        settings = SourceSettings(str(settings))
+    if Path(settings.path).name == dataset_info.NAME and Path(settings.path).is_file():
+        settings = dataset_info.resolve(settings, field)
+    files = _files(settings, field)
+    return Source(settings, field, tuple(files))
+
+
+def read(settings: SourceSettings | str | Path, field: str = "data.train") -> Iterator[Conversation]:
+    """The conversations of a source in order.
+
+    Raises:
+        UserError: no such source, nothing in it, or a row that is no conversation, at the first such row.
+    """
+    source, empty = open_source(settings, field), True
+    for found in source:
+        empty = False
+        yield found
     if empty:
-        raise UserError("holds no conversation", str(path))
+        raise UserError("holds no conversation", source.settings.path)
 
 
-def check(path: str | Path, field: str = "data.train") -> int:
-    """Read a whole source for its faults alone.
-
-    Returns:
-        The number of conversations.
-
-    Raises:
-        UserError: as `read`.
-    """
-    return sum(1 for _ in read(path, field))
+def check(settings: SourceSettings | str | Path, field: str = "data.train") -> int:
+    """Read a whole source for its faults alone; returns the number of conversations. Raises as `read`."""
+    return sum(1 for _ in read(settings, field))
 
 
-def _conversation(line: bytes, number: int, where: str) -> Conversation:
-    row = _parse(line, where)
-    if not isinstance(row, dict):
-        raise UserError('must be an object such as {"messages": [...]}', where)
-    if "messages" not in row:
-        raise UserError("no such field; a line holds a conversation's messages", f"{where}: messages")
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise UserError("must be a list of at least one message", f"{where}: messages")
-    for i, message in enumerate(messages):
-        _check_message(message, f"{where}: messages[{i}]")
-    if all(message["role"] != "assistant" for message in messages):
-        raise UserError("no message is the assistant's, so there is nothing to learn", f"{where}: messages")
-    return Conversation(number, messages, _weight(row.get("weight", 1.0), f"{where}: weight"))
+@dataclass
+class _Readable:
+    """Turns an OSError of a file into one of the recipe's field."""
+
+    field: str
+    path: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError):
+            raise FieldError(self.field, f"cannot read {self.path}: {error.strerror or error}") from None
 
 
-def _parse(line: bytes, where: str) -> Any:
+def _files(settings: SourceSettings, field: str) -> list[str]:
+    path = settings.path
+    if Path(path).is_file():
+        return [path]
+    if Path(path).is_dir():
+        return _folder(Path(path), settings, field)
+    if glob.has_magic(path):
+        found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
+        if not found:
+            raise FieldError(field, f"no file matches {path}")
+        return found
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and Path(path).suffix not in READERS:
+        return _folder(_cached(path, field), settings, field)
+    raise FieldError(field, f"cannot read {path}: No such file or directory")
+
+
+def _cached(name: str, field: str) -> Path:
+    """The folder of a hub data set in the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as e:
-        raise UserError(f"not UTF-8 at byte {e.start + 1} of the line", where) from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"not JSON: {e.msg} at column {e.colno}", where) from None
-    except (RecursionError, ValueError) as e:  # nested too deeply; a number of thousands of digits
-        raise UserError(f"not JSON that can be read: {e}", where) from None
+        return Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise FieldError(
+            field,
+            f"no such file or folder as {name}, and it is not in the local hub cache; to download it: "
+            f"hf download --repo-type dataset {name}",
+        ) from None
 
 
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict):
-        raise UserError('must be an object such as {"role": "user", "content": "..."}', where)
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise UserError(f"must be one of {', '.join(ROLES)}, not {json.dumps(role)[:40]}", f"{where}.role")
-    if not isinstance(content, str):
-        raise UserError(f"must be text, not {json.dumps(content)[:40]}", f"{where}.content")
-    if role == "assistant" and not content.strip():
-        raise UserError("an assistant's message must not be empty", f"{where}.content")
+def _folder(folder: Path, settings: SourceSettings, field: str) -> list[str]:
+    """Files of a folder that `save_to_disk` wrote, or of one with files whose names tell the splits, as on the hub."""
+    if (folder / "dataset_dict.json").exists():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        if settings.split not in splits:
+            raise FieldError(field, f"{folder} has no split {settings.split}; it has {', '.join(splits)}")
+        folder = folder / settings.split
+    if (folder / "state.json").exists():
+        state = json.loads((folder / "state.json").read_text())
+        if state.get("_indices_data_files"):
+            raise FieldError(field, f"{folder} was saved with indices: call `flatten_indices` before `save_to_disk`")
+        return [str(folder / file["filename"]) for file in state["_data_files"]]
+    return _split_files(folder, settings, field)
+
+
+def _split_files(folder: Path, settings: SourceSettings, field: str) -> list[str]:
+    """By `datasets`' own rules: the folder's README, then the names of the files."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
     try:
-        content.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"half a surrogate pair at character {e.start + 1}", f"{where}.content") from None
-
-
-def _weight(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"must be a number, not {json.dumps(value)[:40]}", where)
-    try:
-        weight = float(value)
-    except OverflowError:
-        weight = math.inf
-    if not math.isfinite(weight) or weight < 0:
-        raise UserError("must be finite and not negative", where)
-    return weight
+        found = load_dataset_builder(str(folder), settings.subset).config.data_files or {}
+    except (DatasetsError, OSError, ValueError) as e:
+        raise FieldError(field, f"no data set in {folder}: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+    if settings.split not in found:
+        raise FieldError(field, f"{folder} has no split {settings.split}; it has {', '.join(map(str, found))}")
+    files = [str(path) for path in found[settings.split]]
+    if unknown := [path for path in files if Path(path).suffix.lower() not in READERS]:
+        raise FieldError(field, f"{unknown[0]}: reads {', '.join(READERS)}")
+    return files

@@ -1,7 +1,8 @@
 """A model folder's tokenizer and chat template. Which tokens of a conversation are learned is in `chat`.
 
-Loading costs 0.7 s and no torch: it is transformers' own reader of `tokenizer.json`, asked for by name.
-(`AutoTokenizer` imports torch, 3 s, to look for a class that is only needed where there is no such file.)
+Loading costs 0.7 s and no torch: it is transformers' own reader of `tokenizer.json`, or of SentencePiece's
+`tokenizer.model` where there is no such file, asked for by name. (`AutoTokenizer` imports torch, 3 s, to look for a
+class that is needed for neither.)
 """
 
 from __future__ import annotations
@@ -17,12 +18,21 @@ from bft_megatron.errors import FieldError, UserError
 
 if TYPE_CHECKING:
     import tokenizers
+    from transformers import PreTrainedTokenizerFast
 
 BREAK = "\ufdd0"
 """Put inside the control tokens that a message's text spells out: a character that Unicode reserves for a program's own
-use. It is a token of its own, dropped after tokenisation, so that the text keeps its characters and stays text."""
+use. Its tokens are dropped after tokenisation, so that the text keeps its characters and stays text."""
 
-_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges.txt")
+_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*chat_template*",
+    "additional_chat_templates/*",
+    "vocab*",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -30,14 +40,16 @@ class ChatTokenizer:
     """A fast tokenizer with its chat template.
 
     Attributes:
-        backend: the tokenizer, with `BREAK` as one more token. To be asked for no tokens around a text: the template
-            writes what begins a text, which would else be doubled.
+        backend: the tokenizer. To be asked for no tokens around a text: the template writes what begins a text, which
+            would else be doubled.
+        broken: the tokens that `BREAK` becomes.
         template: Jinja source.
         variables: what the template sees beside the messages: `bos_token`, `eos_token`, ...
         control: the control tokens, such as <|im_end|>, as text.
     """
 
     backend: tokenizers.Tokenizer
+    broken: tuple[int, ...]
     template: str
     variables: dict[str, str]
     control: tuple[str, ...]
@@ -47,16 +59,28 @@ class ChatTokenizer:
         """Whether the template marks what the assistant says with {% generation %}."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
-    def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    @cached_property
+    def asks(self) -> bool:
+        """Whether the template knows the request to let the assistant answer."""
+        return "add_generation_prompt" in self.template
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        variables: dict[str, Any] | None = None,
+    ) -> tuple[str, list[tuple[int, int]]]:
         """A conversation as text.
 
         Args:
-            messages: as in a source.
+            messages: as in a source; `quote` first what is not ours to trust.
             prompt: end with what opens an answer of the assistant.
+            tools: what the assistant could call.
+            variables: further ones of the template.
 
         Returns:
-            The text, where control tokens that the messages spell out are broken by `BREAK`, and the spans of
-            characters inside {% generation %} (none where the template has no such markers).
+            The text, and the spans of characters inside {% generation %} (none where the template has no such markers).
 
         Raises:
             UserError: the template refuses the conversation.
@@ -66,20 +90,23 @@ class ChatTokenizer:
 
         try:
             texts, spans = render_jinja_template(
-                [self.quote(messages)],
+                [messages],
+                tools=tools,
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 return_assistant_tokens_mask=self.has_markers,
-                **self.variables,
+                **self.variables | (variables or {}),
             )
-        except (TemplateError, TypeError, ValueError) as e:
-            raise UserError(f"the model's chat template refuses this conversation: {e}") from None
+            texts[0].encode()
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise UserError(f"the chat template refuses this conversation: {reason}") from None
         return texts[0], spans[0] if spans else []
 
     def quote(self, value: Any) -> Any:
         """Messages or a part of them, with the control tokens that they spell out broken by `BREAK`, without Nones."""
         if isinstance(value, dict):
-            return {key: self.quote(item) for key, item in value.items() if item is not None}
+            return {self.quote(key): self.quote(item) for key, item in value.items() if item is not None}
         if isinstance(value, list):
             return [self.quote(item) for item in value]
         if not isinstance(value, str):
@@ -96,13 +123,15 @@ class ChatTokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def load(folder: str | Path) -> ChatTokenizer:
+def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
     """The tokenizer and chat template of a Hugging Face model folder, from local files and without code of the model's.
+
+    Args:
+        chat_template: Jinja file, or the name of one of the tokenizer's templates; None: its own.
 
     Raises:
         UserError: no such folder, no tokenizer that can be read in it, or no chat template.
     """
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
     if not Path(folder).is_dir():
@@ -111,27 +140,76 @@ def load(folder: str | Path) -> ChatTokenizer:
         loaded = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # the library raises plain Exception for a broken tokenizer.json
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"no tokenizer that can be read (tokenizer.json): {reason}", str(folder)) from None
-    try:
-        template = loaded.get_chat_template()
-    except ValueError:
         raise UserError(
-            "the tokenizer has no chat template; base models often come without: add the chat_template.jinja of the "
-            "model's instruction-tuned sibling to the folder",
-            str(folder),
+            f"no tokenizer that can be read (tokenizer.json, tokenizer.model): {reason}", str(folder)
         ) from None
+    template = _template(loaded, folder, chat_template)
     backend = loaded.backend_tokenizer
     control = tuple(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
     backend.no_truncation()
     backend.no_padding()
+    return ChatTokenizer(backend, _broken(backend), template, loaded.special_tokens_map, control)
+
+
+def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The tokens of `BREAK`: its bytes, where the tokenizer falls back to bytes, as SentencePiece's do; else a token of
+    its own, added here. (SentencePiece's would begin a new word after an added token, with a space that the text has
+    not.)
+    """
+    from tokenizers import AddedToken
+
+    by_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in BREAK.encode()]
+    if backend.encode(BREAK, add_special_tokens=False).ids[-len(by_bytes) :] == by_bytes:
+        return tuple(by_bytes)
     backend.add_special_tokens([AddedToken(BREAK, special=True, normalized=False)])
-    return ChatTokenizer(backend, template, loaded.special_tokens_map, control)
+    return (backend.token_to_id(BREAK),)
 
 
-def fingerprint(folder: str | Path) -> str:
+def _template(loaded: PreTrainedTokenizerFast, folder: str | Path, chosen: str | None) -> str:
+    names = sorted(loaded.chat_template) if isinstance(loaded.chat_template, dict) else []
+    if chosen is not None and chosen not in names:
+        try:
+            template = Path(chosen).read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            has = f"the tokenizer's are {', '.join(names)}" if names else "the tokenizer names none"
+            reason = getattr(e, "strerror", None) or "not UTF-8"
+            raise FieldError(
+                "data.chat_template", f"{chosen} is no template's name ({has}), and no file: {reason}"
+            ) from None
+    else:
+        try:
+            template = loaded.get_chat_template(chosen)
+        except ValueError:
+            hint = (
+                f"set data.chat_template to one of {', '.join(names)}"
+                if names
+                else (
+                    "base models often come without: set data.chat_template to a Jinja file, such as the "
+                    "chat_template.jinja of the model's instruction-tuned sibling"
+                )
+            )
+            raise UserError(f"the tokenizer has no chat template of its own; {hint}", str(folder)) from None
+    _check_syntax(template, chosen or str(folder))
+    return template
+
+
+def _check_syntax(template: str, where: str) -> None:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([], chat_template=template)  # nothing is rendered, but the template is compiled
+    except TemplateSyntaxError as e:
+        raise FieldError("data.chat_template", f"{where}, line {e.lineno} of the template: {e.message}") from None
+
+
+def fingerprint(folder: str | Path, chat_template: str | None = None) -> str:
     """A hash of the content of every file that tokenizer and template are made of; reads them, loads nothing."""
     digest = hashlib.sha256()
     paths = {path for pattern in _FILES for path in Path(folder).glob(pattern) if path.is_file()}
     for path in sorted(paths):
         digest.update(f"{path.name}:{path.stat().st_size}:".encode() + path.read_bytes())
+    if chat_template is not None:
+        file = Path(chat_template)
+        digest.update(file.read_bytes() if file.is_file() else chat_template.encode())
     return digest.hexdigest()

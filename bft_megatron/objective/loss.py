@@ -18,11 +18,13 @@ class LossSum:
     """One micro-batch's share of the objective on this context-parallel rank.
 
     loss: scalar fp32, a sum; attached to the graph even without a supervised token, and never a view.
+    token_loss: [T] fp64, what it is the sum of, detached.
     count: its share of the divisor N.
     token_weight: [T] w_t; sample_weight: [B] s_b, without the data's own weight.
     """
 
     loss: Tensor
+    token_loss: Tensor
     count: int
     token_weight: Tensor
     sample_weight: Tensor
@@ -52,8 +54,9 @@ def objective_sum(objective: Objective, rows: Rows, view: View, logp: Tensor) ->
         scale = scale / view.n.clamp(min=1)
     coefficient = scale[view.sample] * token_weight.double()
     # The sum over no token is 0 and still has a gradient: a rank that sends none back would hang the others.
-    loss = (coefficient * -rows.take(logp).double()).sum().float()
-    return LossSum(loss, _count(objective, rows, view), token_weight, sample_weight)
+    token_loss = coefficient * -rows.take(logp).double()
+    loss = token_loss.sum().float()
+    return LossSum(loss, token_loss.detach(), _count(objective, rows, view), token_weight, sample_weight)
 
 
 def _count(objective: Objective, rows: Rows, view: View) -> int:

@@ -129,7 +129,8 @@ def run(
             modelled.install()
         margs = train.parse([*_without(flags, LEFT_OUT), *INSTEAD])
         margs.do_train = True  # which it would read from a tensor
-        model = train.model_config(recipe, config, None, step, margs, on_cpu, fresh=False)
+        model = train.model_config(recipe, config, None, margs, on_cpu, fresh=False)
+        model.transformer.finalize_model_grads_func = step.finalize_grads
         if not on_cpu:
             model.transformer_layer_spec = modelled.layer_spec
         if recipe.lora is not None:
@@ -310,6 +311,7 @@ def full_rows(recipe: Recipe) -> Callable[..., Any]:
         "samples": torch.tensor(1),
         "real_tokens": torch.tensor(s),
         "row": torch.tensor(0),
+        "source": torch.tensor(0),
     }
     if recipe.data.packing:
         row |= {"cu_seqlens": torch.tensor([0, s], dtype=torch.int32), "max_seqlen": torch.tensor(s)}

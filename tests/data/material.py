@@ -80,7 +80,7 @@ THINKING = """
 
 
 def unmarked(template: str) -> str:
-    return re.sub(r"{% (end)?generation %}\n?", "", template)
+    return re.sub(r"{%-? (end)?generation %}\n?", "", template)
 
 
 def chat_of(*contents: str, system: str | None = None) -> list[dict[str, Any]]:

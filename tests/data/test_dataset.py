@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader
 
 from bft_megatron.data import chat, sources, tokenizers
-from bft_megatron.data.dataset import RowDataset, Shuffled, training_rows, validation_rows
+from bft_megatron.data.blend import Blend, Part
+from bft_megatron.data.dataset import RowDataset, training_rows, validation_rows
+from bft_megatron.data.order import Shuffled
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.recipe import DataSettings
 from tests.data.material import TINY
@@ -128,9 +131,55 @@ def test_a_place_holds_the_same_row_in_any_process_at_any_time(packed: Prepared)
 
 def test_the_order_never_changes() -> None:
     """A run that is resumed with another release must find the order that it began with."""
-    order = Shuffled(rows=10, seed=1234, limit=20)
+    order = Shuffled(rows=(10,), taken=(10,), seed=1234, limit=20)
     first, second = [5, 6, 3, 9, 7, 4, 1, 2, 8, 0], [9, 2, 0, 7, 6, 1, 8, 4, 5, 3]
     assert [order.row(place) for place in range(22)] == [*first, *second, None, None]
+
+
+def epochs(order: Shuffled, n: int) -> list[list[int]]:
+    size = sum(order.taken)
+    return [[order.row(place) for place in range(e * size, (e + 1) * size)] for e in range(n)]
+
+
+def test_a_blend_takes_each_source_as_often_as_its_weight_says() -> None:
+    """Ten rows twice, ten once, ten at a third: what one epoch leaves of these comes in the next ones."""
+    made = epochs(Shuffled(rows=(10, 10, 10), taken=(20, 10, 3), seed=1, limit=10**6), 10)
+    for epoch in made:
+        counts = Counter(epoch)
+        assert all(counts[row] == 2 for row in range(10))
+        assert all(counts[row] == 1 for row in range(10, 20))
+        assert sum(counts[row] for row in range(20, 30)) == 3
+    third = [row for epoch in made for row in sorted(r for r in epoch if r >= 20)]
+    assert Counter(third) == dict.fromkeys(range(20, 30), 3)
+    assert all(len(set(third[:n])) == n for n in (3, 6, 9)), "no row again before all have come once"
+    assert sorted(made[0]) != sorted(made[1])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6])
+def test_going_on_anywhere_with_any_ranks_takes_no_row_twice_and_leaves_none_out(ranks: int) -> None:
+    """Steps of six rows over epochs of 33, gone on with after any step, through Megatron's own sampler."""
+    batch, limit = 6, 150
+    made = Shuffled(rows=(10, 10, 10), taken=(20, 10, 3), seed=1, limit=limit)
+    whole = [made.row(place) for place in range(limit)]
+    for done in range(limit // batch):  # steps 5, 11, 16 and 22 have an epoch's edge in them or behind them
+        anew = Shuffled(rows=(10, 10, 10), taken=(20, 10, 3), seed=1, limit=limit)
+        left: list[int | None] = []
+        samplers = [iter(MegatronPretrainingSampler(1 << 40, done * batch, 1, rank, ranks)) for rank in range(ranks)]
+        for _ in range(limit // ranks - done * batch // ranks):
+            left += [anew.row(place) for sampler in samplers for place in next(sampler)]
+        assert left == whole[done * batch :]
+        assert [anew.row(place) for sampler in samplers for place in next(sampler)] == [None] * ranks
+
+
+def test_a_row_says_which_source_it_is_from(packed: Prepared, padded: Prepared) -> None:
+    twice = Blend((Part("one", packed), Part("other", packed, weight=0.5)))
+    assert twice.rows == packed.rows + round(packed.rows / 2)
+    rows = validation_rows(twice, batch=1)
+    for place in range(2 * packed.rows):
+        mine, own = rows[place], validation_rows(packed, batch=1)[place % packed.rows]
+        assert (mine["source"], mine["row"]) == (place // packed.rows, place)
+        assert all(torch.equal(value, mine[name]) for name, value in own.items() if name not in ("source", "row"))
+    assert twice.counts.tokens == 2 * packed.counts.tokens
 
 
 def test_past_the_end_are_rows_without_samples(packed: Prepared, padded: Prepared) -> None:

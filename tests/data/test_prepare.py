@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +17,13 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from rich.console import Console
 
-from bft_megatron.data import chat, sources, tokenizers
-from bft_megatron.data.prepare import Counts, Prepared, load, prepare
+from bft_megatron.data import chat, readers, sources, tokenizers
+from bft_megatron.data.encoding import Counts
+from bft_megatron.data.prepare import Prepared, load, prepare
+from bft_megatron.data.report import report
+from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe import DataSettings
 from tests.data.material import CHATML, TINY, chat_of, unmarked
@@ -54,6 +63,12 @@ def started(cache: Path, settings: DataSettings = SETTINGS, file_size: int = -1)
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
+def shown(**sources: Prepared) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(report(sources))
+    return console.file.getvalue()
+
+
 def test_keeps_every_conversation_as_it_is_encoded(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
     rows = [{"messages": chat_of("a", "b" * n), "weight": n} for n in (1, 5, 9)]
     result = prepared(tmp_path / "cache", source(tmp_path, *rows))
@@ -73,7 +88,10 @@ def test_counts_what_it_keeps(tmp_path: Path, tiny: tokenizers.ChatTokenizer) ->
         tokens=sum(len(tokens) - 1 for tokens, _ in encoded),
         supervised=sum(sum(mask) for _, mask in encoded),
         highest_token=max(max(tokens) for tokens, _ in encoded),
+        lengths=result.counts.lengths,
     )
+    for k, n in enumerate(result.counts.lengths):
+        assert n == sum(2**k / 2 < len(tokens) - 1 <= 2**k for tokens, _ in encoded)
     assert result.efficiency == result.counts.tokens / (result.rows * 256)
     rows = Dataset.from_file(str(result.folder / "rows.arrow"))["samples"]
     assert len(rows) == result.rows
@@ -94,8 +112,8 @@ def test_overlong_samples_are_dropped_or_truncated_and_counted(tmp_path: Path) -
     assert truncated.counts.samples + truncated.counts.unsupervised == 40
     lengths = [len(tokens) - 1 for tokens in Dataset.from_file(str(truncated.folder / "samples.arrow"))["tokens"]]
     assert max(lengths) == 64
-    assert "longer than 64 tokens dropped" in dropped.summary()
-    assert "longer than 64 tokens truncated" in truncated.summary()
+    assert re.search(rf"too long, dropped +│ +{dropped.counts.overlong} │ +0 │", shown(a=dropped, b=truncated))
+    assert re.search(rf"too long, truncated +│ +0 │ +{dropped.counts.overlong} │", shown(a=dropped, b=truncated))
 
 
 def test_samples_without_a_learned_label_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -154,7 +172,7 @@ def test_what_the_template_refuses_is_named_by_line(tmp_path: Path) -> None:
 def test_a_missing_file_names_its_field(tmp_path: Path) -> None:
     settings = replace(SETTINGS, valid="none.jsonl")
     with pytest.raises(FieldError) as error:
-        prepare(settings.valid, TINY, settings, 4, tmp_path)
+        prepare(settings.valid, TINY, settings, 4, tmp_path, "data.valid")
     assert error.value.field == "data.valid"
 
 
@@ -172,6 +190,100 @@ def test_a_killed_prepare_leaves_nothing_that_looks_whole(tmp_path: Path) -> Non
     result = prepared(cache, settings)
     assert result.counts.samples == 40 * 50
     assert len(Dataset.from_file(str(result.folder / "samples.arrow"))) == 40 * 50
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = socket.gethostname()
+    for name in (f".key.0.{ended.pid}.{host}", f".key.1.{os.getpid()}.{host}", f".key.2.{ended.pid}.another"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "samples.arrow").write_text("half")
+    prepared(tmp_path)
+    left = {path.name for path in tmp_path.glob(".*")}
+    assert left == {f".key.1.{os.getpid()}.{host}", f".key.2.{ended.pid}.another"}
+
+
+def test_rows_that_are_no_conversation_are_skipped_counted_and_listed(tmp_path: Path) -> None:
+    rows = [
+        {"messages": chat_of("a", "b")},
+        *[{"messages": chat_of("a", "")}] * 7,
+        {"messages": chat_of("c", "\ufdd0")},
+    ]
+    settings = replace(source(tmp_path, *rows), on_error="skip")
+    result = prepared(tmp_path / "cache", settings)
+    assert (result.counts.conversations, result.counts.refused, result.counts.samples) == (1, 8, 1)
+    refused = (result.folder / "refused.txt").read_text().splitlines()
+    assert [line.split(":")[1] for line in refused] == [str(n) for n in range(2, 10)]
+    said = " ".join(shown(train=result).split())
+    assert re.search(r"rows refused │ 8 │", said)
+    assert said.count("an assistant's message must not be empty") == 5
+    assert "... and 3 more" in said
+    assert not (prepared(tmp_path / "cache").folder / "refused.txt").exists()
+    with pytest.raises(
+        UserError, match=r"nothing is left .*bad\.jsonl:1: messages\[1\]\.content: an assistant's message"
+    ):
+        prepared(tmp_path / "cache", replace(source(tmp_path, rows[1], name="bad.jsonl"), on_error="skip"))
+
+
+def test_a_row_a_turn(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
+    rows = [{"messages": chat_of("a", "b", "c", "d", "e", "f")}]
+    settings = source(tmp_path, *rows)
+    split = prepared(tmp_path, replace(settings, turns="split"))
+    samples = Dataset.from_file(str(split.folder / "samples.arrow"))
+    assert split.counts.samples == 3
+    for k, sample in enumerate(samples, start=1):
+        assert (sample["tokens"], sample["learned"]) == chat.encode(rows[0]["messages"][: 2 * k], tiny, "last")
+
+
+def test_another_template_is_another_folder(tmp_path: Path) -> None:
+    rows = [{"messages": chat_of("a", "b")}]
+    settings = source(tmp_path, *rows)
+    plain = prepared(tmp_path, settings)
+    file = tmp_path / "template.jinja"
+    file.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    own = prepared(tmp_path, replace(settings, chat_template=str(file)))
+    assert own.counts.tokens < plain.counts.tokens
+    file.write_text("{% for m in messages %}!{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    assert len({r.folder for r in (plain, own, prepared(tmp_path, replace(settings, chat_template=str(file))))}) == 3
+    file.write_text("{% for m in messages %}\n{% nothing %}")
+    with pytest.raises(FieldError, match=r"template\.jinja, line 2 of the template: Encountered unknown tag 'nothing'"):
+        prepared(tmp_path, replace(settings, chat_template=str(file)))
+    with pytest.raises(FieldError, match="chatty is no template's name"):
+        prepared(tmp_path, replace(settings, chat_template="chatty"))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_many_processes_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "CHUNK_ROWS", 3)
+    made = []
+    for cores in (1, 3):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        made.append(prepared(tmp_path / str(cores), replace(SETTINGS, overlong="truncate", seq_length=64)))
+    one, three = made
+    assert replace(three, folder=one.folder) == one
+    for name in ("samples", "rows"):
+        tables = [Dataset.from_file(str(m.folder / f"{name}.arrow")) for m in made]
+        assert tables[0].to_dict() == tables[1].to_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_killed_worker_is_said_and_a_bad_row_ends_all() -> None:
+    def end(item: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL if item == 5 else 0)
+        return item
+
+    with pytest.raises(UserError, match="was killed, most likely for want of memory"):
+        list(ordered_map(end, iter(range(50))))
+
+    def refuse(item: int) -> int:
+        if item == 5:
+            raise UserError("no", "rows:5")
+        return item
+
+    with pytest.raises(UserError, match="rows:5: no"):
+        list(ordered_map(refuse, iter(range(50))))
+    assert list(ordered_map(lambda item: 2 * item, iter(range(50)))) == list(range(0, 100, 2))
 
 
 def test_two_at_once_end_with_one_folder(tmp_path: Path) -> None:

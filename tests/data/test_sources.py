@@ -40,14 +40,22 @@ def with_message(**message: Any) -> dict[str, Any]:
     return {"messages": [*GOOD["messages"], message]}
 
 
-FAULTS = [
+FAULTS: list[tuple[Any, str, str]] = [
     (b"{not json", "", "not JSON"),
     (b"[1, 2]", "", "must be an object"),
     (b'"text"', "", "must be an object"),
     (b'{"messages": "\xff"}', "", "not UTF-8 at byte 15"),
     (b"[" * 100_000, "", "not JSON that can be read"),
     (b'{"messages": ' + b"9" * 5000 + b"}", "", "not JSON that can be read"),
-    ({"conversations": []}, ": messages", "no such field"),
+    ({"text": "Hi"}, ": messages", "this one has 'text'"),
+    ({"conversations": []}, ": conversations", "at least one message"),
+    ({"conversations": [{"from": "nobody", "value": "x"}]}, ": conversations[0].from", 'not "nobody"'),
+    ({"conversations": [{"from": "function_call", "value": "f("}]}, ": conversations[0].value", "a call as JSON"),
+    ({"instruction": "Hi", "output": ""}, ": output", "must not be empty"),
+    ({"instruction": "Hi", "output": "x", "history": [["a"]]}, ": history[0]", "must be a pair"),
+    ({"prompt": "Hi", "completion": None}, ": messages", "no such field"),
+    (GOOD | {"tools": "{"}, ": tools", "must be a JSON list"),
+    (GOOD | {"chat_template_kwargs": []}, ": chat_template_kwargs", "must be a JSON object"),
     ({"messages": []}, ": messages", "at least one message"),
     ({"messages": {"role": "user"}}, ": messages", "at least one message"),
     ({"messages": ["Hi"]}, ": messages[0]", "must be an object"),
@@ -60,7 +68,12 @@ FAULTS = [
     (with_message(role="user", content=None), ": messages[2].content", "must be text, not null"),
     (with_message(role="user", content=3), ": messages[2].content", "must be text, not 3"),
     (with_message(role="user", content="a\ud800"), ": messages[2].content", "surrogate pair at character 2"),
-    (GOOD | {"weight": "2"}, ": weight", "must be a number"),
+    (with_message(role="assistant", content="x", weight=0.5), ": messages[2].weight", "must be 0 or 1"),
+    (with_message(role="assistant", content="x", loss=0), ": messages[2].loss", "must be true or false"),
+    (with_message(role="user", content=[{"type": "image_url"}]), ": messages[2].content[0]", 'not "image_url"'),
+    (with_message(role="assistant", tool_calls="x"), ": messages[2].tool_calls", "must be a list of calls"),
+    (with_message(role="assistant", tool_calls=[{"function": {}}]), ": messages[2].tool_calls[0]", '"name"'),
+    (GOOD | {"weight": "two"}, ": weight", "must be a number"),
     (GOOD | {"weight": True}, ": weight", "must be a number"),
     (GOOD | {"weight": -1}, ": weight", "finite and not negative"),
     (GOOD | {"weight": float("nan")}, ": weight", "finite and not negative"),
@@ -68,7 +81,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("row", "field", "message"), FAULTS, ids=[m for _, _, m in FAULTS])
+@pytest.mark.parametrize(("row", "field", "message"), FAULTS, ids=range(len(FAULTS)))
 def test_a_fault_is_named_by_file_line_and_field(tmp_path: Path, row: Any, field: str, message: str) -> None:
     path = write(tmp_path, GOOD, row, GOOD)
     with pytest.raises(UserError) as error:

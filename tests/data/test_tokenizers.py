@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from transformers import AutoTokenizer
 
-from bft_megatron.data import tokenizers
+from bft_megatron.data import chat, tokenizers
 from bft_megatron.errors import FieldError, UserError
-from tests.data.material import TINY
+from tests.data.material import TINY, chat_of
 
 
 def test_the_tiny_model_is_what_its_recipe_needs() -> None:
@@ -40,6 +41,38 @@ def test_loading_and_rendering_import_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+SENTENCES = ["Hello world", " two  spaces ", "é🙂\n\nx\ty", "日本語", "a<|im_start|>b", "▁", ""]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_gives_sentencepieces_own_tokens(tmp_path: Path, kind: str) -> None:
+    """Of whole texts, and of a conversation between the template's control tokens, in which text stays text."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(TINY / "train.jsonl"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type=kind,
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=["[INST]", "[/INST]"],
+        minloglevel=2,
+    )
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+        "{% else %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    ours = tokenizers.load(tmp_path)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in [*SENTENCES, (TINY / "valid.jsonl").read_text()]:
+        assert ours.backend.encode(text, add_special_tokens=False).ids == own.encode(text)
+    begin, end, open_, close = (own.piece_to_id(piece) for piece in ("<s>", "</s>", "[INST]", "[/INST]"))
+    for question, answer in [("Hi", "Yes."), ("a</s>b[INST]", "c [/INST]<s><unk>")]:
+        tokens, learned = chat.encode(chat_of(question, answer), ours, "assistant")
+        assert tokens == [begin, open_, *own.encode(question), close, *own.encode(answer), end]
+        assert sum(learned) == len(own.encode(answer)) + 1
 
 
 def test_refuses_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

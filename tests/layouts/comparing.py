@@ -16,6 +16,8 @@ def differences(result: Result, expected: Result) -> dict[str, float]:
     found: dict[str, float] = {}
     for kind in ("train", "valid"):
         for line, wanted in zip(getattr(result, kind), getattr(expected, kind), strict=False):
+            assert line.get("split") == wanted.get("split")
+            line, wanted = _flat(line), _flat(wanted)
             for name in wanted.keys() & line.keys() - {"split"}:
                 found[f"{kind} {line['iteration']} {name}"] = _relative(line[name], wanted[name])
     for name, wanted in expected.gradients.items():
@@ -28,11 +30,18 @@ def assert_same(result: Result, expected: Result) -> None:
     """Fail with the worst difference where one is above the tolerance; the two must report the same quantities."""
     assert result.train
     assert result.valid
-    assert result.train[0].keys() >= expected.train[0].keys()
+    assert _flat(result.train[0]).keys() >= _flat(expected.train[0]).keys()
     assert result.gradients.keys() == expected.gradients.keys()
     found = differences(result, expected)
     worst = max(found, key=lambda name: found[name] if math.isfinite(found[name]) else math.inf)
     assert found[worst] <= TOLERANCE, f"{worst}: relative difference {found[worst]:.1e}; all: {_largest(found)}"
+
+
+def _flat(line: dict[str, Any]) -> dict[str, Any]:
+    """A line with the report of each source among its fields."""
+    sources = line.get("sources", {})
+    apart = {f"{name} {of}": value for name, report in sources.items() for of, value in report.items()}
+    return {name: value for name, value in line.items() if name != "sources"} | apart
 
 
 def _relative(value: Any, wanted: Any) -> float:

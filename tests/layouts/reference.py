@@ -5,7 +5,7 @@ loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bft_megatron import rows
+from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import training_rows, validation_rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
@@ -34,26 +35,43 @@ class Sample:
     weight: float
 
 
-def first_step(made: Recipe, windows_cp: int = 1) -> Result:
+def first_step(
+    made: Recipe, windows_cp: int = 1, adapt: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model
+) -> Result:
     """What one process must report of step 1 and of the validation before it, and every gradient of step 1.
 
     Args:
         windows_cp: with per_rank windows, the context-parallel size whose chunks they stay in.
+        adapt: what is done to the model first; gradients are of what it leaves trainable.
     """
-    model = _model(made)
+    model = adapt(_model(made))
     folder = find_model(made.model)
     run_rows = rows.prepare_rows(made, folder, read_config(folder).vocab_size)
     batch = made.train.global_batch_size
     training = training_rows(run_rows.train, seed=made.train.seed, limit=run_rows.rows(made))
     validation = validation_rows(run_rows.valid, batch=1)
-    valid, _ = _report(made, model, [validation[i] for i in range(run_rows.valid.rows)], windows_cp)
-    train, loss = _report(made, model, [training[i] for i in range(batch)], windows_cp)
+    valid = _measure(made, model, [validation[i] for i in range(run_rows.valid.rows)], windows_cp)
+    train = _measure(made, model, [training[i] for i in range(batch)], windows_cp)
+    report, loss = _report(made, train)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
+    sources = {
+        name: {key: _report(made, own)[0][key] for key in ("loss", "mean_p", "samples", "tokens")}
+        for name, own in _by_source(run_rows.train, train).items()
+    }
+    splits = {"valid": valid, **_by_source(run_rows.valid, valid)}
     return Result(
-        [{"iteration": 1, **train, "grad_norm": norm}], [{"iteration": 0, "split": "valid", **valid}], gradients
+        [{"iteration": 1, **report, **({"sources": sources} if sources else {}), "grad_norm": norm}],
+        [{"iteration": 0, "split": split, **_report(made, measured)[0]} for split, measured in splits.items()],
+        gradients,
     )
+
+
+def _by_source(blend: Blend, measured: list[Measured]) -> dict[str, list[Measured]]:
+    """The samples of each source that has some, where there are several sources."""
+    apart = {name: [m for m in measured if m.source == i] for i, name in enumerate(blend.names)}
+    return {name: own for name, own in apart.items() if own and len(apart) > 1}
 
 
 def _model(made: Recipe) -> torch.nn.Module:
@@ -74,44 +92,74 @@ def _samples(row: dict[str, Tensor]) -> Iterator[Sample]:
         yield Sample(row["tokens"][place], row["labels"][place], float(row["weight"][k]))
 
 
-def _report(
-    made: Recipe, model: torch.nn.Module, batch: list[dict[str, Tensor]], cp: int
-) -> tuple[dict[str, Any], Tensor]:
-    """The reported quantities over a list of rows, and the objective with its graph."""
+@dataclass
+class Measured:
+    """A sample's share of the sums: its loss with its graph, the others as numbers."""
+
+    source: int
+    loss: Tensor
+    nll: float
+    p: float
+    correct: int
+    tokens: int
+    confidence: float
+    weight: float
+
+
+def _measure(made: Recipe, model: torch.nn.Module, batch: list[dict[str, Tensor]], cp: int) -> list[Measured]:
+    """The samples of a list of rows, one by one."""
     settings = made.objective
-    total, nll, p, correct, tokens = torch.zeros((), dtype=torch.float64), 0.0, 0.0, 0, 0
-    confidences, sample_weights = [], []
-    name = "group_normalised" if ":" in settings.name else settings.name
-    reduce = settings.reduce or ("tokens" if name in ("sft", "dft") else "samples")
-    for sample in (s for row in batch for s in _samples(row)):
+    name, reduce = _objective(made)
+    found = []
+    for source, sample in ((int(row["source"]), s) for row in batch for s in _samples(row)):
         logits = model(sample.tokens[None]).logits[0]
         logp = reference.logprobs(logits, sample.labels)
         supervised = sample.labels != NONE
         chunks = [[t for t in c if supervised[t]] for c in reference.split(range(len(sample.labels)), cp)]
-        token_weight, s = _weights(name, made, [[float(logp[t]) for t in c] for c in chunks])
+        values = logp.tolist()
+        pieces = [[values[t] for t in c] for c in chunks]
+        token_weight, s = _weights(name, made, pieces)
         scale = sample.weight * s / (max(len(token_weight), 1) if reduce == "samples" else 1)
+        loss = torch.zeros((), dtype=torch.float64)
         for t, w in zip((t for c in chunks for t in c), token_weight, strict=True):
-            total = total - scale * w * logp[t]
-        nll -= float(logp.sum())
-        p += float(logp[supervised].exp().sum())
-        correct += int((logits.argmax(-1) == sample.labels).sum())
-        tokens += int(supervised.sum())
-        pieces = [[float(logp[t]) for t in c] for c in chunks]
-        confidences.append(reference.confidence(pieces, settings.group_size, settings.confidence))
-        sample_weights.append(s)
-    divisor = len(confidences) if reduce == "samples" else tokens
+            loss = loss - scale * w * logp[t]
+        found.append(
+            Measured(
+                source=source,
+                loss=loss,
+                nll=-float(logp.sum()),
+                p=float(logp[supervised].exp().sum()),
+                correct=int((logits.argmax(-1) == sample.labels).sum()),
+                tokens=int(supervised.sum()),
+                confidence=reference.confidence(pieces, settings.group_size, settings.confidence),
+                weight=s,
+            )
+        )
+    return found
+
+
+def _objective(made: Recipe) -> tuple[str, str]:
+    """Its name and what its loss is averaged over."""
+    name = "group_normalised" if ":" in made.objective.name else made.objective.name
+    return name, made.objective.reduce or ("tokens" if name in ("sft", "dft") else "samples")
+
+
+def _report(made: Recipe, measured: list[Measured]) -> tuple[dict[str, Any], Tensor]:
+    """The reported quantities over samples, and the objective with its graph."""
+    tokens, samples = sum(m.tokens for m in measured), len(measured)
+    loss = sum(m.loss for m in measured) / (samples if _objective(made)[1] == "samples" else tokens)
     report = {
-        "loss": float(total) / divisor,
-        "lm_loss": nll / tokens,
-        "mean_p": p / tokens,
-        "accuracy": correct / tokens,
-        "mean_confidence": sum(confidences) / len(confidences),
-        "min_confidence": min(confidences),
-        "mean_weight": sum(sample_weights) / len(sample_weights),
-        "samples": len(confidences),
+        "loss": float(loss),
+        "lm_loss": sum(m.nll for m in measured) / tokens,
+        "mean_p": sum(m.p for m in measured) / tokens,
+        "accuracy": sum(m.correct for m in measured) / tokens,
+        "mean_confidence": sum(m.confidence for m in measured) / samples,
+        "min_confidence": min(m.confidence for m in measured),
+        "mean_weight": sum(m.weight for m in measured) / samples,
+        "samples": samples,
         "tokens": tokens,
     }
-    return report, total / divisor
+    return report, loss
 
 
 def _weights(name: str, made: Recipe, pieces: list[list[float]]) -> tuple[list[float], float]:

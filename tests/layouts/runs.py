@@ -98,14 +98,17 @@ class Result:
 
 
 def write_data(folder: Path) -> None:
-    """The tiny conversations with weights of their own and a few answers of one token; a model folder a variant."""
+    """The tiny conversations with weights of their own, and as a second source a few answers of one token; a model
+    folder a variant.
+    """
     random.seed(5)
     for split in ("train", "valid"):
         lines = [json.loads(line) for line in (MODEL / f"{split}.jsonl").read_text().splitlines()]
         short = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "A"}]} for q in "BCDEF"]
-        with (folder / f"{split}.jsonl").open("w") as file:
-            for line in [*lines, *short]:
-                file.write(json.dumps(line | {"weight": round(random.uniform(0.2, 2), 3)}) + "\n")
+        for name, found in ((split, lines), (f"{split}_short", short)):
+            with (folder / f"{name}.jsonl").open("w") as file:
+                for row in found:
+                    file.write(json.dumps(row | {"weight": round(random.uniform(0.2, 2), 3)}) + "\n")
     config = json.loads((MODEL / "config.json").read_text())
     for name, changes in VARIANTS.items():
         shutil.copytree(MODEL, folder / name)
@@ -120,7 +123,7 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
         RECIPE,
         [
             f"model={MODEL if case.model == 'tiny' else data / case.model}",
-            *(f"data.{split}={data / f'{split}.jsonl'}" for split in ("train", "valid")),
+            *(f"data.{split}={_sources(data, split)}" for split in ("train", "valid")),
             *(f"data.{name}={getattr(case, name)}" for name in ("packing", "pad_multiple")),
             *(f"parallel.{n}={getattr(layout, n)}" for n in vars(layout) if n != "micro_batch_size"),
             *objective,
@@ -137,6 +140,10 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
     checks.check_recipe(made, read_config(find_model(made.model)))
     checks.check_world(made, layout.world)
     return made
+
+
+def _sources(data: Path, split: str) -> str:
+    return f"[{{path: {data / split}.jsonl, name: long}}, {{path: {data / split}_short.jsonl, name: short}}]"
 
 
 def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None) -> Result:

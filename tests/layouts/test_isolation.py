@@ -46,6 +46,7 @@ def packed_row(changed: bool) -> dict[str, Tensor]:
         "weight": torch.ones(1, len(EDGES) - 1),
         "real_tokens": torch.tensor([EDGES[-2]]),
         "row": torch.tensor([0]),
+        "source": torch.tensor([0]),
         "cu_seqlens": edges,
         "max_seqlen": edges[0].diff().max()[None],
     }

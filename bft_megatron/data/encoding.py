@@ -1,0 +1,172 @@
+"""A chunk of a source as samples: conversations rendered, tokenised, fitted to rows, counted. Runs in many processes.
+
+What is on disk in the end, and when, is in `prepare`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bft_megatron.data import chat
+from bft_megatron.data.formats import Conversation
+from bft_megatron.data.readers import Chunk
+from bft_megatron.data.sources import Source
+from bft_megatron.data.tokenizers import ChatTokenizer
+from bft_megatron.errors import UserError
+from bft_megatron.recipe import DataSettings
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+@dataclass
+class Counts:
+    """What became of a source's conversations.
+
+    Attributes:
+        conversations: those in the source.
+        refused: rows left out because they are no conversation (`data.on_error: skip`), which `conversations` has not.
+        overlong: samples longer than a row, dropped or truncated as the recipe says.
+        unsupervised: samples dropped because nothing of them is learned.
+        samples: those kept.
+        rows: the rows that these fill.
+        tokens: inputs of the kept samples, padding not among them.
+        supervised: labels that are learned.
+        highest_token: the largest token of the kept samples, which the model's vocabulary has to reach.
+        lengths: samples by length, before any is dropped: entry k counts those of 2^(k-1) < tokens <= 2^k.
+    """
+
+    conversations: int = 0
+    refused: int = 0
+    overlong: int = 0
+    unsupervised: int = 0
+    samples: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    highest_token: int = 0
+    lengths: list[int] = field(default_factory=list)
+
+    def add(self, other: Counts) -> None:
+        """Count what the other has counted, too."""
+        for name in (f.name for f in fields(Counts)):
+            mine, its = getattr(self, name), getattr(other, name)
+            if name == "lengths":
+                longer, shorter = sorted((mine, its), key=len, reverse=True)
+                self.lengths = [n + (shorter[k] if k < len(shorter) else 0) for k, n in enumerate(longer)]
+            else:
+                setattr(self, name, max(mine, its) if name == "highest_token" else mine + its)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A chunk's kept samples.
+
+    Attributes:
+        samples: a table of tokens (list of int32), learned (list of bool), weight (float32), line (int64) and file
+            (int32). A sample has n + 1 tokens: the row holds the first n, each with the next one as its label where
+            that one is learned.
+        lengths: n of each.
+        counts: what became of the chunk.
+        refused: why a row was left out, each with its place.
+    """
+
+    samples: pyarrow.Table
+    lengths: np.ndarray
+    counts: Counts
+    refused: list[str]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns chunks of one source into samples."""
+
+    source: Source
+    tokenizer: ChatTokenizer
+    settings: DataSettings
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """The chunk's samples.
+
+        Raises:
+            UserError: the first row that is no conversation, or that the template refuses, unless these are skipped.
+        """
+        counts, refused = Counts(), list[str]()
+        rendered: list[tuple[Conversation, chat.Rendered]] = []
+        for found in self._rendered(chunk):
+            if not isinstance(found, UserError):
+                counts.conversations += 1
+                rendered += found
+            elif self.settings.on_error == "skip":
+                refused.append(str(found))
+            else:
+                raise found
+        counts.refused = len(refused)
+        kept = list(self._kept(rendered, counts))
+        return Encoded(_table(kept), np.array([len(s.tokens) - 1 for s in kept], np.int64), counts, refused)
+
+    def _rendered(self, chunk: Chunk) -> Iterator[list[tuple[Conversation, chat.Rendered]] | UserError]:
+        """Each conversation as the texts of its samples, or what is wrong with its row."""
+        for found in self.source.convert(chunk):
+            if isinstance(found, UserError):
+                yield found
+                continue
+            split = self.settings.turns == "split"
+            parts = chat.split(found) if split else [found]
+            try:
+                yield [(part, chat.render(part, self.tokenizer, self.settings.supervise)) for part in parts]
+            except UserError as e:
+                yield UserError(str(e), chunk.place(found.line))
+
+    def _kept(self, rendered: list[tuple[Conversation, chat.Rendered]], counts: Counts) -> Iterator[_Sample]:
+        """The samples that go into rows; counts those that do not."""
+        longest, lengths = self.settings.seq_length, Counter[int]()
+        encoded = chat.tokenise([text for _, text in rendered], self.tokenizer)
+        for (conversation, _), (tokens, learned) in zip(rendered, encoded, strict=True):
+            lengths[max(len(tokens) - 2, 0).bit_length()] += 1
+            if len(tokens) - 1 > longest:
+                counts.overlong += 1
+                if self.settings.overlong == "drop":
+                    continue
+                tokens, learned = tokens[: longest + 1], learned[: longest + 1]
+            supervised = int(learned[1:].sum())
+            if not supervised:
+                counts.unsupervised += 1
+                continue
+            counts.samples += 1
+            counts.tokens += len(tokens) - 1
+            counts.supervised += supervised
+            counts.highest_token = max(counts.highest_token, int(tokens.max()))
+            yield _Sample(tokens, learned, conversation)
+        counts.lengths = [lengths[k] for k in range(max(lengths, default=-1) + 1)]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    tokens: np.ndarray  # [n + 1] int32
+    learned: np.ndarray  # [n + 1] bool
+    conversation: Conversation
+
+
+def _table(samples: list[_Sample]) -> pyarrow.Table:
+    import pyarrow as pa
+
+    edges = pa.array(np.cumsum([0, *(len(s.tokens) for s in samples)]), pa.int32())
+
+    def lists(parts: list[np.ndarray], kind: pa.DataType) -> pa.Array:
+        return pa.ListArray.from_arrays(edges, pa.array(np.concatenate(parts) if parts else [], kind))
+
+    return pa.table(
+        {
+            "tokens": lists([s.tokens for s in samples], pa.int32()),
+            "learned": lists([s.learned for s in samples], pa.bool_()),
+            "weight": pa.array([s.conversation.weight for s in samples], pa.float32()),
+            "line": pa.array([s.conversation.line for s in samples], pa.int64()),
+            "file": pa.array([s.conversation.file for s in samples], pa.int32()),
+        }
+    )

@@ -1,0 +1,73 @@
+"""What preparing made of the sources, as a table for a person: rows, what was dropped and why, tokens, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from bft_megatron.data.encoding import Counts
+from bft_megatron.data.prepare import Prepared
+
+BARS = " ▁▂▃▄▅▆▇█"
+SHOWN = 5
+"""Refused rows that are shown; all are in the file beside the samples."""
+
+
+def report(sources: Mapping[str, Prepared]) -> RenderableType:
+    """A table with a column a source, and the first rows that were left out.
+
+    Args:
+        sources: by the name that they are reported under.
+    """
+    table = Table()
+    table.add_column("")
+    for name in sources:
+        table.add_column(Text(name), justify="right")
+    lines = [_numbers(prepared) for prepared in sources.values()]
+    for what in lines[0]:
+        if what not in OPTIONAL or any(line[what] != "0" for line in lines):
+            table.add_row(what, *(line[what] for line in lines))
+    return Group(table, *(Text(line) for prepared in sources.values() for line in _refused(prepared)))
+
+
+OPTIONAL = {"rows refused", "too long, dropped", "too long, truncated", "nothing to learn, dropped"}
+"""Lines that are only there where some source has one."""
+
+
+def _numbers(prepared: Prepared) -> dict[str, str]:
+    counts = prepared.counts
+    dropped, truncated = (counts.overlong, 0) if prepared.overlong == "drop" else (0, counts.overlong)
+    return {
+        "conversations": f"{counts.conversations:,}",
+        "rows refused": f"{counts.refused:,}",
+        "too long, dropped": f"{dropped:,}",
+        "too long, truncated": f"{truncated:,}",
+        "nothing to learn, dropped": f"{counts.unsupervised:,}",
+        "samples": f"{counts.samples:,}",
+        "tokens": f"{counts.tokens:,}",
+        "supervised": f"{counts.supervised / counts.tokens:.1%}",
+        f"rows of {prepared.seq_length:,}": f"{counts.rows:,}",
+        "full": f"{prepared.efficiency:.1%}",
+        "lengths": histogram(counts),
+    }
+
+
+def histogram(counts: Counts) -> str:
+    """The samples' lengths as bars, each for lengths up to twice those of the one before: `16 ▁▃█▂ 128`."""
+    filled = [k for k, n in enumerate(counts.lengths) if n]
+    first, last = filled[0], filled[-1]
+    bins = counts.lengths[first : last + 1]
+    bars = "".join(BARS[-(-n * (len(BARS) - 1) // max(bins))] for n in bins)
+    return f"{2**first:,} {bars} {2**last:,}"
+
+
+def _refused(prepared: Prepared) -> list[str]:
+    if not prepared.counts.refused:
+        return []
+    path = prepared.folder / "refused.txt"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    more = [f"... and {len(lines) - SHOWN:,} more, in {path}"] if len(lines) > SHOWN else []
+    return [*(f"refused: {line}" for line in lines[:SHOWN]), *more]

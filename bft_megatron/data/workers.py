@@ -1,0 +1,71 @@
+"""A function over many items on all cores, in order, with few items in memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from typing import Any
+
+from bft_megatron.errors import UserError
+
+AHEAD = 3
+"""Items in work or waiting, for each process."""
+
+
+def ordered_map[Item, Result](function: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
+    """function(item) for each item, in their order; the results do not depend on how many processes there are.
+
+    Few items are not worth a process and are worked through here. The others go to processes that are forked with the
+    function in them, which so is never pickled; items and results are.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    cores = len(os.sched_getaffinity(0))
+    first = list(islice(items, 2))
+    if len(first) < 2 or cores == 1:
+        yield from map(function, chain(first, items))
+        return
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(cores, context, initializer=_begin, initargs=(function, os.getpid()))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in chain(first, items):
+            waiting.append(pool.submit(_call, item))
+            if len(waiting) >= AHEAD * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a process that prepares the data was killed, most likely for want of memory") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_function: Callable[[Any], Any] | None = None  # of a forked process, which works for one map alone
+
+
+def _begin(function: Callable[[Any], Any], parent: int) -> None:
+    """In a new process: end with the parent, even if that is killed (Linux); leave Ctrl-C to it."""
+    global _function
+    _function = function
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    gc.freeze()  # what is forked is never garbage: it need not be looked through, nor its pages copied
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)

@@ -1,0 +1,135 @@
+"""What a recipe may say of a source of conversations: an item of `data.train` or `data.valid`.
+
+A path alone is short for one item. Which files it stands for, and how they are read, is in `data.sources`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from bft_megatron.errors import FieldError
+
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "pairs"]
+
+COLUMNS = {
+    "messages": {"messages": "messages", "role": "role", "content": "content"},
+    "sharegpt": {"messages": "conversations", "role": "from", "content": "value"},
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
+    "pairs": {"prompt": "prompt", "query": "query", "response": "completion", "history": "history"},
+}
+"""Where each format keeps its parts; `messages` names the column, `role` and `content` the fields of a message."""
+
+COMMON_COLUMNS = {"system": "system", "tools": "tools", "weight": "weight", "template": "chat_template_kwargs"}
+"""What a row of any format may have besides."""
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """An item of `data.train` or `data.valid`."""
+
+    path: str
+    """File, glob, folder, id of a data set in the local hub cache, or LLaMA-Factory's dataset_info.json."""
+    name: str | None = None
+    """In the reports; of a dataset_info.json, which of its data sets. Left out: the path's last part."""
+    weight: float = 1.0
+    """How often an epoch goes through it: 2 takes each row twice, 0.5 every second one, the others an epoch later."""
+    split: str = "train"
+    """Of a folder or hub data set that has several."""
+    subset: str | None = None
+    """Of a hub data set that has several."""
+    rows: str | None = None
+    """Which of its rows are taken, as a Python slice: `":1000"` the first thousand, `"1000:"` the others."""
+    format: Format = "auto"
+    """How a row holds a conversation; `auto` tells by its columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the columns are called where not as the format has it: `{prompt: question, response: answer}`."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """What roles are called where not as is usual: `{person: user, machine: assistant}`."""
+
+    @property
+    def first_and_end(self) -> tuple[int, int | None]:
+        """The first of the rows that are taken, and the one after the last where there is an end."""
+        first, _, end = (self.rows or ":").partition(":")
+        return int(first or 0), int(end) if end else None
+
+    @property
+    def label(self) -> str:
+        """The name in the reports."""
+        return self.name or Path(self.path).stem or self.path
+
+
+def source_settings(value: Any, where: str) -> tuple[SourceSettings, ...]:
+    """The items of a recipe's field: a path, an item, or a list of both.
+
+    Args:
+        where: the field, `data.train`.
+
+    Raises:
+        FieldError: what is wrong with which item.
+    """
+    items = value if isinstance(value, list | tuple) else [value]
+    if not items:
+        raise FieldError(where, "must name at least one source")
+    found = tuple(_item(item, where, f"[{i}]" if len(items) > 1 else "") for i, item in enumerate(items))
+    if where == "data.valid" and any(source.weight != 1 for source in found):
+        raise FieldError(where, "`weight` is for training: a validation reads every source once")
+    names = [source.label for source in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FieldError(where, f"two sources are called {twice[0]}: give each a `name` of its own")
+    if len(found) > 1 and (taken := {"train", "valid"} & set(names)) and where == "data.valid":
+        raise FieldError(where, f"{min(taken)} is what the reports call the whole set: choose another `name`")
+    return found
+
+
+def _item(value: Any, where: str, place: str) -> SourceSettings:
+    if isinstance(value, str):
+        value = {"path": value}
+    if not isinstance(value, dict):
+        raise FieldError(where, f"item {place}: must be a path or fields such as {{path: ..., weight: ...}}")
+
+    def wrong(key: str, message: str) -> FieldError:
+        return FieldError(where, f"`{place}.{key}`".replace("`.", "`") + f": {message}")
+
+    known = [f.name for f in fields(SourceSettings)]
+    for key in value:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            raise wrong(str(key), f"unknown field; {f'did you mean `{close[0]}`?' if close else ', '.join(known)}")
+    for key in ("path", "name", "split", "subset"):
+        if key in value and not (isinstance(value[key], str) and value[key]):
+            raise wrong(key, f"must be text, not {value[key]!r}")
+    if "path" not in value:
+        raise wrong("path", "must be given")
+    if value.get("rows") is not None:
+        _check_rows(value["rows"], wrong)
+    weight = value.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise wrong("weight", f"must be a number above 0, not {weight!r}")
+    if value.get("format", "auto") not in get_args(Format):
+        raise wrong("format", f"must be one of {', '.join(get_args(Format))}, not {value['format']!r}")
+    for key in ("columns", "roles"):
+        names = value.get(key, {})
+        if not isinstance(names, dict) or not all(isinstance(n, str) for pair in names.items() for n in pair):
+            raise wrong(key, f"must be names such as {{prompt: question}}, not {names!r}")
+    _check_columns(value.get("format", "auto"), value.get("columns", {}), wrong)
+    return SourceSettings(**{**value, "weight": float(weight)})
+
+
+def _check_rows(rows: Any, wrong: Any) -> None:
+    if not isinstance(rows, str) or not re.fullmatch(r"\d*:\d*", rows):
+        raise wrong("rows", f"must be first:end in quotes, for example ':1000', not {rows!r}")
+    first, _, end = rows.partition(":")
+    if end and int(first or 0) >= int(end):
+        raise wrong("rows", f"{rows} takes none")
+
+
+def _check_columns(format_name: str, columns: dict[str, str], wrong: Any) -> None:
+    formats = [format_name] if format_name != "auto" else list(COLUMNS)
+    known = [*dict.fromkeys(key for name in formats for key in COLUMNS[name]), *COMMON_COLUMNS]
+    if unknown := [key for key in columns if key not in known]:
+        raise wrong("columns", f"{unknown[0]} is none of {', '.join(known)}")

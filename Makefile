@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+TE_STAMP := .venv-te/.installed
 
-.PHONY: venv demo test matrix soak lint format clean
+.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak lint format clean
 
 venv: $(STAMP)
 
@@ -25,7 +26,28 @@ demo: $(DEMO_STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python examples/demo/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/image --ignore=tests/te
+
+# The launch scripts on a Slurm of three nodes that it starts itself: as root, with Debian's slurmctld, slurmd, slurm-client
+# and munge.
+test-slurm: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/slurm
+
+$(TE_STAMP): $(STAMP) tests/te/install.sh
+	tests/te/install.sh $(VENV) .venv-te
+	@touch $@
+
+# On Transformer Engine's layers, which build without a GPU. TE_WHEELS: a folder with a wheel of its PyTorch extension.
+test-te: $(TE_STAMP)
+	.venv-te/bin/python -m pytest tests/te
+
+# The Dockerfile built with buildah on a base of Debian's; as root, some minutes.
+test-image: $(STAMP)
+	$(BIN)/python -m pytest tests/image
+
+# Every recipe planned at its own number of GPUs, and plans of many layouts held to real processes; some minutes.
+plan-recipes: $(STAMP)
+	$(BIN)/python -m pytest tests/plan -m plan
 
 # A run killed thirty times at random moments must end with the bits of one left alone; some ten minutes.
 soak: $(STAMP)
@@ -44,4 +66,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-te runs .pytest_cache .ruff_cache *.egg-info

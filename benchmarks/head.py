@@ -1,150 +1,255 @@
-"""The loss head, forward and backward, side by side: CPU time of one thread, peak memory, for the README's table.
+"""The loss head, forward and backward, side by side: CPU time of one thread, peak memory, errors; tables and a plot.
 
-    OMP_NUM_THREADS=1 python benchmarks/head.py 2048x576x49152:fp32 2048x576x49152:bf16 2048x576x49152:bf16:0.5
+    OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.head --errors --plot docs/head.png   # the README's
+    ... python -m benchmarks.head 2048x49152:fp32 2048x576x49152:bf16:0.5:tp2 --heads Megatron ours
 
-A case is rows x hidden x vocabulary, dtype, share of supervised rows (1 where left out). All heads get the same hidden
-states and weight, and BFT's loss on top of their log p; the product with the weight is part of the time. Heads take
-turns, the minimum of the repetitions counts, in thread_time: wall time means little on a machine that others use.
-Memory is the peak of live tensor storage beyond inputs and their gradients, counted operation by operation.
+A case is rows x vocabulary (over logits that are there) or rows x hidden x vocabulary (the product with the weight is
+part of the time), dtype, share of supervised rows (1 where left out), tensor-parallel processes. All heads get the same
+inputs, and BFT's loss on top of their log p. Heads take turns, the minimum of the repetitions counts, in CPU time of
+the thread: wall time means little on a machine that others use. Memory is the peak of live tensor storage, counted
+operation by operation: with the logits, or beyond hidden states, weight and the gradients of both. The weight has an
+fp32 `main_grad` beside it, as in training; who does not add to it itself has its gradient added to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from benchmarks import peers
+from benchmarks.measuring import Peak, in_processes
 from bft_megatron.objective import IGNORE_INDEX
-from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_logprobs
-from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
 from bft_megatron.objective.view import Rows
 
-LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
+DEFAULT_CASES = [
+    f"{shape}:{dtype}{more}"
+    for shape, mores in (
+        ("2048x49152", ("", ":0.5", ":1:tp2")),
+        ("1024x128256", ("",)),
+        ("1024x576x49152", ("", ":0.5", ":1:tp2")),
+    )
+    for dtype in ("fp32", "bf16")
+    for more in mores
+]
+Found = dict[str, tuple[float, float]]
+"""head -> (seconds, peak MiB)."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As the method's definition reads: the loss from one log-softmax in fp32, its weights from a second, detached."""
-    logits = (hidden @ weight.t()).float()
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    with torch.no_grad():
-        logp = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return -loss.view(targets.shape) + (logp + loss.detach().view(targets.shape))
+@dataclass(frozen=True)
+class Case:
+    """What is measured; h is None over logits that are there."""
+
+    s: int
+    h: int | None
+    v: int
+    dtype: str
+    share: float = 1.0
+    tp: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Case:
+        """`2048x576x49152:bf16:0.5:tp2`, of which the last two may be left out."""
+        shape, dtype, *more = text.split(":")
+        share, tp = (more + ["1", "tp1"][len(more) :])[:2]
+        sizes = [int(x) for x in shape.split("x")]
+        s, h, v = sizes if len(sizes) == 3 else (sizes[0], None, sizes[1])
+        return Case(s, h, v, dtype, float(share), int(tp.removeprefix("tp")))
+
+    def __str__(self) -> str:
+        shape = f"{self.s:,} x {self.v:,}" if self.h is None else f"{self.s:,} x {self.h:,} x {self.v:,}"
+        share = "" if self.share == 1 else f", {self.share:.0%} supervised"
+        return f"{shape} {self.dtype}{share}{'' if self.tp == 1 else f', TP {self.tp}'}"
+
+    def targets(self) -> Tensor:
+        """[s, 1]; the rows that are not supervised come first, as a prompt does."""
+        targets = torch.randint(self.v, (self.s, 1), generator=torch.Generator().manual_seed(1))
+        targets[: round(self.s * (1 - self.share))] = IGNORE_INDEX
+        return targets
 
 
-def megatron(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Megatron's unfused vocab-parallel cross entropy."""
-    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+class _Given(torch.autograd.Function):
+    """Logits that something made, as a model does: nothing but the head holds them, and `taken` gets their gradient."""
 
-    loss = vocab_parallel_cross_entropy(hidden @ weight.t(), targets.clamp(min=0), tp_group=dist.group.WORLD)
-    return -loss * (targets != IGNORE_INDEX)
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, source: Tensor, taken: list[Tensor]) -> Tensor:
+        ctx.taken = taken
+        return source.clone()
 
-
-def over_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Ours with logits."""
-    return vocab_parallel_logprobs(hidden @ weight.t(), targets, overwrite=True)
-
-
-def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Ours without."""
-    return vocab_parallel_linear_logprobs(hidden, weight, targets)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.taken.append(gradient)
+        return gradient.new_zeros(()), None, None
 
 
-HEADS: dict[str, LogProbs] = {
-    "two log-softmaxes": plain,
-    "Megatron, unfused": megatron,
-    "ours, over logits": over_logits,
-    "ours, chunked": chunked,
-}
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of live tensor storages, of which `known` are none."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.sizes = {t.untyped_storage()._cdata: 0 for t in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in tree_iter(result):
-            if isinstance(t, Tensor):
-                self._note(t.untyped_storage())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self.sizes:
-            self.sizes[storage._cdata] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, storage._cdata)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self.sizes.pop(key, 0)
-
-
-def inputs(case: str) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [s, 1, h], weight [v, h], targets [s, 1]; the rows that are not supervised come first."""
-    shape, dtype, *share = case.split(":")
-    s, h, v = map(int, shape.split("x"))
-    torch.manual_seed(0)
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    hidden, weight = (torch.randn(*size).mul_(h**-0.25).to(kind).requires_grad_() for size in ((s, 1, h), (v, h)))
-    targets = torch.randint(v, (s, 1))
-    targets[: round(s * (1 - float(share[0] if share else 1)))] = IGNORE_INDEX
-    return hidden, weight, targets
-
-
-def step(head: LogProbs, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """BFT's loss on the head's log p -> the gradients of hidden states and weight."""
+def loss_of(logp: Tensor, targets: Tensor) -> Tensor:
+    """BFT's loss on log p [s, 1]: one sample."""
     rows = Rows(targets.flatten(), torch.tensor([0, len(targets)]), torch.tensor([True]), torch.ones(1))
-    logp = head(hidden, weight, targets).flatten()
-    return torch.autograd.grad(objective_sum(bft, rows, rows.view(logp), logp).loss, (hidden, weight))
+    logp = logp.flatten()
+    return objective_sum(bft, rows, rows.view(logp), logp).loss
 
 
-def measure(case: str, repetitions: int) -> dict[str, tuple[float, float]]:
-    """head -> (seconds, peak MiB)."""
-    given = inputs(case)
-    gradients = sum(t.nbytes for t in given[:2])
-    seconds: dict[str, list[float]] = {name: [] for name in HEADS}
-    for _ in range(repetitions):
-        for name, head in HEADS.items():
-            start = time.thread_time()
-            step(head, *given)
-            seconds[name].append(time.thread_time() - start)
+class OverLogits:
+    """The inputs of a case over logits, and a step of a head on them."""
+
+    def __init__(self, case: Case) -> None:
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        self.source = torch.randn(case.s, 1, case.v // case.tp, generator=generator).to(DTYPES[case.dtype])
+        self.leaf, self.targets = torch.zeros((), dtype=self.source.dtype, requires_grad=True), case.targets()
+        self.known, self.gradients = [self.source, self.leaf, self.targets], 0
+
+    def step(self, head: peers.OverLogits) -> float:
+        """-> CPU seconds, without the making of the logits and the release of their gradient."""
+        taken: list[Tensor] = []
+        logits = _Given.apply(self.leaf, self.source, taken)
+        start = time.thread_time()
+        loss = loss_of(head(logits, self.targets), self.targets)
+        del logits
+        loss.backward()
+        return time.thread_time() - start
+
+
+class FromHidden:
+    """The inputs of a case with hidden states and weight, and a step of a head on them."""
+
+    def __init__(self, case: Case) -> None:
+        generator, dtype = torch.Generator().manual_seed(0), DTYPES[case.dtype]
+        hidden = torch.randn(case.s, 1, case.h, generator=generator).mul_(case.h**-0.5)
+        weight = torch.randn(case.v, case.h, generator=generator).chunk(case.tp)[dist.get_rank()]
+        self.hidden, self.targets = hidden.to(dtype).requires_grad_(), case.targets()
+        self.weight = torch.nn.Parameter(weight.to(dtype, copy=True))
+        self.weight.main_grad = torch.zeros(weight.shape)
+        self.known = [self.hidden, self.targets, self.weight, self.weight.main_grad]
+        self.gradients = self.hidden.nbytes + self.weight.nbytes
+
+    def step(self, head: peers.FromHidden) -> float:
+        """-> CPU seconds."""
+        start = time.thread_time()
+        self.weight.grad_added_to_main_grad = False
+        loss = loss_of(head(self.hidden, self.weight, self.targets), self.targets)
+        _, d_weight = torch.autograd.grad(loss, (self.hidden, self.weight))
+        if not self.weight.grad_added_to_main_grad:
+            self.weight.main_grad.add_(d_weight)
+        return time.thread_time() - start
+
+
+def measure(case: Case, heads: dict[str, Callable[..., Tensor]], repetitions: int) -> Found:
+    """On a rank: what each head takes."""
+    given = OverLogits(case) if case.h is None else FromHidden(case)
     peaks = {}
-    for name, head in HEADS.items():
-        with Peak(*given) as peak:
-            found = step(head, *given)
-        peaks[name] = (peak.peak - gradients) / 2**20
-        del found
-    return {name: (min(seconds[name]), peaks[name]) for name in HEADS}
+    for name, head in heads.items():  # first, and so the warm-up
+        with Peak(*given.known) as peak:
+            given.step(head)
+        peaks[name] = (peak.peak - given.gradients) / 2**20
+    seconds: dict[str, list[float]] = {name: [] for name in heads}
+    for _ in range(repetitions):
+        for name, head in heads.items():
+            seconds[name].append(given.step(head))
+    return {name: (min(seconds[name]), peaks[name]) for name in heads}
+
+
+def report(cases: list[Case], prefixes: list[str], repetitions: int) -> dict[Case, Found]:
+    """Print a markdown table, a row a case -> what was found, of the rank that has most of either."""
+    every = peers.OVER_LOGITS if cases[0].h is None else peers.FROM_HIDDEN
+    names = [name for name in every if name.startswith(tuple(prefixes))]
+    print(f"\n| {'rows x ' + ('' if cases[0].h is None else 'hidden x ') + 'vocabulary'} | {' | '.join(names)} |")
+    print(f"|{' --- |' * (len(names) + 1)}")
+    found = {}
+    for case in cases:
+        heads = {name: every[name] for name in names if case.tp == 1 or name not in peers.UNSHARDED}
+        ranks = in_processes(case.tp, measure, case, heads, repetitions)
+        found[case] = {name: tuple(max(rank[name][i] for rank in ranks) for i in (0, 1)) for name in heads}
+        print(f"| {case} | {' | '.join(_cell(name, found[case]) for name in names)} |", flush=True)
+    return found
+
+
+def _cell(name: str, found: Found) -> str:
+    if name not in found:
+        return "-"
+    seconds, mib = found[name]
+    time_ = f"{seconds:.2f} s" if name == peers.BASELINE else f"{seconds / found[peers.BASELINE][0]:.2f}x"
+    return time_ if name in peers.TIME_ALONE else f"{time_}, {mib:,.0f} MiB"
+
+
+def errors(dtype: str) -> None:
+    """Print how far each head is from float64 on the same inputs, half of the labels likely, random upstream."""
+    n, h, v = 768, 512, 16000
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(n, 1, h, generator=generator), torch.randn(v, h, generator=generator) / h**0.5
+    targets, upstream = torch.randint(v, (n, 1), generator=generator), torch.randn(n, 1, generator=generator)
+    hidden[::2, 0] += 10 * weight[targets[::2, 0]]
+    hidden, weight = (x.to(DTYPES[dtype]).requires_grad_() for x in (hidden, weight))
+
+    def numbers(logp: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        gradients = torch.autograd.grad((logp * upstream).sum(), inputs)
+        return tuple(x.detach().double() for x in (logp, logp.exp(), *gradients))
+
+    h64, w64 = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    exact = numbers((h64 @ w64.t()).log_softmax(-1).gather(-1, targets[..., None])[..., 0], h64, w64)
+    for name, head in peers.FROM_HIDDEN.items():
+        found = numbers(head(hidden, weight, targets), hidden, weight)
+        away = [x - y for x, y in zip(found, exact, strict=True)]
+        cells = [x.square().mean().sqrt() for x in away[:2]]
+        cells += [x.norm() / y.norm() for x, y in zip(away[2:], exact[2:], strict=True)]
+        print(f"| {name}, {dtype} | {' | '.join(f'{float(x):.1e}' for x in cells)} |", flush=True)
+
+
+def plot(found: dict[Case, Found], path: Path) -> None:
+    """Draw what a case of one process takes relative to Megatron: time and memory, a bar a head."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = [case for case in found if case.tp == 1 and case.share == 1]
+    names = [name for name in {**peers.OVER_LOGITS, **peers.FROM_HIDDEN} if any(name in found[c] for c in cases)]
+    figure, panels = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")
+    for panel, i, what in zip(panels, (0, 1), ("CPU time", "peak memory"), strict=True):
+        for at, name in enumerate(names):
+            known = [(x, case) for x, case in enumerate(cases) if name in found[case]]
+            if i and name in peers.TIME_ALONE:
+                continue
+            ratios = [found[case][name][i] / found[case][peers.BASELINE][i] for _, case in known]
+            panel.bar([x + 0.11 * (at - len(names) / 2) for x, _ in known], ratios, 0.1, label=name)
+        panel.axhline(1, color="black", linewidth=0.5)
+        panel.set(yscale="log", ylabel=f"{what} / Megatron, unfused")
+        panel.set_yticks(ticks := (0.1, 0.2, 0.5, 1, 2, 4), [f"{tick:g}x" for tick in ticks])
+        panel.minorticks_off()
+    panels[0].legend(ncols=4, fontsize="small")
+    panels[1].set_xticks(range(len(cases)), [str(case).replace(" x ", "\u00d7") for case in cases], rotation=20)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    """Print a markdown table, a row a case."""
+    """Print the tables of the cases, and what else was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+")
+    parser.add_argument("cases", nargs="*", default=DEFAULT_CASES)
+    parser.add_argument("--heads", nargs="+", default=[""], help="beginnings of their names; Megatron's must be in it")
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--errors", action="store_true", help="also hold every head to float64")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    print(f"| rows x hidden x vocabulary | {' | '.join(HEADS)} |\n|{' --- |' * (len(HEADS) + 1)}")
-    for case in options.cases:
-        found = measure(case, options.repetitions)
-        base = found["Megatron, unfused"][0]
-        cells = [f"{s:.2f} s ({s / base:.2f}x), {mib:,.0f} MiB" for s, mib in found.values()]
-        print(f"| {case.replace(':', ', ')} | {' | '.join(cells)} |", flush=True)
+    if options.errors:
+        print("| | log p, rms | p, rms | hidden gradient | weight gradient |\n| --- | --- | --- | --- | --- |")
+        for dtype in DTYPES:
+            in_processes(1, errors, dtype)
+    cases, found = [Case.parse(case) for case in options.cases], {}
+    for kind in ([c for c in cases if c.h is None], [c for c in cases if c.h is not None]):
+        if kind:
+            found |= report(kind, options.heads, options.repetitions)
+    if options.plot:
+        plot(found, options.plot)
 
 
 if __name__ == "__main__":

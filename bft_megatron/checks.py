@@ -36,6 +36,12 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_lora(recipe)
 
 
+def check_comparable(recipe: Recipe) -> None:
+    """Raise FieldError where transformers has nothing to compare the recipe's model with."""
+    if recipe.lora is not None and recipe.lora.adapter is not None:
+        raise FieldError("lora.adapter", "the base model is what is compared: leave it out (lora.adapter=null)")
+
+
 def check_world(recipe: Recipe, world_size: int) -> None:
     """Raise FieldError where the layout does not divide the processes, or the batch does not divide over them."""
     parallel, train = recipe.parallel, recipe.train
@@ -91,11 +97,12 @@ def _context_chunks(recipe: Recipe) -> int:
 def _check_positive(recipe: Recipe) -> None:
     for group in ("data", "parallel", "train", "objective"):
         for name, value in vars(getattr(recipe, group)).items():
-            must_be_positive = (
-                name not in MAY_BE_ZERO and isinstance(value, int | float) and not isinstance(value, bool)
-            )
-            if must_be_positive and value <= 0:
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            if name not in MAY_BE_ZERO and value <= 0:
                 raise FieldError(f"{group}.{name}", f"must be above 0, not {value}")
+            if value < 0:
+                raise FieldError(f"{group}.{name}", f"must not be below 0, not {value}")
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -110,6 +117,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 MAY_BE_ZERO = {
+    "iterations",  # the model is converted, and not trained
     "min_lr",
     "warmup_iterations",
     "weight_decay",
@@ -210,8 +218,12 @@ def _check_lora(recipe: Recipe) -> None:
     for name in ("rank", "alpha"):
         if getattr(lora, name) <= 0:
             raise FieldError(f"lora.{name}", f"must be above 0, not {getattr(lora, name)}")
-    if not 0 <= lora.dropout < 1:
-        raise FieldError("lora.dropout", f"must be at least 0 and below 1, not {lora.dropout}")
+    if lora.dropout:
+        raise FieldError(
+            "lora.dropout",
+            f"must be 0, not {lora.dropout}: each rank would draw the mask of its own part, and a run would depend on "
+            "its layout",
+        )
     known = [name for names in LORA_TARGETS.values() for name in names]
     unknown = [name for name in lora.modules if name not in known]
     if unknown or not lora.modules:

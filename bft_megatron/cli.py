@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from bft_megatron import arguments, checks, launcher
 from bft_megatron import recipe as recipes
+from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.errors import USER_ERROR, FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
@@ -50,9 +51,9 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     that they descend, and their plain cross entropy may rise while mean p rises.
     """
     recipe, config, model_folder = read(recipe_file, overrides or [])
-    in_rank = launcher.started_by_launcher()
-    processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(recipe)
-    _check(recipe_file, overrides, lambda: checks.check_world(recipe, processes))
+    in_rank, processes = _world(recipe_file, overrides, recipe)
+    if recipe.train.iterations == 0:
+        return _convert(recipe_file, overrides, recipe, config, model_folder)
 
     def make() -> RunRows:
         return _prepare(recipe_file, overrides, recipe, config, model_folder)
@@ -62,6 +63,8 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     if folder.is_done(rows.steps(recipe)):
         if os.environ.get("RANK", "0") == "0":
             print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
+            if recipe.train.save_hf:
+                HFCopies(folder, sys.stdout).complete()
         return
     _check_adapters(recipe, config, model_folder)
     if in_rank:
@@ -75,6 +78,55 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenise and pack the recipe's data, so that a job starts at once. `train` does it by itself on one machine."""
     recipe, config, model_folder = read(recipe_file, overrides or [])
     _prepare(recipe_file, overrides, recipe, config, model_folder)
+
+
+@app.command()
+def inspect(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    row: Annotated[int, typer.Option(help="Which row, from 0.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page instead.")] = None,
+) -> None:
+    """Show a row of the training data as it will be trained: its samples' text, and which of it is learned."""
+    recipe, config, model_folder = read(recipe_file, overrides or [])
+    from bft_megatron.data import inspect, page, sources, tokenizers
+    from bft_megatron.rows import prepare_rows
+
+    rows = _check(recipe_file, overrides, lambda: prepare_rows(recipe, model_folder, config.vocab_size))
+    files = [sources.open_source(source).files for source in recipe.data.sources("train")]
+    shown = inspect.read(rows.train, files, tokenizers.load(model_folder, recipe.data.chat_template), row)
+    if html is None:
+        inspect.print_row(shown, Console())
+        return
+    try:
+        html.write_text(page.page(shown), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot write the page: {e.strerror}", str(html)) from None
+    print(f"wrote {html}")
+
+
+@app.command()
+def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Compare the recipe's layout with transformers on real rows, before the long run: green, or red and status 1."""
+    recipe, config, model_folder = read(recipe_file, overrides or [])
+    in_rank, processes = _world(recipe_file, overrides, recipe)
+    _check(recipe_file, overrides, lambda: checks.check_comparable(recipe))
+    if not in_rank:
+        _prepare(recipe_file, overrides, recipe, config, model_folder)
+        sys.exit(launcher.launch(sys.argv[1:], processes))
+    rows = _rows_of_rank(recipe, lambda: _prepare(recipe_file, overrides, recipe, config, model_folder))
+    with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console:
+        from bft_megatron import check as checking
+
+        good = checking.run(recipe, config, model_folder, rows, console)
+    sys.exit(0 if good else 1)
+
+
+@app.command()
+def convert(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Write the recipe's model as a Megatron checkpoint and stop; so does `train` with train.iterations=0."""
+    recipe, config, model_folder = read(recipe_file, overrides or [])
+    _convert(recipe_file, overrides, recipe, config, model_folder)
 
 
 @app.command(hidden=True)
@@ -94,28 +146,61 @@ def preflight(
 
 
 @app.command()
+def plan(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="Left out: as few as hold the model once.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB.")] = "h100-80g",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the report.")] = False,
+    html: Annotated[Path | None, typer.Option(help="File to write: the memory of a step over its time.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Rank the layouts of this many GPUs instead.")] = False,
+) -> None:
+    """Say whether the recipe fits a cluster, and how fast it may run, without one. Exit status 1: it does not fit."""
+    from bft_megatron.plan import command
+
+    recipe, config = read_to_plan(recipe_file, overrides or [])
+    cluster = command.cluster(recipe, nodes, gpus_per_node, gpu)
+    if search:
+        fits = command.search(recipe, config, cluster, as_json=as_json)
+    else:
+        _check(recipe_file, overrides, lambda: checks.check_world(recipe, cluster.world))
+        fits = _check(recipe_file, overrides, lambda: command.run(recipe, config, cluster, as_json=as_json, html=html))
+    if not fits:
+        sys.exit(1)
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output folder.")],
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder to write, for transformers or vLLM.")],
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a LoRA run: base and adapters as one whole model.")
     ] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of the weights; else as they are."),
+    ] = None,
+    iteration: Annotated[int | None, typer.Option(help="Step of the checkpoint; else the newest.")] = None,
 ) -> None:
-    """Write the newest checkpoint of a run as a Hugging Face model; of a LoRA run, its adapters as a PEFT folder."""
-    source = RunFolder(run)
-    if not source.saved_iteration():
-        raise UserError("holds no checkpoint of a run", str(source.checkpoints))
+    """Write a checkpoint of a run as a Hugging Face model; of a LoRA run, its adapters as a PEFT folder.
+
+    Cut short, the same command goes on with the weights that are not written yet.
+    """
+    import torch
+
+    source, chosen = RunFolder(run), {"iteration": iteration, "dtype": getattr(torch, dtype or "", None)}
     recipe = recipes.load(source.config) if source.config.exists() else None
     if recipe is not None and recipe.lora is not None:
         from bft_megatron.lora.peft import export_adapter, export_merged
 
-        (export_merged if merge else export_adapter)(source, recipe, folder)
+        (export_merged if merge else export_adapter)(source, recipe, folder, **chosen)
     elif merge:
         raise UserError("is no LoRA run: there is nothing to merge, leave out --merge", str(run))
     else:
         from bft_megatron.hf.export import export
 
-        export(source.checkpoints, folder, source.model)
+        export(source.checkpoints, folder, source.model, **chosen)
     print(f"wrote {folder}")
 
 
@@ -129,6 +214,29 @@ def generate(
     from bft_megatron.hf.generate import generate
 
     print(generate(folder, prompt, max_new_tokens))
+
+
+@app.command("from-llamafactory")
+def from_llamafactory(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What `llamafactory-cli train` takes.")],
+    recipe_file: Annotated[Path | None, typer.Argument(metavar="[OUT.yaml]", help="Recipe to write.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="On how many the config runs; its batch counts them.")] = None,
+) -> None:
+    """Write the recipe that does what a LLaMA-Factory SFT config does, and name what it could not carry over."""
+    from bft_megatron.llamafactory import convert, print_table, recipe_text
+
+    conversion = convert(config, gpus)
+    text = recipe_text(conversion)
+    print_table(conversion, Console(stderr=recipe_file is None))
+    if recipe_file is None:
+        print(text, end="")
+        return
+    try:
+        with recipe_file.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as e:
+        raise UserError(f"cannot write the recipe: {e.strerror}", str(recipe_file)) from None
+    print(f"wrote {recipe_file}")
 
 
 def read(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig, Path]:
@@ -151,12 +259,54 @@ def read(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig, Path]:
     return _check(path, overrides, check), config, model_folder
 
 
+def read_to_plan(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig]:
+    """Read and check a recipe of which neither the model's files nor the run's folder need be here.
+
+    Raises:
+        UserError: as `read`.
+    """
+    from bft_megatron.plan.known import model_config
+
+    recipe = recipes.load(path, overrides)
+    config = model_config(recipe.model)
+
+    def check() -> None:
+        checks.check_recipe(recipe, config)
+        arguments.passed_through(recipe)
+
+    _check(path, overrides, check)
+    return recipe, config
+
+
 def _check[T](path: Path, overrides: list[str] | None, check: Callable[[], T]) -> T:
     """Call a function; an error about a field gets the file and line, or the override, that set the field."""
     try:
         return check()
     except FieldError as e:
         raise UserError(e.message, recipes.where(path, overrides or [], e.field)) from None
+
+
+def _world(path: Path, overrides: list[str] | None, recipe: Recipe) -> tuple[bool, int]:
+    """Whether this is a rank already, and how many there are or will be."""
+    in_rank = launcher.started_by_launcher()
+    processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(recipe)
+    _check(path, overrides, lambda: checks.check_world(recipe, processes))
+    return in_rank, processes
+
+
+def _convert(path: Path, overrides: list[str] | None, recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:
+    in_rank, processes = _world(path, overrides, recipe)
+    folder = RunFolder.of(recipe)
+    _check(path, overrides, lambda: folder.check_converts(recipe))
+    if not in_rank:
+        sys.exit(launcher.launch(sys.argv[1:], processes))
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        folder.write_config(recipe, model_folder)
+    with output_to(folder.log(rank)) as console:
+        from bft_megatron import convert as converting
+
+        converting.run(recipe, config, model_folder, console)
 
 
 def _check_adapters(recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:

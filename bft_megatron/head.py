@@ -16,7 +16,7 @@ from torch import Tensor
 from bft_megatron.errors import FieldError
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
-from bft_megatron.objective.sums import Statistics
+from bft_megatron.objective.sums import TORCH, Kernels, Statistics
 from bft_megatron.recipe import ObjectiveSettings
 
 LOGITS_BYTES = 1 << 30
@@ -61,10 +61,19 @@ class Head:
                 vocab_size=self.vocab_size,
                 overwrite=True,  # nothing else reads them
                 entropy=self.wants_entropy,
+                kernels=self._kernels,
             )
         self.correct = statistics.correct.transpose(0, 1)
         self.entropy = None if statistics.entropy is None else statistics.entropy.transpose(0, 1)
         return statistics.logp.transpose(0, 1).contiguous()
+
+    @property
+    def _kernels(self) -> Kernels:
+        if self.settings.kernels == "torch":
+            return TORCH
+        from bft_megatron.objective.triton_tiles import TRITON
+
+        return TRITON
 
     def _without_logits(self, output_layer: Any, weight: Tensor) -> bool:
         if self.settings.head == "logits":
@@ -89,7 +98,8 @@ class Head:
             sequence_parallel=output_layer.sequence_parallel,
             vocab_size=self.vocab_size,
             entropy=self.wants_entropy,
-            fuse_main_grad=output_layer.gradient_accumulation_fusion,
+            fuse_main_grad=True,  # DDP's contract, whoever does the other layers' products
+            kernels=self._kernels,
         )
 
 

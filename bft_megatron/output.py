@@ -4,7 +4,7 @@ contradicts it.
 config.yaml      the recipe with every default     metrics.jsonl  a line a step
 checkpoints/     Megatron's torch_dist format      tensorboard/   the same numbers as curves
 data/            the packed rows                   model/         config, tokenizer and template for the export
-logs/            what each rank printed
+logs/            what each rank printed            hf/            kept checkpoints as Hugging Face models
 unfinished       from the start of the run until it is complete, with a line: why the last process stopped
 done             from the save of the last step on
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from bft_megatron import checks
 from bft_megatron import recipe as recipes
 from bft_megatron.errors import FieldError
+from bft_megatron.hf import hub
 from bft_megatron.hf.architectures import companions
 from bft_megatron.recipe import Recipe
 
@@ -37,6 +38,7 @@ MAY_CHANGE = {
     "train.keep_best",
     "train.best_metric",
     "train.max_skipped",
+    "train.save_hf",
     "device",
     "output",
 }
@@ -77,6 +79,11 @@ class RunFolder:
         return self.root / "model"
 
     @property
+    def plan(self) -> Path:
+        """What `bft-megatron plan --json` said, where somebody kept it here."""
+        return self.root / "plan.json"
+
+    @property
     def base(self) -> Path:
         """Of a LoRA run: which weights its adapters belong to (`lora.base`)."""
         return self.root / "base.json"
@@ -88,7 +95,7 @@ class RunFolder:
     @property
     def tracker(self) -> Path:
         """Megatron's file with the number of the newest checkpoint."""
-        return self.checkpoints / "latest_checkpointed_iteration.txt"
+        return self.checkpoints / hub.TRACKER
 
     def write_tracker(self, iteration: int) -> None:
         """At once, or not at all."""
@@ -96,6 +103,19 @@ class RunFolder:
 
     def checkpoint(self, iteration: int) -> Path:
         return self.checkpoints / f"iter_{iteration:07d}"
+
+    @property
+    def hf_copies(self) -> Path:
+        """Checkpoints as Hugging Face models, where `train.save_hf` asks for them."""
+        return self.root / "hf"
+
+    def hf_copy(self, iteration: int) -> Path:
+        return self.hf_copies / self.checkpoint(iteration).name
+
+    @property
+    def converted(self) -> Path:
+        """A checkpoint of weights alone, under Megatron's name for one (`convert`)."""
+        return self.checkpoints / "release"
 
     def iterations(self) -> list[int]:
         """Of all checkpoint folders, in no order, saved to the end or not."""
@@ -149,7 +169,13 @@ class RunFolder:
         return self.config.exists() and (self.tracker.exists() or self.saved_iteration() > 0)
 
     def check_continues(self, recipe: Recipe) -> None:
-        """Raise FieldError where this folder holds checkpoints of a run that the recipe would change."""
+        """Raise FieldError where this folder holds a run that the recipe would change, or a converted model."""
+        if (self.converted / "metadata.json").exists():
+            raise FieldError(
+                "output",
+                f"{self.root} holds a converted model and no run: choose another folder (a recipe's `model` may be "
+                "this one)",
+            )
         if not self._continues():
             return
         before, now = _flat(recipes.load(self.config)), _flat(recipe)
@@ -160,6 +186,13 @@ class RunFolder:
                     f"{self.root} holds checkpoints of a run with {field} {before.get(field)}, not {now.get(field)}: "
                     "set it back to go on with that run, or choose another output folder",
                 )
+
+    def check_converts(self, recipe: Recipe) -> None:
+        """Raise FieldError where a converted model cannot be written here, or would not be the recipe's model."""
+        if self.saved_iteration():
+            raise FieldError("output", f"{self.root} holds checkpoints of a run: choose another folder")
+        if recipe.lora is not None:
+            raise FieldError("lora", "a conversion writes the model's own weights: leave it out (lora=null)")
 
     def write_config(self, recipe: Recipe, model_folder: Path) -> None:
         """Write the resolved recipe, and keep what an export needs beside the weights: config, tokenizer, template."""

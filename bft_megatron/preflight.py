@@ -1,6 +1,6 @@
 """Checks on one node before a batch job's ranks start: what would else end the job after its hours in the queue.
 
-Called through `srun`, once a node, by launch/lib.sh. No torch: it takes a second, and must not claim a GPU.
+Called through `srun`, once a node, by launch/lib.sh. It claims no GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ CHECKPOINT_BYTES = 14
 STATE_BYTES = 12
 """A parameter's on the host while a rank's optimizer state is gathered for a save or a load."""
 
+SHARED_MEMORY = 2**30
+"""Bytes of /dev/shm that NCCL's ranks of a node and the data workers share; a container has 64 MiB by default."""
+
 
 def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) -> None:
     """Check layout, rows, GPUs, disk and memory.
@@ -41,6 +44,8 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     if recipe.device != "cpu" and gpus < per_node:
         raise UserError(f"has {gpus} GPUs, the job has {per_node} ranks on it", node)
+    if recipe.device != "cpu" and (shared := shutil.disk_usage("/dev/shm").total) < SHARED_MEMORY:
+        raise UserError(f"/dev/shm has {_gib(shared)}, it takes {_gib(SHARED_MEMORY)}: docker run --ipc=host", node)
     train, parallel = recipe.train, recipe.parallel
     if recipe.lora is None:
         need = (train.keep_last + train.keep_best + 1) * CHECKPOINT_BYTES * parameters
@@ -69,4 +74,4 @@ def _existing(folder: Path) -> Path:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:,.0f} GiB"
+    return f"{size / 2**30:,.2f} GiB" if size < 2**30 else f"{size / 2**30:,.0f} GiB"

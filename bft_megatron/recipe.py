@@ -40,6 +40,8 @@ class ObjectiveSettings:
     """With the logits, or a tile at a time without them; `auto`: without where they would take over 1 GiB on a rank."""
     chunk_size: int = 8192
     """Tokens of a tile of the chunked head."""
+    kernels: Literal["torch", "triton"] = "torch"
+    """Of the head's arithmetic on the vocabulary; `triton` on GPUs alone, and not measured on one."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ class TrainSettings:
     """Checkpoints that are kept besides: the best by `best_metric` of the validation at their step."""
     best_metric: Literal["loss", "lm_loss", "mean_p", "accuracy"] | None = None
     """Left out: `lm_loss` for sft, `mean_p` for the others, whose loss is not what they descend."""
+    save_hf: bool = False
+    """Write every kept checkpoint as a Hugging Face model too."""
     max_skipped: int = 10
     """Steps in a row with a gradient that is not finite, each of them skipped, after which the run gives up."""
 
@@ -145,7 +149,7 @@ class LoraSettings:
     alpha: float = 32.0
     """An adapter's product is scaled by alpha / rank."""
     dropout: float = 0.0
-    """On the adapters' input."""
+    """On the adapters' input; nothing but 0 is the same on every layout, and nothing but 0 is taken."""
     target: Any = "all"
     """`all`, `attention`, `mlp`, or a list of Hugging Face's module names, `[q_proj, v_proj]`."""
     adapter: str | None = None
@@ -204,7 +208,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         text = path.read_text()
     except OSError as e:
         raise UserError(f"cannot read the recipe: {e.strerror}", str(path)) from None
-    source = _Source(path, text)
+    source = YamlFile(path, text)
     layers = [(source.tree, None), *((_override(o), o) for o in overrides or [])]
     merged = OmegaConf.structured(Recipe)
     for tree, override in layers:
@@ -228,7 +232,7 @@ def where(path: str | Path, overrides: list[str], field_name: str) -> str:
     for override in reversed(overrides):
         if override.partition("=")[0] == field_name:
             return override
-    return _Source(Path(path), Path(path).read_text()).where(field_name)
+    return YamlFile(Path(path), Path(path).read_text()).where(field_name)
 
 
 def dump(recipe: Recipe) -> str:
@@ -236,8 +240,12 @@ def dump(recipe: Recipe) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
-class _Source:
-    """A YAML file that knows the line of each of its keys."""
+class YamlFile:
+    """A YAML file of fields, `tree`, that knows the line of each.
+
+    Raises:
+        UserError: not YAML, or no mapping, with the line.
+    """
 
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.lines = path, {}
@@ -250,7 +258,7 @@ class _Source:
                 f"not YAML: {getattr(e, 'problem', e)}", f"{path}:{mark.line + 1}" if mark else str(path)
             ) from None
         if not isinstance(node, yaml.MappingNode) or not isinstance(self.tree, DictConfig):
-            raise UserError("a recipe is a mapping of fields; see recipes/ for examples", str(path))
+            raise UserError("must be a mapping of fields, such as those in recipes/", str(path))
         self._note_lines(node, "")
 
     def _note_lines(self, node: yaml.MappingNode, prefix: str) -> None:
@@ -261,6 +269,7 @@ class _Source:
                 self._note_lines(value, f"{name}.")
 
     def where(self, key: str) -> str:
+        """file:line: key, or the part of it that is known."""
         line = self.lines.get(key)
         place = f"{self.path}:{line}" if line else str(self.path)
         return f"{place}: {key}" if key else place

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -41,12 +42,20 @@ class SourceSettings:
     """Of a folder or hub data set that has several."""
     subset: str | None = None
     """Of a hub data set that has several."""
+    rows: str | None = None
+    """Which of its rows are taken, as a Python slice: `":1000"` the first thousand, `"1000:"` the others."""
     format: Format = "auto"
     """How a row holds a conversation; `auto` tells by its columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """What the columns are called where not as the format has it: `{prompt: question, response: answer}`."""
     roles: dict[str, str] = field(default_factory=dict)
     """What roles are called where not as is usual: `{person: user, machine: assistant}`."""
+
+    @property
+    def first_and_end(self) -> tuple[int, int | None]:
+        """The first of the rows that are taken, and the one after the last where there is an end."""
+        first, _, end = (self.rows or ":").partition(":")
+        return int(first or 0), int(end) if end else None
 
     @property
     def label(self) -> str:
@@ -96,6 +105,8 @@ def _item(value: Any, where: str, place: str) -> SourceSettings:
             raise wrong(key, f"must be text, not {value[key]!r}")
     if "path" not in value:
         raise wrong("path", "must be given")
+    if value.get("rows") is not None:
+        _check_rows(value["rows"], wrong)
     weight = value.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise wrong("weight", f"must be a number above 0, not {weight!r}")
@@ -107,6 +118,14 @@ def _item(value: Any, where: str, place: str) -> SourceSettings:
             raise wrong(key, f"must be names such as {{prompt: question}}, not {names!r}")
     _check_columns(value.get("format", "auto"), value.get("columns", {}), wrong)
     return SourceSettings(**{**value, "weight": float(weight)})
+
+
+def _check_rows(rows: Any, wrong: Any) -> None:
+    if not isinstance(rows, str) or not re.fullmatch(r"\d*:\d*", rows):
+        raise wrong("rows", f"must be first:end in quotes, for example ':1000', not {rows!r}")
+    first, _, end = rows.partition(":")
+    if end and int(first or 0) >= int(end):
+        raise wrong("rows", f"{rows} takes none")
 
 
 def _check_columns(format_name: str, columns: dict[str, str], wrong: Any) -> None:

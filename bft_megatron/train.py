@@ -18,30 +18,30 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from bft_megatron import arguments, checkpoint
+from bft_megatron import arguments, checkpoint, communicators
 from bft_megatron.announce import sentence
+from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.checkpoint.stopping import Stop
-from bft_megatron.checkpoint.writer import after_each_save
+from bft_megatron.checkpoint.writer import after_each_save, mind_padding_between_buckets
 from bft_megatron.checks import model_parallel_size
 from bft_megatron.cpu import backend
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import training_order, training_rows, validation_rows
+from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures, load
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.lora import adapters
 from bft_megatron.metrics import Meter, Reporter
 from bft_megatron.output import RunFolder
+from bft_megatron.peak import report_peak
 from bft_megatron.recipe import Recipe
 from bft_megatron.rows import RunRows
 from bft_megatron.step import Step
 
 GPU_FLAGS = ["--transformer-impl", "transformer_engine", "--distributed-backend", "nccl", "--num-workers", "1"]
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""After which ranks that wait for a lost one give up."""
 
 
 def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, console: TextIO) -> None:
@@ -59,8 +59,11 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     """
     folder, steps = RunFolder.of(recipe), rows.steps(recipe)
     on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
-    join(on_cpu)
+    if on_cpu and recipe.objective.kernels == "triton":
+        raise FieldError("objective.kernels", "triton runs on GPUs alone, and this run is on the CPU; use torch")
+    join(recipe, on_cpu)
     checkpoint.without_helper_process()
+    mind_padding_between_buckets()
     arguments.check_passed_through(recipe)
     start = newest_whole(folder, console)
     if start >= steps:  # killed between the last save and its mark
@@ -83,29 +86,40 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     reporter.install(start)
     stop = Stop(reporter, steps, recipe.train.exit_after)
     stop.install()
-    after_each_save(lambda iteration, seconds: saved(recipe, stop, iteration, seconds))
+    copies = HFCopies(folder, console) if recipe.train.save_hf and dist.get_rank() == 0 else None
+    after_each_save(lambda iteration, seconds: saved(recipe, stop, copies, iteration, seconds))
     margs = parse(flags)
-    model = model_config(recipe, config, model_folder, step, margs, on_cpu, fresh=start == 0)
+    model = model_config(recipe, config, model_folder, margs, on_cpu, fresh=start == 0)
+    model.pre_wrap_hooks.append(communicators.warm_up)
+    model.transformer.finalize_model_grads_func = step.finalize_grads
     with situation(recipe, reporter, step), stops(stop):
         pretrain(margs, model, step, datasets(recipe, rows, validation))
+    if not on_cpu:
+        report_peak(folder, console)
     finish(recipe, stop.reason)
     if stop.reason and dist.get_rank() == 0:
         print(f"{stop.reason}: saved, not finished; the same command goes on", file=console, flush=True)
     dist.destroy_process_group()
+    if copies:
+        copies.stop() if stop.reason else copies.complete()
 
 
-def join(on_cpu: bool) -> None:
-    """Form the group of all ranks, unless there is one. Before Megatron does: checkpoints are looked at first."""
+def join(recipe: Recipe, on_cpu: bool) -> None:
+    """Form the group of all ranks, unless there is one. Before Megatron does: checkpoints are looked at first.
+
+    Ranks that wait for a lost one give up after Megatron's own `distributed-timeout-minutes`, 10 by default.
+    """
     if on_cpu:
         backend.install()
     if dist.is_initialized():
         return
+    timeout = timedelta(minutes=arguments.passed_through(recipe).get("distributed-timeout-minutes", 10))
     if on_cpu:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("gloo", timeout=timeout)
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
 
 
 def finish(recipe: Recipe, stopped: str | None) -> None:
@@ -121,13 +135,15 @@ def finish(recipe: Recipe, stopped: str | None) -> None:
         retention(recipe).apply(folder, wait=True)  # what was left undeleted, with the last validation known
 
 
-def saved(recipe: Recipe, stop: Stop, iteration: int, seconds: float) -> None:
+def saved(recipe: Recipe, stop: Stop, copies: HFCopies | None, iteration: int, seconds: float) -> None:
     """After a save, on every rank: how long it took; on rank 0 the older ones are deleted that need not be kept."""
     stop.saved(iteration, seconds)
     if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else the last good one may be an older one
         folder = RunFolder.of(recipe)
         seal(folder.checkpoint(iteration))
         retention(recipe).apply(folder)
+        if copies:
+            copies.follow()
 
 
 def retention(recipe: Recipe) -> Retention:
@@ -186,9 +202,9 @@ def parse(flags: list[str]) -> Any:
 
 
 def model_config(
-    recipe: Recipe, config: ModelConfig, model_folder: Path, step: Step, margs: Any, on_cpu: bool, *, fresh: bool
+    recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fresh: bool
 ) -> Any:
-    """Megatron's model configuration, with our layers on the CPU, the weights, and the end of a step.
+    """Megatron's model configuration, with our layers on the CPU, the weights and the adapters.
 
     Args:
         fresh: no checkpoint brings the weights.
@@ -206,7 +222,6 @@ def model_config(
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
     if recipe.lora is not None:
         adapters.install(model, recipe, config, on_cpu=on_cpu)
-    model.transformer.finalize_model_grads_func = step.finalize_grads
     return model
 
 

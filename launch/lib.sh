@@ -4,10 +4,12 @@
 #
 # Settings (environment variables), all optional:
 #   BFT_HOME          checkout of bft-megatron; default: the folder that sbatch was called in
-#   BFT_COMMAND       how the command is called; default: bft-megatron of the checkout's .venv, or else of PATH
+#   BFT_COMMAND       how the command is called; default: bft-megatron of the image or the checkout's .venv, or else of PATH
 #   CONTAINER_IMAGE   image for pyxis (srun --container-image); CONTAINER_MOUNTS: default, the working folder
 #   PREPARE=1         pack the data first, in a CPU job of its own (call the script itself, not through sbatch);
 #                     PREPARE_OPTIONS: sbatch options of that job, for example "--partition=cpu --time=4:00:00"
+#   PLAN=1            first see whether the layout fits the GPUs (the script itself, as for PREPARE): a minute on the login
+#                     node, nothing is submitted where it does not; PLAN_GPU: default h100-80g
 #   MAX_REQUEUES      of one job, default 100
 #   MAX_FAILURES      in a row without a new checkpoint, default 3
 #   REQUEUE=0         never requeue: for a chain of jobs, `sbatch --dependency=singleton` several times. In a job array
@@ -28,7 +30,9 @@ main() {
   [ -r "$1" ] || die "cannot read the recipe $1 from $PWD"
   if [ -z "${BFT_COMMAND:-}" ]; then
     BFT_COMMAND=bft-megatron
-    [ ! -x "$BFT_HOME/.venv/bin/bft-megatron" ] || BFT_COMMAND=$BFT_HOME/.venv/bin/bft-megatron
+    if [ -z "${CONTAINER_IMAGE:-}" ] && [ -x "$BFT_HOME/.venv/bin/bft-megatron" ]; then
+      BFT_COMMAND=$BFT_HOME/.venv/bin/bft-megatron
+    fi
   fi
   read -ra command <<< "$BFT_COMMAND"
   if [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then run_job "$@"; else submit "$@"; fi
@@ -41,6 +45,11 @@ submit() {
   for word; do
     case $word in -*) options+=("$word") ;; *) overrides+=("$word") ;; esac
   done
+  if [ "${PLAN:-0}" = 1 ]; then
+    "${command[@]}" plan "$recipe" "${overrides[@]}" --gpu "${PLAN_GPU:-h100-80g}" \
+      --nodes "$(sbatch_value nodes "${options[@]}")" \
+      --gpus-per-node "$(sbatch_value ntasks-per-node "${options[@]}")" || die "not submitted, by the plan above" $?
+  fi
   if [ "${PREPARE:-0}" = 1 ]; then
     local prepare=() more=()
     compose_container
@@ -51,12 +60,22 @@ submit() {
     say "job ${job%%;*} prepares the data"
     options+=("--dependency=afterok:${job%%;*}" --kill-on-invalid-dep=yes)
   fi
-  PREPARE=0 exec sbatch "${options[@]}" "$BFT_SCRIPT" ${BFT_TAKES_RECIPE:+"$recipe"} "${overrides[@]}"
+  PREPARE=0 PLAN=0 exec sbatch "${options[@]}" "$BFT_SCRIPT" ${BFT_TAKES_RECIPE:+"$recipe"} "${overrides[@]}"
+}
+
+# sbatch_value NAME OPTIONS...: what an option of the form --NAME=VALUE is, here or else in the script's own lines.
+sbatch_value() {
+  local name=$1 word value
+  shift
+  value=$(sed -n "s/^#SBATCH --$name=//p" "$BFT_SCRIPT")
+  for word; do case $word in "--$name="*) value=${word#*=} ;; esac; done
+  echo "$value"
 }
 
 # Inside the job.
 run_job() {
-  [ "${PREPARE:-0}" = 0 ] || die "with PREPARE=1 call launch/*.sh itself, not through sbatch: the data job comes first"
+  [ "${PREPARE:-0}${PLAN:-0}" = 00 ] ||
+    die "with PREPARE=1 or PLAN=1 call launch/*.sh itself, not through sbatch: they come before the job"
   step='' asked=0 cancelled=0
   # The time limit is near: to this script alone (--signal=B:USR1). A signal that came before srun's tasks were there is
   # lost, so it is sent again until they end; they save once.
@@ -117,7 +136,19 @@ conclude() {
       ;;
   esac
   count_failure
+  leave_to_slurm
   go_on "status $status" "$status"
+}
+
+# A node that is lost: Slurm requeues the job itself once it has noticed. Asked for before that, some releases lose
+# count of the job's GPUs and never start it again.
+leave_to_slurm() {
+  timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true \
+    2> /dev/null && return
+  say "a node does not answer: waiting for Slurm to take it out"
+  sleep 600 &
+  wait $!
+  [ "$cancelled" = 0 ] || exit "$status"  # Slurm has, and ends this script
 }
 
 # Failures in a row that brought no new checkpoint, over the restarts of this job.
@@ -152,8 +183,14 @@ preflight() {
     "${command[@]}" preflight --world "$SLURM_NTASKS" --per-node "$tasks" "$@") || status=$?
   case $status in
     0) ;;
-    137 | 143) [ "$cancelled" = 1 ] || go_on "stopped before the ranks started" ;;&  # preempted
-    *) die "not started, by the checks above" "$status" ;;
+    "$USER_ERROR") die "not started, by the checks above" "$status" ;;
+    *)
+      # A first start that fails is the set-up's fault and told at once; later it is a node's, or a preemption.
+      if [ "$cancelled" = 1 ] || { [ "$status" -lt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; }; then
+        die "not started: status $status of srun" "$status"
+      fi
+      go_on "not started: status $status of srun"
+      ;;
   esac
   RUN=$(sed -n 's/^run: //p' <<< "$line")
   mkdir -p "$RUN/launch" || die "cannot write to $RUN"
@@ -212,7 +249,7 @@ if [ "$1" != ft_launcher ]; then
 fi
 env --default-signal=USR1,TERM --block-signal=USR1,TERM "$@"
 status=$?
-[ $status = 0 ] || echo "$status rank ${RANK:-s} on $(uname -n)" > "$file"
+[ $status = 0 ] || { echo "$status rank ${RANK:-s} on $(uname -n)" > "$file"; } 2> /dev/null
 exit $status'
 
 set_environment() {

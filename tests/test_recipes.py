@@ -13,52 +13,19 @@ import torch
 from bft_megatron import checks, recipe, train
 from bft_megatron.arguments import check_passed_through, megatron_arguments
 from bft_megatron.hf.architectures import ModelConfig, megatron_flags, read_config
+from bft_megatron.plan.known import CONFIGS
 from tests.world import run_world
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-QWEN25 = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1000000.0,
-    "use_sliding_window": False,
-}
-QWEN3 = QWEN25 | {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "max_position_embeddings": 40960}
-
-
-def size(layers: int, hidden: int, heads: int, ffn: int, **more: int) -> dict[str, int]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "num_attention_heads": heads,
-        "intermediate_size": ffn,
-        **more,
-    }
-
-
-# recipe -> (GPUs that its first lines name, the model's own config.json)
+# recipe -> GPUs that its first lines name
 SHIPPED = {
-    "llama31_8b": (8, LLAMA | size(32, 4096, 32, 14336)),
-    "llama31_70b": (64, LLAMA | size(80, 8192, 64, 28672)),
-    "llama31_405b": (128, LLAMA | size(126, 16384, 128, 53248)),
-    "qwen25_7b": (8, QWEN25 | size(28, 3584, 28, 18944, num_key_value_heads=4)),
-    "qwen25_32b": (16, QWEN25 | size(64, 5120, 40, 27648, num_key_value_heads=8)),
-    "qwen3_8b": (8, QWEN3 | size(36, 4096, 32, 12288, num_key_value_heads=8, head_dim=128)),
+    "llama31_8b": 8,
+    "llama31_70b": 64,
+    "llama31_405b": 128,
+    "qwen25_7b": 8,
+    "qwen25_32b": 16,
+    "qwen3_8b": 8,
 }
 
 # What the recipes' comments propose for another number of GPUs.
@@ -87,7 +54,7 @@ VARIANTS = {
         ["data.seq_length=32768", "parallel.context=2", "train.global_batch_size=8"],
     ),
 }
-CASES = {name: (name, gpus, []) for name, (gpus, _) in SHIPPED.items()} | VARIANTS
+CASES = {name: (name, gpus, []) for name, gpus in SHIPPED.items()} | VARIANTS
 
 
 def test_every_recipe_is_tried():
@@ -98,9 +65,9 @@ def test_every_recipe_is_tried():
 def test_recipe(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Our checks and Megatron's own parser and validation, as rank 0 of the real world, accept it."""
     name, gpus, overrides = CASES[case]
-    (tmp_path / "config.json").write_text(json.dumps(SHIPPED[name][1]))
-    config = read_config(tmp_path)
     made = recipe.load(RECIPES / f"{name}.yaml", [*overrides, f"output={tmp_path}"])
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[made.model]))
+    config = read_config(tmp_path)
     checks.check_recipe(made, config)
     checks.check_world(made, gpus)
     [seen] = run_world(1, accepted, made, config, gpus)

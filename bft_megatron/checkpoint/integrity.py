@@ -7,15 +7,14 @@ last. Which checkpoint to use is `recovery`'s affair.
 
 from __future__ import annotations
 
-import io
 import json
-import zipfile
 import zlib
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from torch.distributed.checkpoint import FileSystemReader
+
+from bft_megatron.hf.record import crc_fault
 
 SEAL = "metadata.crc32"
 """Our own file in a checkpoint: the CRC-32 of `.metadata`, which has none of its own."""
@@ -46,7 +45,7 @@ def damage(path: Path, rank: int = 0, world: int = 1, *, contents: bool = True) 
         return None
     records = sorted((name, record) for name in files for record in files[name])
     for name, record in records[rank::world]:
-        if fault := _crc(path / name, record):
+        if fault := crc_fault(path / name, *record):
             return fault
     return None
 
@@ -79,41 +78,3 @@ def _size(file: Path, records: set[_Record]) -> str | None:
     except OSError as e:
         return f"{file.name}: {e.strerror}"
     return None if size == expected else f"{file.name}: {size} bytes, should be {expected}"
-
-
-def _crc(file: Path, record: _Record) -> str | None:
-    offset, length = record
-    try:
-        with file.open("rb") as whole, zipfile.ZipFile(_Window(whole, offset, length)) as archive:
-            bad = archive.testzip()
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, ValueError) as e:
-        return f"{file.name}: record at {offset}: {e}"
-    return f"{file.name}: record at {offset}: {bad} does not match its CRC-32" if bad else None
-
-
-class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._at = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        data = self._file.read(max(0, min(len(buffer), self._length - self._at)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)

@@ -5,6 +5,7 @@ Imports nothing slow, so that a rank can listen before it imports torch: a signa
 
 from __future__ import annotations
 
+import atexit
 import signal
 import time
 from types import FrameType
@@ -26,6 +27,9 @@ def listen() -> None:
     for number in ASKING:
         signal.signal(number, _remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
+    atexit.register(
+        _ignore
+    )  # the interpreter takes handlers away as it ends: the next signal would turn 0 into a failure
 
 
 def received() -> int:
@@ -36,3 +40,8 @@ def received() -> int:
 def _remember(number: int, _: FrameType | None) -> None:
     global _received
     _received = number
+
+
+def _ignore() -> None:
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)

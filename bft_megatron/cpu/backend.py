@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_CPU = torch.device("cpu")
 _mode: TorchFunctionMode | None = None
 
 
@@ -27,11 +26,14 @@ def gpu_is_visible() -> bool:
     return _mode is None and torch.cuda.is_available()  # installed: there was none
 
 
-def install() -> None:
+def install(device: str = "cpu") -> None:
     """Redirect `torch.cuda` to the CPU for the rest of this process; a second call does nothing.
 
     Call before Megatron builds anything. `torch.cuda.is_available()` is True afterwards, as `initialize_megatron`
     asserts.
+
+    Args:
+        device: what to redirect to; `meta`, whose tensors have shapes and no values, for `plan`.
     """
     global _mode
     if _mode is not None:
@@ -39,33 +41,39 @@ def install() -> None:
     torch.compiler.set_stance("force_eager")  # Megatron's jit_fuser would compile C++ in every process
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron's arguments demand it where TP or CP is above 1
     torch.set_num_threads(1)  # the processes share the cores, and one thread adds in one order
-    _mode = _CudaOnCpu()
+    _mode = _CudaElsewhere(torch.device(device))
     _mode.__enter__()
-    _redirect_torch()
+    _redirect_torch(torch.device(device))
     _redirect_megatron()
     from bft_megatron.cpu import optimizer
 
     optimizer.install()
 
 
-class _CudaOnCpu(TorchFunctionMode):
+class _CudaElsewhere(TorchFunctionMode):
     """Rewrites the device of every torch call that names a CUDA one."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+        if func is torch.Tensor.pin_memory:
             return args[0]
+        if func is torch.Tensor.cuda:
+            return args[0].to(self.device)
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizers sort parameters by the *string* 'torch.cuda.FloatTensor'.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            return func(*args).replace("meta.", "").replace("torch.", "torch.cuda.", 1)
         if str(kwargs.get("device", "")).startswith("cuda"):
-            kwargs = {**kwargs, "device": _CPU}
+            kwargs = {**kwargs, "device": self.device}
         if func is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
-            args = (args[0], _CPU, *args[2:])
+            args = (args[0], self.device, *args[2:])
         return func(*args, **kwargs)
 
 
@@ -93,9 +101,9 @@ class _Event:
         return 0.0
 
 
-def _redirect_torch() -> None:
+def _redirect_torch(device: torch.device) -> None:
     cuda, stream = torch.cuda, _Stream()
-    cuda.current_device = lambda: _CPU
+    cuda.current_device = lambda: device
     for name in ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *_, **__: None)
     for name in (
@@ -125,7 +133,7 @@ def _redirect_torch() -> None:
     )
     torch.accelerator.current_device_index = lambda: 0
     torch.accelerator.is_available = lambda *_, **__: False
-    torch.nn.Module.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self if device.type == "cpu" else self.to(device)
 
 
 def _redirect_megatron() -> None:

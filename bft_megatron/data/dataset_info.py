@@ -51,7 +51,7 @@ def resolve(settings: SourceSettings, field: str) -> SourceSettings:
         if entry.get(key) or columns.get(key):
             raise FieldError(field, f"{path}: {settings.name} {reason} (`{key}`)")
     tags = entry.get("tags", {})
-    sharegpt = entry.get("formatting", "alpaca") == "sharegpt"
+    sharegpt = entry.get("formatting", "alpaca") in ("sharegpt", "openai")  # which differ in their tags alone
     names = {key: value for key, value in columns.items() if key in _COLUMNS and value}
     if sharegpt:
         names |= {key: tags[f"{key}_tag"] for key in ("role", "content") if f"{key}_tag" in tags}

@@ -17,6 +17,7 @@ from typing import Any
 
 from bft_megatron.data import dataset_info
 from bft_megatron.data.formats import Conversation, conversation
+from bft_megatron.data.portion import portion
 from bft_megatron.data.readers import READERS, Chunk, read_file
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe_sources import SourceSettings
@@ -43,18 +44,23 @@ class Source:
         Raises:
             FieldError: a file that cannot be read.
         """
-        digest = hashlib.sha256(repr((self.settings.format, self.settings.columns, self.settings.roles)).encode())
+        digest = hashlib.sha256(
+            repr((self.settings.format, self.settings.columns, self.settings.roles, self.settings.rows)).encode()
+        )
         for path in self.files:
             with self._readable(path), open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
     def chunks(self) -> Iterator[Chunk]:
-        """The rows in order, some hundred at a time.
+        """The rows that are taken, in order, some hundred at a time.
 
         Raises:
             UserError: a file that is not what its name says, or that cannot be read.
         """
+        yield from portion(self._all_chunks(), *self.settings.first_and_end)
+
+    def _all_chunks(self) -> Iterator[Chunk]:
         for number, path in enumerate(self.files):
             with self._readable(path):
                 yield from read_file(path, number)

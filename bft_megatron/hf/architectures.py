@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bft_megatron.errors import UserError
+from bft_megatron.hf import hub
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
@@ -173,7 +174,8 @@ def configure(model: GPTModelConfig, config: ModelConfig) -> None:
 def companions(folder: Path) -> list[Path]:
     """The files of a model folder that belong to it beside its weights: configurations, tokenizer, chat template."""
     kinds = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-    return sorted(f for f in folder.iterdir() if f.suffix in kinds and not f.name.endswith(".index.json"))
+    others = (hub.TRACKER, ".index.json")
+    return sorted(f for f in folder.iterdir() if f.suffix in kinds and not f.name.endswith(others))
 
 
 def _refuse_unsupported(raw: _Json) -> None:

@@ -1,35 +1,29 @@
 """A torch_dist checkpoint of any layout as a Hugging Face model: one process, no model built, one tensor in memory.
 
-Reads the checkpoint by its own index and writes each tensor as it comes, so 70B needs some GiB, not 140. Which part of
-which parameter a tensor is, is in `weights`; the files are in `shards`. A checkpoint's index is a pickle, and reading
-one runs what it holds: export your own checkpoints.
+Writes each tensor as it is read, so 70B needs some GiB, not 140; what was cut short goes on with the next file. Reading
+checkpoints is in `torch_dist`, which part of which parameter a tensor is in `weights`, the files are in `shards`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
-import pickle
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import shards
 from bft_megatron.hf.architectures import companions, read_config
-from bft_megatron.hf.weights import Weight, part, weights
-
-_BROKEN = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)
-"""What torch raises on a damaged file of a checkpoint."""
+from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
+from bft_megatron.hf.weights import Weight, weights
 
 
 def export(
@@ -42,6 +36,8 @@ def export(
     shard_bytes: float = 5e9,
 ) -> None:
     """Write a checkpoint as a folder that transformers and vLLM read; it appears under its name only when it is whole.
+
+    Cut short by an error or a signal, the same call again keeps the files of weights that were finished.
 
     Args:
         checkpoints: a run's checkpoints, `iter_*` folders and the file that names the newest.
@@ -59,7 +55,7 @@ def export(
     checkpoint = newest_checkpoint(checkpoints, iteration)
     table = weights(read_config(hf_folder))
     tensors = [_output(checkpoint, weight, i, dtype) for weight in table for i in range(len(weight.tensors))]
-    write_model(out, hf_folder, tensors, shard_bytes)
+    write_model(out, hf_folder, tensors, f"{checkpoint.identity} {shard_bytes}", shard_bytes)
 
 
 def refuse_used(out: Path) -> None:
@@ -68,116 +64,68 @@ def refuse_used(out: Path) -> None:
         raise UserError("is not empty; choose another folder, or remove it", str(out))
 
 
-def write_model(out: Path, hf_folder: Path, tensors: list[shards.Output], shard_bytes: float = 5e9) -> None:
-    """Write a model folder of these tensors, each read when its turn comes; the rest as in `export`."""
-    with written_whole(out) as partial:
+def write_model(
+    out: Path, hf_folder: Path, tensors: list[shards.Output], source: str, shard_bytes: float = 5e9
+) -> None:
+    """Write a model folder of these tensors, each read when its turn comes; the rest as in `export`.
+
+    Args:
+        source: where the values come from; files that an earlier call left are kept only if it was the same.
+    """
+    with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in tensors]}") as partial:
         _copy_companions(hf_folder, partial, tensors[0].dtype)
         _write_shards(partial, tensors, shard_bytes)
 
 
 @contextlib.contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which gets its name where no error comes, and is removed where one does.
+def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
+    """A folder beside `out` to write into, which gets its name where no error comes.
+
+    Args:
+        content: what is being written. Where an error comes, or the process is killed, a folder with finished weights
+            stays, and is given out again for the same content; without one it is removed.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another process is writing it.
     """
     partial = out.absolute().with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
+        partial.mkdir(parents=True, exist_ok=True)
+        with (partial / ".content").open("a+") as note:
+            _lock(note, out)
+            try:
+                _clear_unless(content, partial, note)
+                yield partial
+                (partial / ".content").unlink()
+                partial.rename(out)
+            finally:
+                if content is None or not any(partial.glob("*.safetensors")):
+                    shutil.rmtree(partial, ignore_errors=True)
     except OSError as e:
         raise UserError(f"cannot write the model: {e.strerror}", str(out)) from e
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-class Checkpoint:
-    """Reads rows of parameters from a torch_dist checkpoint, whatever layout wrote it.
-
-    Megatron stores a parameter of all layers as one tensor with a leading layer dimension
-    (`decoder.layers.mlp.linear_fc1.weight`), or, where layers differ from each other, one by one
-    (`decoder.layers.7.mlp.linear_fc1.weight`). Either is read slice by slice; torch then loads the stored chunks that
-    the slice touches, one at a time: a layer's part of one tensor-parallel rank.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._reader = FileSystemReader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except _BROKEN as e:
-            raise UserError(f"not a whole checkpoint, cannot read its .metadata: {e}", str(folder)) from e
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-
-    def dtype(self, weight: Weight) -> torch.dtype:
-        return self._find(weight)[1].properties.dtype
-
-    def shape(self, weight: Weight) -> tuple[int, ...]:
-        """Of the whole parameter, over all TP ranks; the vocabulary with Megatron's padding."""
-        key, stored = self._find(weight)
-        return tuple(stored.size)[1:] if self._stacked(weight, key) else tuple(stored.size)
-
-    def read(self, weight: Weight, first: int, rows: int) -> Tensor:
-        """Rows first to first + rows of the whole parameter.
-
-        Raises:
-            UserError: a file of the checkpoint is missing or broken, or a part of the tensor in none of them.
-        """
-        key, stored = self._find(weight)
-        lead = [weight.layer] if self._stacked(weight, key) else []
-        size = [rows, *self.shape(weight)[1:]]
-        offsets = [*lead, first, *(0 for _ in size[1:])]
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size([1] * len(lead) + size))
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
-        out = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
-        if sum(torch.Size(item.lengths).numel() for item in items) != out.numel():
-            raise UserError(f"a part of {weight.path} is missing", str(self.folder))
-        try:
-            self._reader.read_data(LoadPlan(items), _Into(out)).wait()
-        except _BROKEN as e:
-            raise UserError(f"cannot read {weight.path}, a file is missing or broken: {e}", str(self.folder)) from e
-        return out.view(size)
-
-    def read_tensor(self, weight: Weight, index: int) -> Tensor:
-        """The Hugging Face tensor number `index` of a parameter. Raises UserError as `read`."""
-        rows = [t.shape[0] for t in weight.tensors]
-        if weight.blocks == 1:  # its rows lie together; the vocabulary's padding is left behind
-            return self.read(weight, sum(rows[:index]), rows[index])
-        return part(weight, index, self.read(weight, 0, sum(rows)))
-
-    def check_shape(self, weight: Weight) -> None:
-        """Raise a UserError where the checkpoint's parameter is not the size that config.json says."""
-        rows = sum(t.shape[0] for t in weight.tensors)
-        shape, needed = self.shape(weight), (rows, *weight.tensors[0].shape[1:])
-        fits = shape[0] >= rows and shape[1:] == needed[1:] if weight.padded else shape == needed
-        if not fits:
-            raise UserError(f"{weight.path} is {shape} in the checkpoint, {needed} by config.json", str(self.folder))
-
-    def _find(self, weight: Weight) -> tuple[str, TensorStorageMetadata]:
-        stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
-        for key in (stacked, weight.path):
-            stored = self._metadata.state_dict_metadata.get(key)
-            if isinstance(stored, TensorStorageMetadata):
-                return key, stored
-        raise UserError(f"has no {weight.path}: it is a checkpoint of another model", str(self.folder))
-
-    def _stacked(self, weight: Weight, key: str) -> bool:
-        return weight.layer is not None and key != weight.path
+def _clear_unless(content: str | None, partial: Path, note: TextIO) -> None:
+    """Remove what an earlier call left, unless it was writing the same, and note what is being written."""
+    note.seek(0)
+    if content is not None and note.read() == content:
+        return
+    for file in partial.iterdir():
+        if file.name != ".content":
+            file.unlink()
+    note.truncate(0)
+    note.write(content or "")
+    note.flush()
 
 
-class _Into:
-    """The smallest of torch's load planners: every piece that was read lands in one tensor."""
-
-    def __init__(self, out: Tensor) -> None:
-        self._out = out
-
-    def resolve_tensor(self, item: ReadItem) -> Tensor:
-        return self._out[tuple(slice(o, o + n) for o, n in zip(item.dest_offsets, item.lengths, strict=True))]
-
-    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None: ...
+def _lock(file: TextIO, out: Path) -> None:
+    """Hold a lock until the file is closed, where the file system has locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError("another process is writing it", str(out)) from None
+    except OSError:
+        pass
 
 
 def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dtype | None) -> shards.Output:
@@ -185,27 +133,9 @@ def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dty
     tensor = weight.tensors[index]
     checkpoint.check_shape(weight)
     dtype = dtype or checkpoint.dtype(weight)
+    if dtype not in shards.DTYPES.values():
+        raise UserError(f"{weight.path} has the dtype {dtype}: choose one with --dtype", str(checkpoint.folder))
     return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))
-
-
-def newest_checkpoint(checkpoints: Path, iteration: int | None = None) -> Checkpoint:
-    """The newest checkpoint of a folder of them, or that of an iteration.
-
-    Raises:
-        UserError: there is none, or it was never finished.
-    """
-    if iteration is None:
-        tracker = checkpoints / "latest_checkpointed_iteration.txt"
-        try:
-            iteration = int(tracker.read_text())
-        except OSError:
-            raise UserError("holds no checkpoint", str(checkpoints)) from None
-        except ValueError:
-            raise UserError("should hold the number of the newest checkpoint", str(tracker)) from None
-    folder = checkpoints / f"iter_{iteration:07d}"
-    if not (folder / "metadata.json").exists():  # Megatron writes it last
-        raise UserError("no such checkpoint, or one that was never finished", str(folder))
-    return Checkpoint(folder)
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -232,7 +162,12 @@ def _write_shards(folder: Path, tensors: list[shards.Output], shard_bytes: float
         task = bar.add_task("weights", total=total)
         for i, group in enumerate(groups):
             name = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-            shards.write(folder / name, group, lambda written: bar.advance(task, written))
+            if (folder / name).exists():  # of an export that was cut short
+                bar.advance(task, sum(t.bytes for t in group))
+            else:
+                temporary = folder / f"{name}.tmp"
+                shards.write(temporary, group, lambda written: bar.advance(task, written))
+                os.replace(temporary, folder / name)
             index |= {t.name: name for t in group}
     if not one:
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)

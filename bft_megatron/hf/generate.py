@@ -23,7 +23,7 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
         raise UserError("no model folder: it has no config.json", str(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
     except (OSError, ValueError) as e:
         raise UserError(f"transformers cannot load it: {e}", str(folder)) from e
     model.to("cuda" if torch.cuda.is_available() else "cpu")

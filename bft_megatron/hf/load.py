@@ -19,7 +19,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf import hub, shards
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.draw import generator
-from bft_megatron.hf.export import Checkpoint, newest_checkpoint
+from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import Weight, global_path, join, weights
 
 

@@ -43,7 +43,7 @@ def bft_loss_func(
     """
     group_size = defaults.group_size() if group_size is None else group_size
     gamma = defaults.gamma() if gamma is None else gamma
-    total = _sum(records.balanced(group_size, gamma, confidence), outputs["logits"], labels)
+    total = batch_sum(records.balanced(group_size, gamma, confidence), outputs["logits"], labels)
     return total.loss / max(total.count, 1)
 
 
@@ -64,12 +64,13 @@ def dft_loss_func(
             global batch.
         group_size, gamma, confidence: BFT's, taken so that either function can stand in the other's place; not used.
     """
-    total = _sum(records.dft, outputs["logits"], labels)
+    total = batch_sum(records.dft, outputs["logits"], labels)
     items = total.count if num_items_in_batch is None else num_items_in_batch
     return total.loss / torch.as_tensor(items, device=total.loss.device).clamp(min=1)
 
 
-def _sum(objective: Objective, logits: Tensor, labels: Tensor) -> LossSum:
+def batch_sum(objective: Objective, logits: Tensor, labels: Tensor) -> LossSum:
+    """logits [b, s, v], labels [b, s] not shifted -> the objective's sum and count over the batch."""
     b, s = labels.shape
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [b, s], position i has token i + 1
     logp = vocab_parallel_logprobs(logits, shifted.to(logits.device)).flatten()

@@ -8,7 +8,6 @@ found by name, whatever class computes them; what must hold of that class is tha
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, mappings
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import linear
 
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.load import Source, fill_part
@@ -99,7 +98,7 @@ class Adapter(torch.nn.Module):
         tp = parallel_state.get_tensor_model_parallel_world_size()
         self.column = entry.weight.axis == 0
         self.sequence_parallel = sequence_parallel
-        self.rank, self.scale, self.dropout = settings.rank, scale(settings), settings.dropout
+        self.rank, self.scale = settings.rank, scale(settings)
         self.blocks = max(entry.weight.blocks // tp, 1)
         self.rows = [t.shape[0] // (tp if self.column else 1) for t in entry.weight.tensors]
         self.modules_adapted = [f and f.module for f in entry.factors]
@@ -130,7 +129,7 @@ class Adapter(torch.nn.Module):
         all-reduce (row), with or without sequence parallelism; backward the transposed ones.
         """
         factors = [name for name in self.modules_adapted if name]
-        z = linear(self._dropped(x), torch.cat([getattr(self, f"{name}_a") for name in factors]))
+        z = linear(x, torch.cat([getattr(self, f"{name}_a") for name in factors]))
         z = self.scale * self._across_ranks(z)  # [s, b, matrices * rank]
         parts = dict(zip(factors, z.split(self.rank, -1), strict=True))
         out = [
@@ -149,14 +148,6 @@ class Adapter(torch.nn.Module):
         if self.sequence_parallel:
             return mappings.reduce_scatter_to_sequence_parallel_region(z)
         return mappings.reduce_from_tensor_model_parallel_region(z)
-
-    def _dropped(self, x: Tensor) -> Tensor:
-        """Dropout by Megatron's generators: where ranks hold the same input the same mask, else each its own."""
-        if not self.dropout or not self.training:
-            return x
-        same = self.column and not self.sequence_parallel
-        with contextlib.nullcontext() if same else get_cuda_rng_tracker().fork():
-            return dropout(x, self.dropout)
 
 
 def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -187,6 +178,7 @@ def unfused_spec(config: Any, vp_stage: int | None = None) -> Any:
 
 
 def _attach(layer: torch.nn.Module, adapter: Adapter, source: Source) -> None:
+    assert not hasattr(layer, "layer_norm_weight"), "the layer norms its own input, which its adapter would not see"
     with torch.no_grad():
         for name, weight in adapter.weights.items():
             fill_part(adapter.get_parameter(name), weight, source)

@@ -9,7 +9,7 @@ from pathlib import Path
 from bft_megatron.errors import UserError
 from bft_megatron.hf import hub, shards
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.hf.export import newest_checkpoint
+from bft_megatron.hf.torch_dist import newest_checkpoint
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
 

@@ -10,13 +10,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import shards
 from bft_megatron.hf.architectures import ModelConfig, companions, read_config
-from bft_megatron.hf.export import Checkpoint, newest_checkpoint, refuse_used, write_model, written_whole
+from bft_megatron.hf.export import refuse_used, write_model, written_whole
 from bft_megatron.hf.hub import find_model
+from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import weights
 from bft_megatron.lora.base import check_base
 from bft_megatron.lora.factors import Factors, adapted, all_factors, scale
@@ -59,20 +61,28 @@ class AdapterFolder:
         return self._read(PREFIX + name, axis, start, stop)
 
 
-def export_adapter(run: RunFolder, recipe: Recipe, out: Path) -> None:
-    """Write the newest adapters of a LoRA run as a folder that `peft` loads onto the base model.
+def export_adapter(
+    run: RunFolder, recipe: Recipe, out: Path, *, iteration: int | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write the adapters of a LoRA run as a folder that `peft` loads onto the base model.
+
+    Args:
+        iteration, dtype: as in `hf.export.export`.
 
     Raises:
         UserError: as `hf.export.export`.
     """
     refuse_used(out)
-    checkpoint, table = newest_checkpoint(run.checkpoints), adapted(read_config(run.model), recipe.lora)
+    checkpoint, table = newest_checkpoint(run.checkpoints, iteration), adapted(read_config(run.model), recipe.lora)
     factors = all_factors(table)
     for weight in factors:
         checkpoint.check_shape(weight)
     tensors = [
         shards.Output(
-            PREFIX + weight.name, checkpoint.dtype(weight), t.shape, lambda w=weight: checkpoint.read_tensor(w, 0)
+            PREFIX + weight.name,
+            dtype or checkpoint.dtype(weight),
+            t.shape,
+            lambda w=weight: checkpoint.read_tensor(w, 0),
         )
         for weight in factors
         for t in weight.tensors
@@ -86,8 +96,13 @@ def export_adapter(run: RunFolder, recipe: Recipe, out: Path) -> None:
         shards.write(partial / WEIGHTS, tensors, lambda _: None)
 
 
-def export_merged(run: RunFolder, recipe: Recipe, out: Path) -> None:
-    """Write base + scale * B A, computed in fp32 and rounded once to the base's dtype, as a whole model.
+def export_merged(
+    run: RunFolder, recipe: Recipe, out: Path, *, iteration: int | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write base + scale * B A, computed in fp32 and rounded once to the given or the base's dtype, as a whole model.
+
+    Args:
+        iteration, dtype: as in `hf.export.export`.
 
     Raises:
         UserError: as `hf.export.export`, or the base is not there, or is not the one that the run began with.
@@ -98,7 +113,7 @@ def export_merged(run: RunFolder, recipe: Recipe, out: Path) -> None:
     config = read_config(run.model)
     folder = find_model(recipe.model) if recipe.init == "pretrained" else None
     check_base(run, recipe, config, folder)
-    checkpoint, source = newest_checkpoint(run.checkpoints), open_source(folder, config, recipe.train.seed)
+    checkpoint, source = newest_checkpoint(run.checkpoints, iteration), open_source(folder, config, recipe.train.seed)
     factors = _by_tensor(config, recipe.lora, checkpoint)
 
     def read(name: str) -> Tensor:
@@ -106,14 +121,14 @@ def export_merged(run: RunFolder, recipe: Recipe, out: Path) -> None:
         if name not in factors:
             return value
         a, b = (checkpoint.read_tensor(w, 0).float() for w in (factors[name].a, factors[name].b))
-        return (value.float() + scale(recipe.lora) * (b @ a)).to(value.dtype)
+        return (value.float() + scale(recipe.lora) * (b @ a)).to(dtype or value.dtype)
 
     tensors = [
-        shards.Output(t.name, source(t.name, 0, 0, 1).dtype, t.shape, lambda name=t.name: read(name))
+        shards.Output(t.name, dtype or source(t.name, 0, 0, 1).dtype, t.shape, lambda name=t.name: read(name))
         for w in weights(config)
         for t in w.tensors
     ]
-    write_model(out, run.model, tensors)
+    write_model(out, run.model, tensors, checkpoint.identity)
 
 
 def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[str, Factors]:

@@ -1,7 +1,7 @@
 """Which rows of a batch have a label, and their way between this rank's hidden states and the rows that are computed.
 
 The index work, the gather and the reduction over tensor parallelism of the head without logits; what is computed of the
-rows is in linear_logprobs.py.
+rows is in linear_logprobs.py. Both ways go through a pool [p, h] that holds the rows with a label at `place`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class KeptRows:
     label: Tensor  # [n] int64
     index: Tensor  # [n] int64, among all rows
     mine: Tensor  # [m] int64, among this rank's
+    place: Tensor | None  # [n] int64, in the pool; None: the pool's rows are those with a label
     counts: list[int]  # how many each rank holds; under sequence parallelism alone more than one entry
     group: dist.ProcessGroup | None
     sequence_parallel: bool
@@ -34,8 +35,17 @@ class KeptRows:
         shards = valid.view(dist.get_world_size(group) if sequence_parallel else 1, -1)
         own = shards[dist.get_rank(group) if sequence_parallel else 0]
         index, mine = (x.nonzero()[:, 0] for x in (valid, own))
+        counts = shards.sum(1).tolist()
+        place = index
+        if sequence_parallel:  # each rank's rows at the front of its equal part of the pool
+            offset = torch.arange(len(counts), device=index.device) * max(counts)
+            order = torch.arange(shards.shape[1], device=index.device)
+            first = torch.tensor(counts, device=index.device)
+            place = (offset[:, None] + order)[order < first[:, None]]
+        full = len(place) == (max(counts) * len(counts) if sequence_parallel else len(label))
         label, index, mine = (x.to(device, non_blocking=True) for x in (label[index], index, mine))
-        return KeptRows(label, index, mine, shards.sum(1).tolist(), group, sequence_parallel)
+        place = None if full else place.to(device, non_blocking=True)
+        return KeptRows(label, index, mine, place, counts, group, sequence_parallel)
 
     @property
     def n(self) -> int:
@@ -50,35 +60,49 @@ class KeptRows:
         """x [n] -> `shape`, of s*b elements, 0 at the other rows."""
         return x.new_zeros(shape.numel()).index_copy_(0, self.index, x).view(shape)
 
-    def gather(self, hidden: Tensor) -> Tensor:
-        """This rank's hidden states -> the rows that count, [n, h]. Under SP one all-gather [longest, h]."""
+    def pool(self, hidden: Tensor) -> Tensor:
+        """This rank's hidden states -> [p, h]: themselves, or under SP what an all-gather [longest, h] brings."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        own = flat if len(self.mine) == len(flat) else flat[self.mine]
         if not self.sequence_parallel:
-            return own
-        longest = max(self.counts)
-        own = torch.nn.functional.pad(own, (0, 0, 0, longest - len(own)))
-        everyone = own.new_empty(len(self.counts) * longest, own.shape[1])
+            return flat
+        own = flat if len(self.mine) == len(flat) else flat[self.mine]
+        own = torch.nn.functional.pad(own, (0, 0, 0, max(self.counts) - len(own)))
+        everyone = own.new_empty(len(self.counts) * len(own), own.shape[1])
         dist.all_gather_into_tensor(everyone, own, group=self.group)
-        if min(self.counts) == longest:
-            return everyone
-        return torch.cat([part[:count] for part, count in zip(everyone.split(longest), self.counts, strict=True)])
+        return everyone
 
-    def scatter(self, gradient: Tensor, hidden: Tensor) -> Tensor:
-        """gradient [n, h] of this vocabulary shard -> that of this rank's hidden states, in their dtype.
+    def take(self, pool: Tensor, rows: slice) -> Tensor:
+        """Some of the n rows, [rows, h]; a view of the pool where they lie in it as they are."""
+        return pool[rows] if self.place is None else pool[self.place[rows]]
 
-        One collective, in that dtype as Megatron's: an all-reduce [n, h], under SP a reduce-scatter [tp*longest, h].
+    def put(self, pool: Tensor, rows: slice, x: Tensor) -> None:
+        """Write x [rows, h], of any dtype, to its rows of the pool."""
+        if self.place is None:
+            pool[rows].copy_(x)
+        else:
+            pool.index_copy_(0, self.place[rows], x.to(pool.dtype))
+
+    def empty_pool(self, hidden: Tensor) -> Tensor:
+        """Zeros [p, h] of hidden's dtype, for the hidden states' gradient."""
+        p = len(self.counts) * max(self.counts) if self.sequence_parallel else hidden.numel() // hidden.shape[-1]
+        return hidden.new_zeros(p, hidden.shape[-1])
+
+    def unpool(self, gradient: Tensor, hidden: Tensor) -> Tensor:
+        """gradient, a pool of this vocabulary shard -> that of this rank's hidden states.
+
+        One collective, in their dtype as Megatron's: an all-reduce [n, h], under SP a reduce-scatter [tp*longest, h].
         """
-        own = gradient.to(hidden.dtype)
-        if self.n and self.sequence_parallel:
-            longest = max(self.counts)
-            parts = own.split(self.counts)
-            padded = torch.cat([torch.nn.functional.pad(p, (0, 0, 0, longest - len(p))) for p in parts])
-            own = padded.new_empty(longest, padded.shape[1])
-            dist.reduce_scatter_tensor(own, padded, group=self.group)
+        if not self.sequence_parallel:
+            if self.n and self.group is not None and dist.get_world_size(self.group) > 1:
+                own = self.take(gradient, slice(None))
+                dist.all_reduce(own, group=self.group)
+                self.put(gradient, slice(None), own)
+            return gradient.view(hidden.shape)
+        own = gradient
+        if self.n:
+            own = gradient.new_empty(max(self.counts), gradient.shape[1])
+            dist.reduce_scatter_tensor(own, gradient, group=self.group)
             own = own[: len(self.mine)]
-        elif self.n and self.group is not None and dist.get_world_size(self.group) > 1:
-            dist.all_reduce(own, group=self.group)
         if own.numel() == hidden.numel():
             return own.view(hidden.shape)
         whole = hidden.new_zeros(hidden.numel() // hidden.shape[-1], hidden.shape[-1])

@@ -4,9 +4,10 @@ Logits exist a tile at a time, some rows by some columns of the vocabulary, in o
 keeps row statistics alone, the backward pass makes each tile again. Rows without a label never enter. The arithmetic is
 in sums.py, shared with logprobs.py; nothing here knows of Megatron's modules, only of its `main_grad`.
 
-Columns are the outer loop: a slice of the weight's gradient is finished before the next begins. The hidden states'
-gradient adds up in fp32. Beyond inputs and gradients the working memory is the tile, the rows that count ([n, h], once
-in the hidden states' dtype where some rows are left out or gathered, once in fp32 backward) and a few numbers a row.
+Rows are the outer loop: the hidden states' gradient of a chunk of rows is finished before the next begins, in fp32; the
+weight's adds up over the chunks, in fp32 too. Beyond inputs and gradients the working memory is the tile, a chunk of
+rows ([chunk_size, h], in fp32 where the hidden states are not, and once more where rows are left out) and a few numbers
+a row; only a bf16 weight without `main_grad` takes an fp32 copy of its gradient where there are several chunks.
 """
 
 from __future__ import annotations
@@ -22,22 +23,24 @@ from torch.autograd.function import once_differentiable
 
 from bft_megatron.objective.kept_rows import KeptRows
 from bft_megatron.objective.sums import (
+    TORCH,
+    Kernels,
     Statistics,
     Sums,
-    gradient,
     merge,
     merge_ranks,
     no_sums,
     outcome,
     shard_labels,
     softmax_scale,
-    sums,
 )
 
 TILE_BYTES = 16 << 20
 """Of the scratch that holds a tile of logits: a CPU's third-level cache, half of a large GPU's second."""
 ROWS = 8192
-"""Rows of a tile, where there are as many: large, so that a slice of the weight's gradient is one product."""
+"""Rows of a chunk: as many, so that reading and writing the whole weight gradient once a chunk is little."""
+CPU_PRODUCT_ROWS = 1024
+"""Of a product in bf16 that is added to a sum in fp32, at a time."""
 
 
 def vocab_parallel_linear_logprobs(
@@ -73,6 +76,7 @@ def vocab_parallel_linear_statistics(
     vocab_size: int | None = None,
     entropy: bool = False,
     fuse_main_grad: bool = False,
+    kernels: Kernels = TORCH,
 ) -> Statistics:
     """Return log p of the targets under hidden @ weight^T, whether they are the argmax, and where asked the entropy.
 
@@ -86,6 +90,7 @@ def vocab_parallel_linear_statistics(
         entropy: also return the entropy of each labelled row.
         fuse_main_grad: Megatron's gradient accumulation fusion: where the weight has a `main_grad`, its gradient is
             added there, the weight says so in `grad_added_to_main_grad`, and what autograd gets is a placeholder.
+        kernels: as in `vocab_parallel_statistics`.
 
     Collectives over `group`, none where no row has a label: forward, MAX [n] fp32 and SUM [2, n] fp64 (with the entropy
     [3, n]) for the n rows with a label; backward, an all-reduce [n, h] of the hidden states' gradient. Under
@@ -100,7 +105,7 @@ def vocab_parallel_linear_statistics(
         raise ValueError(f"hidden {hidden.dtype} {list(hidden.shape)} and weight {weight.dtype} {list(weight.shape)}")
     if hidden.shape[0] * shards != targets.shape[0] or hidden.shape[1] != targets.shape[1]:
         raise ValueError(f"hidden {list(hidden.shape)} on {shards} ranks and targets {list(targets.shape)}")
-    options = _Options(group, chunk_size, shards > 1, vocab_size, entropy, fuse_main_grad)
+    options = _Options(group, chunk_size, shards > 1, vocab_size, entropy, fuse_main_grad, kernels)
     return Statistics(*_LinearStatistics.apply(hidden, weight, targets, options))
 
 
@@ -112,6 +117,7 @@ class _Options:
     vocab_size: int | None
     entropy: bool
     fuse_main_grad: bool
+    kernels: Kernels
 
 
 class _LinearStatistics(torch.autograd.Function):
@@ -121,16 +127,15 @@ class _LinearStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         kept = KeptRows.of(targets, hidden.device, options.group, options.sequence_parallel)
         label = shard_labels(kept.label, weight.shape[0], options.group, options.vocab_size)
-        w = weight.detach()[: label.columns]
         shard = no_sums(kept.n, hidden.device, options.entropy)
         if kept.n:
-            x = kept.gather(hidden.detach())
-            for rows, columns, z in _tiles(x, w, options.chunk_size):
-                part = sums(z, label.tile(rows, columns), entropy=options.entropy, keep_numerators=z.dtype == _FP32)
-                _merge_into(shard, part, rows)
-            whole = merge_ranks(shard, options.group)
-        else:
-            whole = shard
+            pool, w = kept.pool(hidden.detach()), weight.detach()[: label.columns]
+            for rows in _chunks(kept.n, options.chunk_size):
+                for columns, z in _tiles(kept.take(pool, rows), w):
+                    tile, scratch = label.tile(rows, columns), z.dtype == _FP32 and options.kernels.numerators
+                    part = options.kernels.sums(z, tile, entropy=options.entropy, keep_numerators=scratch)
+                    _merge_into(shard, part, rows)
+        whole = merge_ranks(shard, options.group) if kept.n else shard
         found = outcome(whole, label.valid)
         scale = softmax_scale(shard, whole, found.log2_total)
         ctx.save_for_backward(hidden, weight, shard.shift.float(), scale, found.miss)
@@ -148,23 +153,28 @@ class _LinearStatistics(torch.autograd.Function):
         hidden, weight, shift, scale, miss = ctx.saved_tensors
         kept, label, options = ctx.kept, ctx.label, ctx.options
         upstream = kept.pick(grad.reshape(-1)).float()
-        d_hidden = hidden.new_zeros(kept.n, hidden.shape[-1], dtype=_FP32)
-        d_weight = _WeightGradient(ctx.parameter, label.columns, ctx.needs_input_grad[1], options.fuse_main_grad)
+        chunks = _chunks(kept.n, options.chunk_size)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        d_pool = kept.empty_pool(hidden) if needs_hidden else None
+        d_weight = _WeightGradient(ctx.parameter, len(chunks), options.fuse_main_grad) if needs_weight else None
         if kept.n:
-            x, w = kept.gather(hidden.detach()), weight.detach()[: label.columns]
-            for rows, columns, z in _tiles(x, w, options.chunk_size):
+            pool, w = kept.pool(hidden.detach()), weight.detach()[: label.columns]
+        for rows in chunks:
+            x, up = kept.take(pool, rows), upstream[rows]
+            d_x = None if d_pool is None else _accumulator(d_pool, rows, kept)
+            for columns, z in _tiles(x, w):
                 tile = label.tile(rows, columns)
-                up = upstream[rows]
-                gradient(z, z, tile, shift[rows], -up * scale[rows], up * miss[rows] * tile.owned)
+                options.kernels.gradient(z, z, tile, shift[rows], -up * scale[rows], up * miss[rows] * tile.owned)
                 z = z.to(x.dtype)
-                if ctx.needs_input_grad[0]:
-                    _add_product(d_hidden[rows], z, w[columns])
-                d_weight.add(columns, z, x[rows], last=rows.stop == kept.n)
-        elif d_weight.whole is not None:
-            d_weight.whole.zero_()
+                if d_x is not None:
+                    _add_product(d_x, z, w[columns])
+                if d_weight is not None:
+                    _add_product(d_weight.total[columns], z.t(), x)
+            if d_x is not None and d_x.data_ptr() != d_pool[rows].data_ptr():
+                kept.put(d_pool, rows, d_x)
         return (
-            kept.scatter(d_hidden, hidden) if ctx.needs_input_grad[0] else None,
-            d_weight.result(),
+            None if d_pool is None else kept.unpool(d_pool, hidden),
+            None if d_weight is None else d_weight.result(),
             None,
             None,
         )
@@ -173,24 +183,33 @@ class _LinearStatistics(torch.autograd.Function):
 _FP32 = torch.float32
 
 
-def _tiles(x: Tensor, weight: Tensor, chunk_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """x [n, h], weight [columns, h] -> rows, columns, and their logits, in storage that the next tile takes over.
+def _chunks(n: int, chunk_size: int) -> list[slice]:
+    """n rows in equal chunks of at most chunk_size."""
+    size = max(1, -(-n // -(-n // chunk_size))) if n else 1
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _tiles(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """x [r, h], weight [columns, h] -> columns, and their logits, in storage that the next tile takes over.
 
     On the CPU in x's dtype, on an accelerator in fp32, whose rounding to bf16 is then not paid.
     """
-    n, v = len(x), len(weight)
     dtype = x.dtype if x.device.type == "cpu" else _FP32
-    height = max(1, min(n, chunk_size))
-    width = max(1, min(v, TILE_BYTES // (dtype.itemsize * height)))
-    scratch = x.new_empty(height * width, dtype=dtype)
-    for first in range(0, v, width):
-        columns = slice(first, min(first + width, v))
-        for start in range(0, n, height):
-            rows = slice(start, min(start + height, n))
-            shape = rows.stop - rows.start, columns.stop - columns.start
-            z = scratch[: shape[0] * shape[1]].view(shape)
-            _product(x[rows], weight[columns].t(), z)
-            yield rows, columns, z
+    width = max(1, min(len(weight), TILE_BYTES // (dtype.itemsize * len(x))))
+    scratch = x.new_empty(len(x) * width, dtype=dtype)
+    for first in range(0, len(weight), width):
+        columns = slice(first, min(first + width, len(weight)))
+        size = columns.stop - columns.start
+        z = scratch[: len(x) * size].view(len(x), size)
+        _product(x, weight[columns].t(), z)
+        yield columns, z
+
+
+def _accumulator(pool: Tensor, rows: slice, kept: KeptRows) -> Tensor:
+    """[r, h] fp32 zeros: those rows of the pool where that is what they are."""
+    if pool.dtype == _FP32 and kept.place is None:
+        return pool[rows]
+    return pool.new_zeros(rows.stop - rows.start, pool.shape[1], dtype=_FP32)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -206,7 +225,8 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.device.type == "cpu":
-        total.add_(torch.mm(a, b))
+        for some, rows in zip(total.split(CPU_PRODUCT_ROWS), a.split(CPU_PRODUCT_ROWS), strict=True):
+            some.add_(torch.mm(rows, b))
     else:
         total.add_(torch.mm(a, b, out_dtype=total.dtype))
 
@@ -225,40 +245,21 @@ def _merge_into(shard: Sums, part: Sums, rows: slice) -> None:
 
 
 class _WeightGradient:
-    """Where the weight's gradient [v/tp, h] adds up: Megatron's `main_grad`, or a new tensor of the weight's dtype.
+    """Where the weight's gradient [v/tp, h] adds up, `total`: Megatron's `main_grad`, or a tensor of our own.
 
-    In the new tensor each slice is written once, after adding up in fp32 where several tiles of rows make it.
+    One of the weight's dtype where each element is written once, else fp32. Vocabulary padding stays 0.
     """
 
-    def __init__(self, weight: Tensor, columns: int, needed: bool, fuse: bool) -> None:
-        self.weight, self.needed = weight, needed
-        self.main = weight.main_grad if needed and fuse and hasattr(weight, "main_grad") else None
-        self.whole = torch.empty_like(weight) if needed and self.main is None else None
-        if self.whole is not None:
-            self.whole[columns:] = 0  # vocabulary padding
-        self.slice: Tensor | None = None
-
-    def add(self, columns: slice, z: Tensor, x: Tensor, last: bool) -> None:
-        """z [r, c], x [r, h]: add z^T x to the slice; `last`: of the tiles that make it."""
-        if self.main is not None:
-            _add_product(self.main[columns], z.t(), x)
-        elif self.whole is not None:
-            if self.slice is None and (last or self.whole.dtype == _FP32):
-                torch.mm(z.t(), x, out=self.whole[columns])
-                self.slice = self.whole[columns]
-            else:
-                if self.slice is None:
-                    self.slice = torch.zeros(z.shape[1], x.shape[1], dtype=_FP32, device=x.device)
-                _add_product(self.slice, z.t(), x)
-            if last:
-                if self.slice.dtype != self.whole.dtype:
-                    self.whole[columns] = self.slice
-                self.slice = None
+    def __init__(self, weight: Tensor, chunks: int, fuse: bool) -> None:
+        self.weight = weight
+        self.fused = fuse and hasattr(weight, "main_grad")
+        dtype = weight.dtype if chunks <= 1 else _FP32
+        self.total = weight.main_grad if self.fused else torch.zeros_like(weight, dtype=dtype)
 
     def result(self) -> Tensor | None:
         """What autograd gets; a gradient must come back, or Megatron's overlapped reduction never starts."""
-        if self.main is None:
-            return self.whole
+        if not self.fused:
+            return self.total.to(self.weight.dtype)
         if not hasattr(self.weight, "grad_added_to_main_grad"):
             return None
         self.weight.grad_added_to_main_grad = True

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bft_megatron.objective.sums import (
+    TORCH,
+    Kernels,
     Statistics,
-    gradient,
     merge_ranks,
     outcome,
     shard_labels,
     softmax_scale,
-    sums,
 )
 
 
@@ -44,6 +44,7 @@ def vocab_parallel_statistics(
     vocab_size: int | None = None,
     overwrite: bool = False,
     entropy: bool = False,
+    kernels: Kernels = TORCH,
 ) -> Statistics:
     """Return log p of the targets, whether they are the argmax, and where asked the entropy.
 
@@ -58,12 +59,13 @@ def vocab_parallel_statistics(
             backward pass. A second backward pass raises RuntimeError. Without it, the logits are only read and the
             gradient is new.
         entropy: also return the entropy of each labelled row.
+        kernels: who does the arithmetic; `triton_tiles.TRITON` on a GPU.
 
     Collectives: in the forward pass two all-reduces over `group`, MAX [s*b] fp32 and SUM [2, s*b] fp64, with the
     entropy [3, s*b]; backward, none.
     """
     overwrite = overwrite and torch.is_grad_enabled() and logits.requires_grad
-    return Statistics(*_Statistics.apply(logits, targets, group, vocab_size, overwrite, entropy))
+    return Statistics(*_Statistics.apply(logits, targets, group, vocab_size, overwrite, entropy, kernels))
 
 
 class _Statistics(torch.autograd.Function):
@@ -76,22 +78,24 @@ class _Statistics(torch.autograd.Function):
         vocab_size: int | None,
         overwrite: bool,
         entropy: bool,
+        kernels: Kernels,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = _as_rows(logits, overwrite)
         label = shard_labels(targets.reshape(-1), rows.shape[1], group, vocab_size)
-        keep_numerators = overwrite and logits.dtype == torch.float32
-        shard = sums(rows[:, : label.columns], label, entropy=entropy, keep_numerators=keep_numerators)
+        keep_numerators = overwrite and logits.dtype == torch.float32 and kernels.numerators
+        shard = kernels.sums(rows[:, : label.columns], label, entropy=entropy, keep_numerators=keep_numerators)
         whole = merge_ranks(shard, group)
         found = outcome(whole, label.valid)
         ctx.save_for_backward(logits, shard.shift.float(), softmax_scale(shard, whole, found.log2_total), found.miss)
-        ctx.label, ctx.overwrite, ctx.has_numerators, ctx.spent = label, overwrite, keep_numerators, False
+        ctx.label, ctx.kernels, ctx.overwrite, ctx.has_numerators = label, kernels, overwrite, keep_numerators
+        ctx.spent = False
         results = [x if x is None else x.view(targets.shape) for x in (found.logp, found.correct, found.entropy)]
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
         return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError("a second backward pass through logits that the first one overwrote with their gradient")
         ctx.spent = ctx.overwrite
@@ -104,8 +108,8 @@ class _Statistics(torch.autograd.Function):
             rows = _as_rows(logits, ctx.overwrite)[:, :columns]
             at_label, at_others = upstream * miss * ctx.label.owned, -upstream * scale
             numerators_shift = None if ctx.has_numerators else shift
-            gradient(rows, rows_out[:, :columns], ctx.label, numerators_shift, at_others, at_label)
-        return out, None, None, None, None, None
+            ctx.kernels.gradient(rows, rows_out[:, :columns], ctx.label, numerators_shift, at_others, at_label)
+        return out, None, None, None, None, None, None
 
 
 def _as_rows(logits: Tensor, overwrite: bool) -> Tensor:

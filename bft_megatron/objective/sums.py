@@ -14,7 +14,7 @@ fp64, which costs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,8 @@ LN2 = 1.0 / LOG2E
 LOWEST = -1e30
 """The largest logit of a part without columns: below every true one, and finite, so that nothing becomes NaN."""
 
-CPU_BLOCK_BYTES = 1 << 20
-"""fp32 scratch of a block of rows: about an L2 cache."""
+CPU_BLOCK_BYTES = 4 << 20
+"""fp32 scratch of a block of rows: a part of the third-level cache; smaller ones cost more in calls than they save."""
 DEVICE_BLOCK_BYTES = 64 << 20
 """The same on an accelerator: as much as makes the launch of a block's handful of kernels cheap."""
 
@@ -57,7 +57,6 @@ class Labels:
 
     valid: Tensor  # [n] bool
     owned: Tensor  # [n] bool
-    not_owned: Tensor  # [n] fp32, 0 where owned, else 1
     column: Tensor  # [n] int64
     columns: int  # of the part, without vocabulary padding
 
@@ -66,7 +65,7 @@ class Labels:
         valid, column = self.valid[rows], self.column[rows] - columns.start
         width = columns.stop - columns.start
         owned = self.owned[rows] & (column >= 0) & (column < width)
-        return Labels(valid, owned, (~owned).float(), torch.where(owned, column, 0), width)
+        return Labels(valid, owned, torch.where(owned, column, 0), width)
 
 
 def shard_labels(label: Tensor, width: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> Labels:
@@ -76,7 +75,7 @@ def shard_labels(label: Tensor, width: int, group: dist.ProcessGroup | None, voc
     valid = label != IGNORE_INDEX
     column = label - first
     owned = valid & (column >= 0) & (column < columns)
-    return Labels(valid, owned, (~owned).float(), torch.where(owned, column, 0), columns)
+    return Labels(valid, owned, torch.where(owned, column, 0), columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +84,7 @@ class Sums:
     the sum of e^x is 2^k others + e^label_logit.
     """
 
-    top: Tensor  # fp32, the largest logit
+    top: Tensor  # fp32, the largest logit but the label's
     others: Tensor  # fp64, the sum of 2^y without the label's
     label_logit: Tensor  # fp64, 0 where another part owns the label
     weighted: Tensor | None  # fp64, the sum of y 2^y without the label's, for the entropy
@@ -154,7 +153,7 @@ def outcome(whole: Sums, valid: Tensor) -> Outcome:
     correct = valid & (whole.label_logit >= whole.top)
     entropy = None
     if whole.weighted is not None:
-        mean = (whole.weighted + log2_label.exp2() * log2_label) * (-log2_total).exp2()
+        mean = whole.weighted * (-log2_total).exp2() + log2_label * (log2_label - log2_total).exp2()
         entropy = torch.where(valid, (log2_total - mean) * LN2, 0.0).float()
     return Outcome(logp, correct, entropy, log_odds.sigmoid().float(), log2_total)
 
@@ -173,21 +172,26 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
     none = no_sums(len(rows), rows.device, entropy)
     if not label.columns or not len(rows):
         return none
-    top, others, weighted = none.top, torch.zeros_like(none.top), torch.zeros_like(none.top) if entropy else None
-    label_logit = torch.where(label.owned, rows.gather(1, label.column[:, None])[:, 0].double(), 0.0)
+    top, others = none.top[:, None], torch.zeros(len(rows), 1, device=rows.device)
+    weighted = torch.zeros_like(others) if entropy else None
+    column, at_column, hole = _hole(rows, label)
     scratch = None if keep_numerators else _scratch(rows)
     exponents = _scratch(rows) if entropy else None
     for block, has_label in _blocks(rows, label.valid):
-        if has_label:
-            size = block.stop - block.start
-            x = rows[block] if scratch is None else scratch[:size].copy_(rows[block])
-            torch.amax(x, -1, out=top[block])
-            y = None if exponents is None else exponents[:size]
-            _others_(x, _shift(top[block]), label, block, y)
-            torch.sum(x, -1, out=others[block])
-            if y is not None:
-                torch.sum(y.mul_(x), -1, out=weighted[block])
-    return Sums(top, others.double(), label_logit, None if weighted is None else weighted.double())
+        if not has_label:
+            continue
+        size = block.stop - block.start
+        x = rows[block] if scratch is None else scratch[:size].copy_(rows[block])
+        x.scatter_(1, column[block], hole[block])
+        highest = torch.amax(x, -1, keepdim=True, out=top[block]).clamp_(min=LOWEST)
+        _exponents_(x, _shift(highest))
+        if exponents is not None:  # bounded from below, so that y 2^y is 0 and not NaN for a logit of -inf
+            y = torch.clamp(x, min=LOWEST, out=exponents[:size])
+        torch.sum(x.exp2_(), -1, keepdim=True, out=others[block])
+        if exponents is not None:
+            torch.sum(y.mul_(x), -1, keepdim=True, out=weighted[block])
+    label_logit = torch.where(label.owned, at_column[:, 0].double(), 0.0)
+    return Sums(top[:, 0], others[:, 0].double(), label_logit, None if weighted is None else weighted[:, 0].double())
 
 
 def gradient(
@@ -199,19 +203,39 @@ def gradient(
     at_others: [n] fp32, what turns a numerator into a gradient; at_label: [n] fp32, the label's gradient, 0 where not
         owned.
     """
+    column, _, hole = _hole(rows, label)
+    at_others, at_label = at_others[:, None], at_label[:, None]
     scratch = None if out.dtype == torch.float32 else _scratch(rows)
+    in_place = rows.data_ptr() == out.data_ptr()
     for block, has_label in _blocks(rows, label.valid):
         if not has_label:
             out[block] = 0
             continue
         x = out[block] if scratch is None else scratch[: block.stop - block.start]
         if shift is not None:
-            if x.data_ptr() != rows[block].data_ptr():
+            if scratch is not None or not in_place:
                 x.copy_(rows[block])
-            _others_(x, shift[block], label, block)
-        x.mul_(at_others[block, None]).scatter_add_(1, label.column[block, None], at_label[block, None])
+            x.scatter_(1, column[block], hole[block])
+            _exponents_(x, shift[block, None]).exp2_()
+        x.mul_(at_others[block]).scatter_add_(1, column[block], at_label[block])
         if scratch is not None:
             out[block] = x
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Who does the two passes over a part of the vocabulary.
+
+    numerators: whether `sums` can leave them in the rows; else the backward pass makes them from the logits again.
+    """
+
+    sums: Callable[..., Sums]
+    gradient: Callable[..., None]
+    numerators: bool
+
+
+TORCH = Kernels(sums, gradient, numerators=True)
+"""The functions above."""
 
 
 def _rows_per_block(rows: Tensor) -> int:
@@ -243,14 +267,14 @@ def _shift(top: Tensor) -> Tensor:
     return (top * LOG2E).ceil()
 
 
-def _others_(x: Tensor, shift: Tensor, label: Labels, block: slice, exponents: Tensor | None = None) -> None:
-    """x [r, columns] fp32 logits of a block, shift [r] -> numerators 2^y, 0 at the label, in place.
+def _hole(rows: Tensor, label: Labels) -> tuple[Tensor, Tensor, Tensor]:
+    """rows [n, columns] -> the labels' columns, the logits there and what to write over them, each [n, 1]; -inf makes
+    an owned label's numerator 0, and the others are what they were."""
+    column = label.column[:, None]
+    at_column = rows.gather(1, column).float()
+    return column, at_column, torch.where(label.owned[:, None], -math.inf, at_column)
 
-    exponents: [r, columns], gets y; bounded from below, so that y 2^y is 0 and not NaN for a logit of -inf.
-    """
-    torch.add(-shift[:, None], x, alpha=LOG2E, out=x)
-    if exponents is not None:
-        torch.clamp(x, min=LOWEST, out=exponents)
-    x.exp2_()
-    column = label.column[block, None]
-    x.scatter_(1, column, x.gather(1, column) * label.not_owned[block, None])
+
+def _exponents_(x: Tensor, shift: Tensor) -> Tensor:
+    """x [r, columns] fp32 logits, shift [r, 1] -> y, in place."""
+    return torch.add(-shift, x, alpha=LOG2E, out=x)

@@ -21,6 +21,17 @@ class SavedModel:
 
 
 @pytest.fixture(scope="session")
+def models_tied_otherwise(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
+    """The same architectures, those tied whose models in `models` are not, and the other way round."""
+    folder, found = tmp_path_factory.mktemp("otherwise"), []
+    for name in tiny.ARCHITECTURES:
+        tied = tiny.config(name).tie_word_embeddings
+        model = tiny.save(name, folder / name, tie_word_embeddings=not tied)
+        found.append(SavedModel(name, folder / name, tiny.logits(model)))
+    return found
+
+
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
     folder = tmp_path_factory.mktemp("models")
     return [SavedModel(name, folder / name, tiny.logits(tiny.save(name, folder / name))) for name in tiny.ARCHITECTURES]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,24 @@ RUN_FLAGS = [
 ]
 
 
+TRANSFORMER_ENGINE = ("--transformer-impl", "transformer_engine")
+
+
 @contextlib.contextmanager
 def model(
-    folder: Path, layout: Layout, *, random: bool = False, seed: int = 7, flags: tuple[str, ...] = ()
+    folder: Path,
+    layout: Layout,
+    *,
+    random: bool = False,
+    seed: int = 7,
+    flags: tuple[str, ...] = (),
+    adapt: Callable[[Any], None] = lambda _: None,
 ) -> Iterator[list[Any]]:
-    """This rank's chunks. Afterwards Megatron's globals are as before, so that one world can build many models."""
+    """This rank's chunks, of the CPU's layer spec unless the flags ask for TRANSFORMER_ENGINE's.
+
+    `adapt` gets the model's configuration last. Afterwards Megatron's globals are as before, so that one world can
+    build many models.
+    """
     config = read_config(folder)
     with contextlib.redirect_stdout(io.StringIO()), _clean_globals():
         args = train.parse([*RUN_FLAGS, *megatron_flags(config), *layout.flags, *MEGATRON_FLAGS, *flags])
@@ -73,8 +86,10 @@ def model(
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         gpt = gpt_config_from_args(args)
         configure(gpt, config)
-        gpt.transformer_layer_spec = layer_spec
+        if args.transformer_impl == "local":
+            gpt.transformer_layer_spec = layer_spec
         gpt.pre_wrap_hooks.append(weights_hook(None if random else folder, config, seed=seed))
+        adapt(gpt)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         yield [chunk.eval() for chunk in GPTModelBuilder(gpt).build_distributed_models(groups, wrap_with_ddp=False)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import resource
@@ -18,18 +19,18 @@ import transformers
 from safetensors.torch import load_file
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf.export import export
+from bft_megatron.hf.export import export, written_whole
 from tests.hf import sharded, tiny
 from tests.hf.conftest import SavedModel
 from tests.hf.sharded import Layout
 from tests.world import run_world
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def _assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
@@ -53,8 +54,8 @@ def test_round_trip_is_bit_identical(models: list[SavedModel], checkpoints: Path
     for model in models:
         out = tmp_path / model.name
         export(checkpoints / model.name, out, model.folder, shard_bytes=1e5)
-        after = _tensors(out)
-        _assert_same(_tensors(model.folder), after)
+        after = tensors(out)
+        assert_same(tensors(model.folder), after)
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == after.keys()
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
@@ -65,6 +66,13 @@ def test_round_trip_is_bit_identical(models: list[SavedModel], checkpoints: Path
         ]
         for name in ("config.json", "generation_config.json"):
             assert (out / name).read_bytes() == (model.folder / name).read_bytes()
+
+
+def test_round_trip_tied_otherwise(models_tied_otherwise: list[SavedModel], tmp_path: Path) -> None:
+    _save({m.folder: tmp_path / m.name for m in models_tied_otherwise}, Layout(tp=2, pp=2))
+    for model in models_tied_otherwise:
+        export(tmp_path / model.name, tmp_path / "out" / model.name, model.folder)
+        assert_same(tensors(model.folder), tensors(tmp_path / "out" / model.name))
 
 
 def test_transformers_reads_it(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
@@ -87,19 +95,19 @@ def test_other_layouts(
     _save(saved, layout, metadata=metadata)
     for folder, checkpoint in saved.items():
         export(checkpoint, tmp_path / "out" / folder.name, folder)
-        _assert_same(_tensors(folder), _tensors(tmp_path / "out" / folder.name))
+        assert_same(tensors(folder), tensors(tmp_path / "out" / folder.name))
 
 
 def test_bfloat16_is_kept_and_chosen(tmp_path: Path) -> None:
     model, bf16 = tmp_path / "model", torch.bfloat16
     tiny.save("qwen2", model, dtype=bf16)
     _save({model: tmp_path / "ck"}, Layout(tp=2), flags=("--bf16",))
-    before = _tensors(model)
+    before = tensors(model)
     assert {t.dtype for t in before.values()} == {bf16}
     export(tmp_path / "ck", tmp_path / "kept", model)
-    _assert_same(before, _tensors(tmp_path / "kept"))
+    assert_same(before, tensors(tmp_path / "kept"))
     export(tmp_path / "ck", tmp_path / "chosen", model, dtype=torch.float32)
-    _assert_same({name: t.float() for name, t in before.items()}, _tensors(tmp_path / "chosen"))
+    assert_same({name: t.float() for name, t in before.items()}, tensors(tmp_path / "chosen"))
     config, chosen = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("model", "chosen"))
     assert config.pop("dtype") == "bfloat16"
     assert chosen.pop("dtype") == "float32"
@@ -116,9 +124,9 @@ def test_random_weights_are_the_same_on_every_layout(models: list[SavedModel], t
         drawn = []
         for i in range(len(layouts)):
             export(tmp_path / f"{model.name}-{i}", tmp_path / "out" / f"{model.name}-{i}", model.folder)
-            drawn.append(_tensors(tmp_path / "out" / f"{model.name}-{i}"))
+            drawn.append(tensors(tmp_path / "out" / f"{model.name}-{i}"))
         for other in drawn[1:]:
-            _assert_same(drawn[0], other)
+            assert_same(drawn[0], other)
         matrices = {name: t for name, t in drawn[0].items() if t.ndim == 2}
         assert len({float(t.flatten()[0]) for t in matrices.values()}) == len(matrices)
         assert all(abs(float(t.std()) / 0.02 - 1) < 0.1 for t in matrices.values())
@@ -127,8 +135,8 @@ def test_random_weights_are_the_same_on_every_layout(models: list[SavedModel], t
                 assert torch.equal(t, torch.ones_like(t) if "norm" in name else torch.zeros_like(t)), name
     _save({models[1].folder: tmp_path / "reseeded"}, Layout(), random=True, seed=8)
     export(tmp_path / "reseeded", tmp_path / "out" / "reseeded", models[1].folder)
-    name, seeded = "model.embed_tokens.weight", _tensors(tmp_path / "out" / f"{models[1].name}-0")
-    assert not torch.equal(_tensors(tmp_path / "out" / "reseeded")[name], seeded[name])
+    name, seeded = "model.embed_tokens.weight", tensors(tmp_path / "out" / f"{models[1].name}-0")
+    assert not torch.equal(tensors(tmp_path / "out" / "reseeded")[name], seeded[name])
 
 
 # -------------------------------------------------------------------------------------------------- what is refused
@@ -140,12 +148,20 @@ def _overwrite(file: Path, content: bytes) -> None:
     file.write_bytes(content)
 
 
+def _flip(file: Path) -> None:
+    """One byte in the middle of the file's largest tensor, which torch would load."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda c: _chunk(c).unlink(), "a file is missing or broken"),
         (lambda c: _overwrite(_chunk(c), _chunk(c).read_bytes()[:-2000]), "a file is missing or broken"),
         (lambda c: _overwrite(_chunk(c), bytes(_chunk(c).stat().st_size)), "a file is missing or broken"),
+        (lambda c: _flip(_chunk(c)), "does not match its CRC-32"),
         (lambda c: (c / "iter_0000003" / ".metadata").unlink(), "cannot read its .metadata"),
         (lambda c: _overwrite(c / "iter_0000003" / ".metadata", b"x"), "cannot read its .metadata"),
         (lambda c: (c / "iter_0000003" / "metadata.json").unlink(), "never finished"),
@@ -163,6 +179,16 @@ def test_damaged_checkpoint(
     with pytest.raises(UserError, match=re.escape(message)):
         export(checkpoint, tmp_path / "out", models[0].folder)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints"]  # no half an export, under no name
+
+
+def test_a_dtype_nobody_expected(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoints / "llama", tmp_path / "checkpoints")
+    index = tmp_path / "checkpoints" / "iter_0000003" / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    metadata.state_dict_metadata["decoder.final_layernorm.weight"].properties.dtype = torch.float64
+    index.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"final_layernorm.weight has the dtype torch.float64: choose one with --dtype"):
+        export(tmp_path / "checkpoints", tmp_path / "out", models[0].folder)
 
 
 def test_chunk_that_no_file_holds(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
@@ -197,7 +223,7 @@ def test_other_iteration(models: list[SavedModel], checkpoints: Path, tmp_path: 
     with pytest.raises(UserError, match="iter_0000002: no such checkpoint"):
         export(checkpoints / "llama", tmp_path / "out", models[0].folder, iteration=2)
     export(checkpoints / "llama", tmp_path / "out", models[0].folder, iteration=3)
-    _assert_same(_tensors(models[0].folder), _tensors(tmp_path / "out"))
+    assert_same(tensors(models[0].folder), tensors(tmp_path / "out"))
 
 
 def test_a_folder_in_use_is_left_alone(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
@@ -217,3 +243,77 @@ def test_a_full_disk_leaves_nothing(models: list[SavedModel], checkpoints: Path,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+def _cut_short(model: SavedModel, checkpoints: Path, out: Path) -> tuple[Path, Path]:
+    """An export that failed at the second stage's layers -> the checkpoints, whole again, and a file it wrote."""
+    source = shutil.copytree(checkpoints / model.name, out.parent / "checkpoints")
+    second_stage, away = source / "iter_0000003" / "__2_0.distcp", out.parent / "away"
+    second_stage.rename(away)
+    with pytest.raises(UserError, match="No such file"):
+        export(source, out, model.folder, shard_bytes=6e4)
+    away.rename(second_stage)
+    assert not out.exists()
+    return source, min((out.parent / f".{out.name}.partial").glob("*.safetensors"))
+
+
+def test_an_export_that_was_cut_short_goes_on(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
+    source, written = _cut_short(models[1], checkpoints, tmp_path / "out")
+    before = written.stat()
+    export(source, tmp_path / "out", models[1].folder, shard_bytes=6e4)
+    after = (tmp_path / "out" / written.name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert_same(tensors(models[1].folder), tensors(tmp_path / "out"))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoints", "out"]
+    assert not (tmp_path / "out" / ".content").exists()
+
+
+def test_what_was_cut_short_is_not_mixed_with_something_else(
+    models: list[SavedModel], checkpoints: Path, tmp_path: Path
+) -> None:
+    """With another dtype, or with a checkpoint that was saved again in the same place."""
+    model, bf16 = models[1], torch.bfloat16
+    for name, dtype in (("chosen", bf16), ("again", torch.float32)):
+        (tmp_path / name).mkdir()
+        source, written = _cut_short(model, checkpoints, tmp_path / name / "out")
+        before = written.stat().st_mtime_ns
+        if name == "again":
+            os.utime(source / "iter_0000003" / ".metadata")
+        export(source, tmp_path / name / "out", model.folder, dtype=dtype, shard_bytes=6e4)
+        if name == "again":
+            assert (tmp_path / name / "out" / written.name).stat().st_mtime_ns > before
+        expected = {name: t.to(dtype) for name, t in tensors(model.folder).items()}
+        assert_same(expected, tensors(tmp_path / name / "out"))
+
+
+class _Trap:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.file,))
+
+
+def test_an_index_that_would_run_something_is_not_unpickled(
+    models: list[SavedModel], checkpoints: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoints / "llama", tmp_path / "checkpoints")
+    index = tmp_path / "checkpoints" / "iter_0000003" / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    metadata.planner_data = _Trap(tmp_path / "sprung")
+    index.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UserError, match=r"pathlib\.Path\.touch does not belong|getattr does not belong"):
+        export(tmp_path / "checkpoints", tmp_path / "out", models[0].folder)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_two_exports_to_one_folder(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
+    """The second is refused, and leaves the first one's files alone."""
+    with written_whole(tmp_path / "out", "first") as partial:
+        (partial / "model.safetensors").write_text("half")
+        with pytest.raises(UserError, match="another process is writing it"):
+            export(checkpoints / "llama", tmp_path / "out", models[0].folder)
+        assert (partial / "model.safetensors").read_text() == "half"
+    assert [f.name for f in (tmp_path / "out").iterdir()] == ["model.safetensors"]

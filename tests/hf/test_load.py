@@ -35,6 +35,16 @@ def _logits(folders: list[Path], layout: Layout) -> list[torch.Tensor | None]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_logits_are_those_of_transformers(layout: Layout, models: list[SavedModel]) -> None:
+    _check_logits(layout, models)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, first=1)], ids=str)
+def test_logits_tied_and_untied(layout: Layout, models_tied_otherwise: list[SavedModel]) -> None:
+    """Where it makes a difference: tied, the last stage has a copy of the embedding."""
+    _check_logits(layout, models_tied_otherwise)
+
+
+def _check_logits(layout: Layout, models: list[SavedModel]) -> None:
     ranks = run_world(layout.world, _logits, [m.folder for m in models], layout, megatron=True)
     prompt = tiny.prompts()[1].bool()
     for model, *outputs in zip(models, *ranks, strict=True):

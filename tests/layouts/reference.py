@@ -5,7 +5,7 @@ loops.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,16 @@ class Sample:
     weight: float
 
 
-def first_step(made: Recipe, windows_cp: int = 1) -> Result:
+def first_step(
+    made: Recipe, windows_cp: int = 1, adapt: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model
+) -> Result:
     """What one process must report of step 1 and of the validation before it, and every gradient of step 1.
 
     Args:
         windows_cp: with per_rank windows, the context-parallel size whose chunks they stay in.
+        adapt: what is done to the model first; gradients are of what it leaves trainable.
     """
-    model = _model(made)
+    model = adapt(_model(made))
     folder = find_model(made.model)
     run_rows = rows.prepare_rows(made, folder, read_config(folder).vocab_size)
     batch = made.train.global_batch_size
@@ -51,7 +54,7 @@ def first_step(made: Recipe, windows_cp: int = 1) -> Result:
     train = _measure(made, model, [training[i] for i in range(batch)], windows_cp)
     report, loss = _report(made, train)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
     sources = {
         name: {key: _report(made, own)[0][key] for key in ("loss", "mean_p", "samples", "tokens")}

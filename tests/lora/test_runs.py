@@ -14,8 +14,9 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import _Random
 from bft_megatron.lora.peft import export_adapter, export_merged
 from bft_megatron.output import RunFolder
+from tests.commands import run_command
 from tests.layouts.runs import MODEL, read_metrics
-from tests.test_cli import command
+from tests.test_cli import ROOT
 
 LAYOUTS = {"one": [], "two": ["parallel.tensor=2", "parallel.pipeline=2"]}
 LORA = "lora={rank: 4, alpha: 8}"
@@ -26,8 +27,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
     folder = tmp_path_factory.mktemp("lora")
     for name, layout in LAYOUTS.items():
         steps = ["train.iterations=3", "train.lr=1e-2", LORA, f"output={folder / name}"]
-        done = command("train", "recipes/tiny.yaml", *steps, *layout)
-        assert done.returncode == 0, done.stdout + done.stderr
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            assert run_command(patch, "train", "recipes/tiny.yaml", *steps, *layout) == 0
     return {name: RunFolder(folder / name) for name in LAYOUTS}
 
 

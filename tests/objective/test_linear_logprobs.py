@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bft_megatron.objective import linear_logprobs
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_logprobs, vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
+from tests.collectives import Collectives
 from tests.objective import reference
 from tests.world import run_world
 
@@ -136,20 +136,6 @@ def test_tensor_parallel(tp: int, sequence_parallel: bool):
         _check(found, _expected(case))
 
 
-class _Collectives(TorchDispatchMode):
-    """Records every collective and the bytes that a rank gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "c10d":
-            given = args[0] if isinstance(args[0], list) else [args[1]]  # an all-reduce's list, else (output, input)
-            self.seen.append((func._schema.name.removeprefix("c10d::").strip("_"), sum(t.nbytes for t in given)))
-        return func(*args, **(kwargs or {}))
-
-
 def _count(sequence_parallel: bool, case: str) -> tuple[list, list]:
     linear_logprobs.TILE_BYTES = TILE
     hidden, weight, targets, _, vocabulary = _inputs(case)
@@ -157,9 +143,9 @@ def _count(sequence_parallel: bool, case: str) -> tuple[list, list]:
     h = (hidden.chunk(2)[rank] if sequence_parallel else hidden).clone().requires_grad_()
     w = weight.chunk(2)[rank].clone().requires_grad_()
     options = {"group": dist.group.WORLD, "sequence_parallel": sequence_parallel, "vocab_size": vocabulary}
-    with _Collectives() as forward:
+    with Collectives() as forward:
         logp = vocab_parallel_linear_logprobs(h, w, targets, chunk_size=CHUNK, **options)
-    with _Collectives() as backward:
+    with Collectives() as backward:
         logp.sum().backward()
     return forward.seen, backward.seen
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bft_megatron.objective import sums
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs, vocab_parallel_statistics
-from bft_megatron.objective.sums import CPU_BLOCK_BYTES
+from tests.collectives import Collectives
 from tests.objective import reference
 from tests.world import run_world
 
@@ -28,6 +30,14 @@ CASES = {  # s, b, v, vocabulary, share masked, scale of the logits
 }
 
 UPSTREAM = 3.0  # the largest upstream gradient
+BLOCK = 1 << 20  # bytes: 8 rows of the vocabulary of 32,000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_blocks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "CPU_BLOCK_BYTES", BLOCK)
+        yield
 
 
 def _inputs(case: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -113,25 +123,12 @@ def test_tensor_parallel(tp: int, overwrite: bool):
         _check((logp, gradient, correct), _expected(logits, targets, upstream, vocabulary), dtype)
 
 
-class _Collectives(TorchDispatchMode):
-    """Records every collective and the bytes of the tensors that it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == "c10d":
-            self.seen.append((func._schema.name, sum(t.nbytes for t in args[0])))
-        return func(*args, **(kwargs or {}))
-
-
 def _count_collectives() -> tuple[list, list]:
     logits, targets, _, vocabulary = _inputs("plain", torch.float32)
     x = logits.chunk(2, -1)[dist.get_rank()].clone().requires_grad_()
-    with _Collectives() as forward:
+    with Collectives() as forward:
         logp = vocab_parallel_logprobs(x, targets, group=dist.group.WORLD, vocab_size=vocabulary)
-    with _Collectives() as backward:
+    with Collectives() as backward:
         logp.sum().backward()
     return forward.seen, backward.seen
 
@@ -139,7 +136,7 @@ def _count_collectives() -> tuple[list, list]:
 def test_two_collectives_forward_and_none_backward():
     n = 7 * 3
     for forward, backward in run_world(2, _count_collectives):
-        assert forward == [("c10d::allreduce_", 4 * n), ("c10d::allreduce_", 2 * 8 * n)]
+        assert forward == [("allreduce", 4 * n), ("allreduce", 2 * 8 * n)]
         assert backward == []
 
 
@@ -221,12 +218,12 @@ class _Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_overwriting_allocates_no_more_than_a_block(dtype: torch.dtype):
     logits, targets, upstream, _ = _inputs("several blocks, some without a label", dtype)
-    assert logits.nbytes > 2 * CPU_BLOCK_BYTES
+    assert logits.nbytes > 2 * BLOCK
     x = logits.requires_grad_()
     with _Allocations(x) as allocations:
         logp = vocab_parallel_logprobs(x, targets, overwrite=True)
         torch.autograd.grad((logp * upstream).sum(), x)
-    assert 0 < allocations.largest <= CPU_BLOCK_BYTES
+    assert 0 < allocations.largest <= BLOCK
 
 
 def test_overwriting_refuses_logits_that_it_would_have_to_copy():

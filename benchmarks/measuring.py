@@ -1,0 +1,78 @@
+"""What the benchmarks measure with: CPU time of the calling thread, live tensor storage, real processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of live tensor storages, of which `known` are none, operation by operation."""
+
+    def __init__(self, *known: Tensor) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.sizes = {t.untyped_storage()._cdata: 0 for t in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_iter(result):
+            if isinstance(t, Tensor):
+                self._note(t.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, storage._cdata)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key, 0)
+
+
+def in_processes(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+    """Call `fn(*args)` in n forked processes, ranks of one gloo world of one thread each -> what they return, by rank.
+
+    Raises:
+        RuntimeError: a process ended without a result.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [context.Pipe(duplex=False) for _ in range(n)]
+        ranks = [
+            context.Process(target=_rank, args=(rank, n, Path(folder) / "store", pipes[rank][1], fn, args))
+            for rank in range(n)
+        ]
+        for rank in ranks:
+            rank.start()
+        for _, sender in pipes:
+            sender.close()
+        try:
+            return [receiver.recv() for receiver, _ in pipes]
+        except EOFError:
+            raise RuntimeError("a process of the benchmark failed; its traceback is above") from None
+        finally:
+            for rank in ranks:
+                rank.join()
+
+
+def _rank(rank: int, n: int, store: Path, pipe: Any, fn: Callable[..., Any], args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), n), rank=rank, world_size=n)
+    pipe.send(fn(*args))
+    if dist.is_initialized():  # Megatron's loop ends it itself
+        dist.destroy_process_group()

@@ -1,0 +1,142 @@
+"""A whole training step by its loss, side by side: sft, dft, bft against Megatron's own plain loss; CPU time.
+
+    OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.step recipes/tiny.yaml
+    ... python -m benchmarks.step recipes/cpu_demo.yaml parallel.tensor=1 train.global_batch_size=1 --rounds 3
+
+One process, one run of Megatron's training loop in which the losses take turns, step by step, on the same model; the
+minimum of a loss's steps counts, in CPU time of the thread. Megatron's is what `GPTModel` gives for labels: vocab-
+parallel cross entropy and its mean over tokens. The last line is the objective alone: weights and loss of 8,192 tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measuring import in_processes
+from bft_megatron import recipe as recipes
+from bft_megatron import rows, train
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.hub import find_model
+from bft_megatron.objective.loss import objective_sum
+from bft_megatron.objective.records import bft
+from bft_megatron.objective.view import Rows
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+from bft_megatron.step import Batch, LossFunction, Step
+from bft_megatron.terminal import output_to
+
+PLAIN = "Megatron's loss"
+LOSSES = [PLAIN, "sft", "dft", "bft"]
+
+
+class TakingTurns(Step):
+    """A step whose loss is another one in every step."""
+
+    def __init__(self, settings: recipes.ObjectiveSettings, *args: Any) -> None:
+        super().__init__(replace(settings, name="bft"), *args)
+        self.steps = {name: Step(replace(settings, name=name), *args) for name in LOSSES if name != PLAIN}
+        self.turn = PLAIN
+
+    def forward(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
+    ) -> tuple[Tensor, LossFunction]:
+        """As `Step.forward`, of the loss whose turn it is."""
+        if self.turn != PLAIN:
+            return self.steps[self.turn].forward(data_iterator, model)
+        batch = Batch(**next(data_iterator))
+        labels = batch.labels
+        losses = model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=labels.clamp(min=0),
+            packed_seq_params=batch.packed_seq_params(),
+        )
+        return losses, partial(_plain_loss, labels >= 0)
+
+
+def _plain_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    total, count = (losses * mask).sum(), mask.sum().int()
+    return total, count, {"loss": torch.stack((total.detach(), count.float()))}
+
+
+def measure(made: Recipe) -> dict[str, float]:
+    """On the one rank: loss -> seconds of its fastest step but the first."""
+    from megatron.training import training
+
+    seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
+    turns: list[TakingTurns] = []
+    whole_step = training.train_step
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        step = turns[0]
+        step.turn = LOSSES[sum(map(len, seconds.values())) % len(LOSSES)]
+        start = time.thread_time()
+        result = whole_step(*args, **kwargs)
+        seconds[step.turn].append(time.thread_time() - start)
+        return result
+
+    def kept(*args: Any) -> TakingTurns:
+        turns.append(TakingTurns(*args))
+        return turns[0]
+
+    training.train_step, train.Step = timed, kept
+    model = find_model(made.model)
+    config = read_config(model)
+    prepared = rows.prepare_rows(made, model, config.vocab_size)
+    with output_to(RunFolder.of(made).log(0)) as console:
+        train.run(made, config, model, prepared, console)
+    return {name: min(found[1:]) for name, found in seconds.items()}
+
+
+def objective_alone(tokens: int = 8192, samples: int = 16) -> float:
+    """Milliseconds of BFT's weights and loss, forward and backward, of a packed row."""
+    edges = torch.arange(samples + 1) * (tokens // samples)
+    geometry = Rows(torch.zeros(tokens, dtype=torch.int64), edges, torch.ones(samples) > 0, torch.ones(samples))
+    logp = -torch.rand(tokens)
+
+    def once() -> float:
+        x = logp.clone().requires_grad_()
+        start = time.thread_time()
+        objective_sum(bft, geometry, geometry.view(x), x).loss.backward()
+        return time.thread_time() - start
+
+    return 1e3 * min(once() for _ in range(20))
+
+
+def main() -> None:
+    """Print a markdown table of the losses."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", help="fields of the recipe, key=value")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each loss; the first does not count")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        steps = f"train.iterations={len(LOSSES) * options.rounds}"
+        fixed = [
+            "device=cpu",
+            "data.valid=null",
+            "train.epochs=null",
+            steps,
+            "train.warmup_iterations=0",
+            f"output={folder}/run",
+        ]
+        made = recipes.load(options.recipe, options.overrides + fixed)
+        (found,) = in_processes(1, measure, made)
+    print("| loss | seconds a step | |\n| --- | --- | --- |")
+    for name, seconds in found.items():
+        print(f"| {name} | {seconds:.3f} | {seconds / found[PLAIN]:.2f}x |")
+    print(f"\nThe objective alone, 8,192 tokens: {objective_alone():.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

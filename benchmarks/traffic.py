@@ -1,0 +1,88 @@
+"""What the objective sends beside what the model sends: the README's table, from formulas.
+
+    python -m benchmarks.traffic
+
+`objective` is held to the collectives of real processes by tests/test_communication.py. The model's share is counted by
+hand, for `recipes/llama31_70b.yaml` on 64 GPUs and the same layout with more data parallelism: Megatron's collectives
+under sequence parallelism, fp32 gradients, weights gathered in bf16, keys and values going round over context
+parallelism. Bytes are those that a GPU of the last stage sends if every collective is a ring.
+"""
+
+from __future__ import annotations
+
+TENSOR, PIPELINE, CHUNKS, CONTEXT = 4, 4, 5, 2
+LAYERS, HIDDEN, KV_WIDTH, PARAMETERS = 80, 8192, 1024, 70.6e9
+TOKENS, SAMPLES, MICRO_BATCHES = 8192, 16, 16
+"""Of a row, supervised samples in it, rows that a rank works through in a step."""
+
+
+def objective(tokens: int, samples: int, context: int, gathered: int = 0, entropy: bool = False) -> dict[str, int]:
+    """Bytes that a rank gives to all-reduces of the objective, by group.
+
+    Args:
+        tokens: of a micro-batch on a context-parallel rank; over the head without logits the supervised ones.
+        samples: of a micro-batch, counting a packed row's tail as one.
+        context: ranks of context parallelism.
+        gathered: with `cp_windows: exact`, the most supervised tokens of any rank, which an all-gather brings.
+
+    Returns: "tensor": of a micro-batch, a MAX of fp32 and a SUM of two (with the entropy three) fp64 a token;
+        "context": of a micro-batch, a MIN and a SUM of fp64 a sample, and the all-gather's fp32 a token;
+        "step": of a step, over data x context, the report's ten sums and a minimum in fp64. Megatron adds the divisor
+        and the loss it prints, 12 bytes.
+    """
+    return {
+        "tensor": (4 + 16 + 8 * entropy) * tokens,
+        "context": (16 * samples + 4 * gathered) * (context > 1),
+        "step": 11 * 8,
+    }
+
+
+def _all_reduce(given: float, ranks: int) -> float:
+    return 2 * given * (ranks - 1) / ranks
+
+
+def _gather(whole: float, ranks: int) -> float:
+    """An all-gather or a reduce-scatter of so many bytes in all."""
+    return whole * (ranks - 1) / ranks
+
+
+def model(data: int) -> dict[str, float]:
+    """Bytes that a rank sends in a step for the model itself, by group."""
+    hidden = TOKENS // CONTEXT * HIDDEN * 2  # bf16, whole sequence of a context-parallel rank
+    stage_layers = LAYERS // PIPELINE
+    # A layer: two gathers and two reduce-scatters forward, the same backward, and two gathers again for the weights.
+    tensor = 10 * stage_layers * _gather(hidden, TENSOR) + 3 * _gather(hidden, TENSOR)  # and the output layer's three
+    keys_values = TOKENS // CONTEXT * KV_WIDTH // TENSOR * 2 * 2
+    context = 3 * stage_layers * (CONTEXT - 1) * keys_values  # forward; backward with their gradients
+    pipeline = 2 * CHUNKS * hidden / TENSOR
+    shard = PARAMETERS / TENSOR / PIPELINE
+    return {
+        "tensor": MICRO_BATCHES * tensor,
+        "context": MICRO_BATCHES * context,
+        "pipeline": MICRO_BATCHES * pipeline,
+        "data": _gather(4 * shard, data * CONTEXT) + _gather(2 * shard, data * CONTEXT),
+    }
+
+
+def main() -> None:
+    """Print a markdown table, a row a number of GPUs."""
+    print("| GPUs | data parallel | model: TP | CP | PP | DP | objective: TP | CP | DP x CP | share |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for gpus in (64, 512, 4096):
+        data = gpus // (TENSOR * PIPELINE * CONTEXT)
+        ours, theirs = objective(TOKENS // CONTEXT, SAMPLES + 1, CONTEXT), model(data)
+        sent = (
+            MICRO_BATCHES * _all_reduce(ours["tensor"], TENSOR),
+            MICRO_BATCHES * _all_reduce(ours["context"], CONTEXT),
+            _all_reduce(ours["step"], data * CONTEXT),
+        )
+        share = sum(sent) / sum(theirs.values())
+        cells = [f"{theirs[name] / 1e9:,.1f} GB" for name in ("tensor", "context", "pipeline", "data")]
+        print(
+            f"| {gpus:,} | {data} | {' | '.join(cells)} | {sent[0] / 1e6:.1f} MB | {sent[1] / 1e3:.1f} kB | "
+            f"{sent[2]:.0f} B | {share:.1e} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

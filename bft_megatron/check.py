@@ -1,0 +1,226 @@
+"""One rank of `bft-megatron check`: real rows through the recipe's own layout, held to what transformers makes of them.
+
+Rank 0 runs transformers, on the CPU in fp32, and leaves its numbers in a file for the others. Then all ranks run the
+training step's own forward pass, and each compares what it holds of every layer's output: no activation is gathered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from bft_megatron.announce import layout
+from bft_megatron.build import build
+from bft_megatron.data.dataset import validation_rows
+from bft_megatron.hf import reference
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.reference import Row
+from bft_megatron.metrics import Meter
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+from bft_megatron.rows import RunRows
+from bft_megatron.step import Batch, Step
+
+ALLOWED = 1e-4
+"""Of the largest element of a layer's output, and of a loss: many times what fp32's rounding makes of deep models."""
+
+ROUNDING = 3
+"""In bf16: so many times what rounding to bf16 makes of transformers' own numbers."""
+
+
+def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, console: TextIO) -> bool:
+    """Compare, and say on the last rank what was found -> whether all is as it should be, the same on every rank.
+
+    Windows are those of one process (`objective.cp_windows: exact`), since transformers has no other.
+
+    Raises:
+        UserError, FieldError: as `build`.
+    """
+    recipe = replace(recipe, objective=replace(recipe.objective, cp_windows="exact"))
+    file = RunFolder.of(recipe).root / "check.safetensors"
+    step = Step(recipe.objective, config.vocab_size, Meter())
+    batches = _batches(recipe, rows)
+    first = os.environ["RANK"] == "0"
+    try:
+        if first:  # before Megatron's model takes its memory; the others wait where the group is formed
+            _write_reference(file, batches, recipe, config, model_folder, step)
+        chunks = build(recipe, config, model_folder)
+        dist.barrier()
+        watch = Watch(file, config, step)
+        _forward(watch, chunks, batches, recipe)
+        good = watch.verdict(recipe, console)
+    finally:
+        if first:
+            file.unlink(missing_ok=True)
+    dist.destroy_process_group()
+    return good
+
+
+def _batches(recipe: Recipe, rows: RunRows) -> list[Row]:
+    """The first rows as micro-batches, the same on every data-parallel rank: two, or what the schedule needs."""
+    b, count = recipe.train.micro_batch_size, 2
+    if recipe.parallel.virtual_pipeline > 1:
+        count = max(count, recipe.parallel.pipeline)
+    dataset = validation_rows(rows.train, batch=count * b)
+    return [default_collate([dataset[i + k] for k in range(b)]) for i in range(0, count * b, b)]
+
+
+def _write_reference(
+    file: Path, batches: list[Row], recipe: Recipe, config: ModelConfig, model_folder: Path, step: Step
+) -> None:
+    rows = [{k: x[i] for k, x in batch.items()} for batch in batches for i in range(len(batch["row"]))]
+    rows = [row for row in rows if row["row"] >= 0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = reference.load(model_folder, config, pretrained=recipe.init == "pretrained", seed=recipe.train.seed)
+    exact = reference.compute(model, rows, step.objective)
+    allowed = torch.full((config.layers + 3,), ALLOWED)
+    losses = torch.tensor([exact.lm_loss, exact.loss], dtype=torch.float64)
+    margin = ALLOWED * losses.abs()
+    if recipe.train.precision == "bf16":
+        rounded = reference.compute(model.bfloat16(), rows, step.objective)
+        allowed = (ROUNDING * exact.error(rounded)).clamp(min=2**-8)
+        off = (losses - torch.tensor([rounded.lm_loss, rounded.loss], dtype=torch.float64)).abs()
+        margin = torch.maximum(ROUNDING * off, 2**-6 * losses.abs())
+    tensors = {f"{r}.{i}": x for r, row in enumerate(exact.outputs) for i, x in enumerate(row)}
+    tensors |= {"scale": exact.scale(), "allowed": allowed, "losses": losses, "margin": margin}
+    save_file(tensors, file, {"tokens": str(exact.tokens), "rows": str(len(rows))})
+    torch.set_num_threads(threads)
+
+
+class Watch:
+    """Compares what passes through this rank's part of the model with the reference.
+
+    Args:
+        file: the reference's.
+        config: of the model.
+        step: whose forward pass it is.
+    """
+
+    def __init__(self, file: Path, config: ModelConfig, step: Step) -> None:
+        self.step, self.stages = step, reference.stages(config.layers)
+        self.vocab_size = config.vocab_size
+        self._file = safe_open(file, "pt")
+        self.scale = self._file.get_tensor("scale")
+        self.error = torch.zeros(len(self.stages), device="cuda")
+        """[stages]: the largest difference so far, by the reference's largest element."""
+
+    def install(self, chunks: list[Any]) -> None:
+        """Listen to every layer of this rank's chunks."""
+        for chunk in chunks:
+            if chunk.pre_process:
+                chunk.embedding.register_forward_hook(partial(self._hear, chunk, 0))
+            for layer in chunk.decoder.layers:
+                layer.register_forward_hook(partial(self._hear, chunk, layer.layer_number))
+            if chunk.post_process:
+                chunk.decoder.final_layernorm.register_forward_hook(partial(self._hear, chunk, len(self.stages) - 2))
+
+    def forward(self, rows: Iterator[Row], chunk: Any) -> Any:
+        """Megatron's `forward_step_func`: the training step's, with its rows noted."""
+        item = next(rows)
+        self._batch = Batch(**item)
+        return self.step.forward(iter([item]), chunk)
+
+    @torch.no_grad()
+    def _hear(self, chunk: Any, stage: int, _: Any, __: Any, output: Any) -> None:
+        """output [s/cp (/tp under sequence parallelism), b, h]; the logits are computed from the last one, over TP."""
+        hidden, groups = output[0] if isinstance(output, tuple) else output, chunk.pg_collection
+        positions = self._batch.rows("exact").positions.view(len(self._batch.tokens), -1).t()  # [s/cp, b]
+        own = positions.chunk(groups.tp.size())[groups.tp.rank()] if chunk.config.sequence_parallel else positions
+        self._compare(stage, hidden, own)
+        if stage == len(self.stages) - 2:
+            weight = chunk.shared_embedding_or_output_weight() if chunk.share_embeddings_and_output_weights else None
+            logits, _ = chunk.output_layer(hidden, weight=weight)  # [s/cp, b, v/tp]
+            first = groups.tp.rank() * logits.shape[-1]
+            self._compare(stage + 1, logits[..., : max(self.vocab_size - first, 0)], positions, first)
+
+    def _compare(self, stage: int, x: Tensor, positions: Tensor, first: int = 0) -> None:
+        """x [n, b, w], at the positions [n, b] of the flattened rows, against the reference's columns from `first`."""
+        s = self._batch.tokens.shape[1]
+        edges, counted = self._batch.edges, self._batch.counted
+        real = torch.repeat_interleave(counted, edges.diff())  # [b * s], where a sample is
+        for k, row in enumerate(self._batch.row.tolist()):
+            if row < 0:
+                continue
+            at = positions[:, k]
+            expected = self._file.get_slice(f"{row}.{stage}")[:, first : first + x.shape[-1]][at - k * s]
+            difference = (x[:, k].float() - expected.to(x.device))[real[at].to(x.device)].abs()
+            if difference.numel():
+                worst = difference.max().nan_to_num(torch.inf) / self.scale[stage]
+                self.error[stage] = torch.maximum(self.error[stage], worst)
+
+    def verdict(self, recipe: Recipe, console: TextIO) -> bool:
+        """Put all ranks' findings together; the last one, which has the losses, prints them. Collective over all.
+
+        Returns:
+            Whether every layer's output, the logits and both losses are within what is allowed.
+        """
+        from megatron.core import parallel_state
+
+        dist.all_reduce(self.error, op=dist.ReduceOp.MAX)
+        self.step.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        report, box = self.step.meter.totals.report(), [False]
+        if dist.get_rank() == dist.get_world_size() - 1:
+            box = [self._say(report, recipe, Console(file=console, width=100))]
+        dist.broadcast_object_list(box, src=dist.get_world_size() - 1)
+        return box[0]
+
+    def _say(self, report: dict[str, float], recipe: Recipe, console: Console) -> bool:
+        allowed, error = self._file.get_tensor("allowed"), self.error.cpu()
+        expected, margin = self._file.get_tensor("losses").tolist(), self._file.get_tensor("margin").tolist()
+        found = [report["lm_loss"], report["loss"]]
+        about = self._file.metadata()
+        console.print(
+            f"{about['rows']} rows, {about['tokens']} supervised tokens, {recipe.train.precision}, "
+            f"{layout(recipe, dist.get_world_size())}"
+        )
+        table = Table("", "transformers", "this layout", "difference", "allowed")
+        names = ("lm loss", f"{recipe.objective.name} loss")
+        off = [abs(x - y) for x, y in zip(expected, found, strict=True)]
+        for name, *numbers in zip(names, expected, found, off, margin, strict=True):
+            table.add_row(name, f"{numbers[0]:.7g}", f"{numbers[1]:.7g}", f"{numbers[2]:.1e}", f"{numbers[3]:.1e}")
+        widest = int((error / allowed)[:-1].argmax())
+        for name, stage in (("logits", len(error) - 1), (f"{self.stages[widest]}, of all the farthest off", widest)):
+            size = float(self.scale[stage])
+            largest = f"at most {size:.4g}"
+            table.add_row(name, largest, "", f"{error[stage] * size:.1e}", f"{allowed[stage] * size:.1e}")
+        console.print(table)
+        differing = [i for i in range(len(error)) if not error[i] <= allowed[i]]
+        if differing:
+            console.print(f"[red]red[/]: the first that differs from transformers is the {self.stages[differing[0]]}")
+        elif not all(x <= y for x, y in zip(off, margin, strict=True)):
+            console.print("[red]red[/]: every layer is as in transformers, the losses are not")
+        else:
+            console.print("[green]green[/]")
+            return True
+        return False
+
+
+def _forward(watch: Watch, chunks: list[Any], batches: list[Row], recipe: Recipe) -> None:
+    """One forward pass through Megatron's own schedule."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.utils import unwrap_model
+
+    watch.install([chunk.eval() for chunk in unwrap_model(chunks)])
+    get_forward_backward_func()(
+        forward_step_func=watch.forward,
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(batches),
+        seq_length=recipe.data.seq_length,
+        micro_batch_size=recipe.train.micro_batch_size,
+        forward_only=True,
+    )

@@ -1,0 +1,33 @@
+"""One rank of `bft-megatron convert`: the recipe's model as a Megatron checkpoint of weights alone, a `release`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TextIO
+
+import torch.distributed as dist
+
+from bft_megatron import checkpoint
+from bft_megatron.build import build
+from bft_megatron.checkpoint.integrity import seal
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+
+
+def run(recipe: Recipe, config: ModelConfig, model_folder: Path, console: TextIO) -> None:
+    """Load the weights into the recipe's layout and save them, where stock Megatron-LM's `--load` finds them too.
+
+    Raises:
+        UserError, FieldError: as `build`.
+    """
+    checkpoint.without_helper_process()
+    chunks = build(recipe, config, model_folder, ["--no-save-optim", "--no-save-rng"])
+    from megatron.training.checkpointing import save_checkpoint
+
+    save_checkpoint(0, chunks, None, None, 0, release=True)
+    if dist.get_rank() == 0:
+        folder = RunFolder.of(recipe)
+        seal(folder.converted)
+        print(f"wrote {folder.converted}", file=console, flush=True)
+    dist.destroy_process_group()

@@ -1,0 +1,198 @@
+"""One row as it will be trained: the text of its samples, and which of it is learned. The page of it is in `page`.
+
+The text is decoded from the row's own token ids, span by span, and never taken from the source: what is shown is what
+the model reads.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+from datasets import Dataset as Table
+from rich.console import Console
+from rich.text import Text
+
+from bft_megatron.data.blend import Blend
+from bft_megatron.data.packing import padded
+from bft_megatron.data.tokenizers import ChatTokenizer
+from bft_megatron.errors import UserError
+
+_COLUMNS = ("tokens", "learned", "weight", "file", "line")
+_BROKEN = "\ufffd"  # in place of bytes that are no character
+_HARMLESS = "\n\t\u200c\u200d"  # the last two join and part the letters and emoji round them
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens of a sample that are alike.
+
+    Attributes:
+        text: as decoded; bytes that are no whole character are shown as U+FFFD.
+        tokens: how many.
+        learned: whether they are labels.
+        control: whether they are control tokens, not text that spells one.
+    """
+
+    text: str
+    tokens: int
+    learned: bool
+    control: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample in its row.
+
+    Attributes:
+        where: its file, and the line or the row there.
+        weight: its weight in the data.
+        start: its first place in the row.
+        tokens: its places, padding not among them; the last label is one token more.
+        supervised: its labels that are learned.
+        padding: places after it that hold no token.
+        spans: its text.
+    """
+
+    where: str
+    weight: float
+    start: int
+    tokens: int
+    supervised: int
+    padding: int
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row.
+
+    Attributes:
+        number: from 0, counted through the sources.
+        rows: of all sources.
+        source: its source's name.
+        places: tokens of a row.
+        samples: in their order in the row.
+    """
+
+    number: int
+    rows: int
+    source: str
+    places: int
+    samples: list[Sample]
+
+    def summary(self) -> str:
+        """What the row holds, in a line."""
+        tokens = sum(sample.tokens for sample in self.samples)
+        supervised = sum(sample.supervised for sample in self.samples)
+        return (
+            f"row {self.number} (of 0 to {self.rows - 1}), from {self.source}: {_count(len(self.samples), 'sample')}, "
+            f"{tokens:,} of {self.places:,} places full ({tokens / self.places:.1%}), {supervised:,} labels learned "
+            f"({supervised / tokens:.1%})"
+        )
+
+
+def read(blend: Blend, files: list[tuple[str, ...]], tokenizer: ChatTokenizer, number: int) -> Row:
+    """A row of prepared sources.
+
+    Args:
+        files: those of each source.
+        tokenizer: that they were prepared with.
+        number: from 0, counted through the sources.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    rows = sum(blend.sizes)
+    if not 0 <= number < rows:
+        raise UserError(f"there are the rows 0 to {rows - 1}", f"--row {number}")
+    source, within = blend.find(number)
+    folder = blend.parts[source].prepared.folder
+    members = Table.from_file(str(folder / "rows.arrow"))[within]["samples"]
+    columns = Table.from_file(str(folder / "samples.arrow")).with_format("numpy")[members]
+    samples, start = [], 0
+    for ids, learned, weight, file, line in zip(*(columns[name] for name in _COLUMNS), strict=True):
+        tokens = len(ids) - 1
+        size = padded(tokens, blend.pad_multiple) if blend.packing else blend.seq_length
+        labels = np.append(False, learned[1:])  # the first token is no token's label
+        spans = decode(ids.tolist(), labels.tolist(), tokenizer)
+        where = f"{files[source][file]}:{line}"
+        samples.append(Sample(where, float(weight), start, tokens, int(labels.sum()), size - tokens, spans))
+        start += size
+    return Row(number, rows, blend.parts[source].name, blend.seq_length, samples)
+
+
+def decode(ids: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> list[Span]:
+    """A sample's tokens as text in spans; joined, the spans are the text of the whole.
+
+    Spans decoded one by one would lose a character whose bytes lie in two of them (it is shown in the second), and with
+    some tokenizers the space before each. So a span is decoded with those before it, back to the last but one that
+    began with a character, and is what the text gains.
+    """
+    control = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    kinds = [(is_learned, token in control) for token, is_learned in zip(ids, learned, strict=True)]
+    spans: list[Span] = []
+    start = window = shown = 0  # the text from `window` on is decoded, of whose characters `shown` are in spans
+    begins_whole = True
+    for (is_learned, is_control), group in groupby(kinds):
+        end = start + len(list(group))
+        text = tokenizer.backend.decode(ids[window:end], skip_special_tokens=False)
+        ends_whole = end == len(ids) or not text.endswith(_BROKEN)
+        text = text if ends_whole else text.rstrip(_BROKEN)
+        spans.append(Span(text[shown:], end - start, is_learned, is_control))
+        if begins_whole and ends_whole:
+            window, text = start, tokenizer.backend.decode(ids[start:end], skip_special_tokens=False)
+        shown = len(text) if ends_whole else max(shown, len(text))
+        start, begins_whole = end, ends_whole
+    return spans
+
+
+def visible(text: str) -> str:
+    """Text with control and format characters spelled out, so that a terminal or a browser shows, not obeys, them."""
+    return "".join(c if c in _HARMLESS or unicodedata.category(c) not in ("Cc", "Cf") else _spelled(c) for c in text)
+
+
+def print_row(row: Row, console: Console) -> None:
+    """The row for a terminal: what is learned in green, the rest dim; between ⟦ and ⟧ where there are no colours."""
+    bare = console.color_system is None or console.no_color
+    legend = [("learned", True, False), (" not learned ", False, False), ("control token", False, True)]
+    console.print(row.summary(), soft_wrap=True, highlight=False)
+    console.print(_coloured([Span(text, 0, learned, control) for text, learned, control in legend], bare))
+    for sample in row.samples:
+        console.print(f"\n── {heading(sample)}", style="bold", soft_wrap=True, highlight=False, markup=False)
+        console.print(_coloured(sample.spans, bare), soft_wrap=True)
+    left = row.places - sum(sample.tokens + sample.padding for sample in row.samples)
+    if left:
+        console.print(f"\n── {left:,} places empty", style="bold", highlight=False)
+
+
+def heading(sample: Sample) -> str:
+    """Where a sample is from and what it counts, in a line."""
+    padding = f", {sample.padding:,} of padding" if sample.padding else ""
+    return (
+        f"{sample.where}, places {sample.start:,} to {sample.start + sample.tokens - 1:,}: "
+        f"{_count(sample.tokens, 'token')}, {sample.supervised:,} learned{padding}, weight {sample.weight:g}"
+    )
+
+
+def _coloured(spans: list[Span], bare: bool) -> Text:
+    text = Text()
+    for learned, group in groupby(spans, lambda span: span.learned):
+        text.append("⟦" if bare and learned else "")
+        for span in group:
+            style = "bold green" if learned else "dim"
+            text.append(visible(span.text), f"{style} underline" if span.control else style)
+        text.append("⟧" if bare and learned else "")
+    return text
+
+
+def _spelled(character: str) -> str:
+    """ESC as ␛, U+202E as <U+202E>."""
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else f"<U+{code:04X}>"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"

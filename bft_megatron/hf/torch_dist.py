@@ -1,0 +1,189 @@
+"""Megatron's torch_dist checkpoints, read by their own index: any rows of any parameter, whatever layout wrote them.
+
+No process group, no model, one tensor in memory. Nothing that a checkpoint holds is run: its index is a pickle, of
+which only the classes that an index is made of are taken; torch reads its records as tensors alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from bft_megatron.errors import UserError
+from bft_megatron.hf import hub
+from bft_megatron.hf.record import crc_fault
+from bft_megatron.hf.weights import Weight, part
+
+_BROKEN = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)
+"""What torch raises on a damaged file of a checkpoint."""
+
+
+class Checkpoint:
+    """Reads rows of parameters from a torch_dist checkpoint, whatever layout wrote it.
+
+    Megatron stores a parameter of all layers as one tensor with a leading layer dimension
+    (`decoder.layers.mlp.linear_fc1.weight`), or, where layers differ from each other, one by one
+    (`decoder.layers.7.mlp.linear_fc1.weight`). Either is read slice by slice; torch then loads the stored chunks that
+    the slice touches, one at a time: a layer's part of one tensor-parallel rank.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._reader, self._whole = FileSystemReader(folder), set[tuple[str, int, int]]()
+        try:
+            self._metadata = _read_index(folder / ".metadata")
+        except _BROKEN as e:
+            raise UserError(f"not a whole checkpoint, cannot read its .metadata: {e}", str(folder)) from e
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @property
+    def identity(self) -> str:
+        """Another one wherever another checkpoint was saved, under the same name too."""
+        index = self.folder / ".metadata"
+        return f"{index.absolute()} {index.stat().st_size} {index.stat().st_mtime_ns}"
+
+    def dtype(self, weight: Weight) -> torch.dtype:
+        return self._find(weight)[1].properties.dtype
+
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        """Of the whole parameter, over all TP ranks; the vocabulary with Megatron's padding."""
+        key, stored = self._find(weight)
+        return tuple(stored.size)[1:] if self._stacked(weight, key) else tuple(stored.size)
+
+    def read(self, weight: Weight, first: int, rows: int) -> Tensor:
+        """Rows first to first + rows of the whole parameter.
+
+        Raises:
+            UserError: a file of the checkpoint is missing or broken, or a part of the tensor in none of them.
+        """
+        key, stored = self._find(weight)
+        lead = [weight.layer] if self._stacked(weight, key) else []
+        size = [rows, *self.shape(weight)[1:]]
+        offsets = [*lead, first, *(0 for _ in size[1:])]
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size([1] * len(lead) + size))
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        out = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
+        if sum(torch.Size(item.lengths).numel() for item in items) != out.numel():
+            raise UserError(f"a part of {weight.path} is missing", str(self.folder))
+        try:
+            self._check(items)
+            self._reader.read_data(LoadPlan(items), _Into(out)).wait()
+        except _BROKEN as e:
+            raise UserError(f"cannot read {weight.path}, a file is missing or broken: {e}", str(self.folder)) from e
+        return out.view(size)
+
+    def _check(self, items: list[ReadItem]) -> None:
+        """Raise ValueError where a record that is about to be read for the first time does not match its CRC-32."""
+        places = (self._reader.storage_data[item.storage_index] for item in items)
+        for file, *record in {(p.relative_path, p.offset, p.length) for p in places} - self._whole:
+            if fault := crc_fault(self.folder / file, *record):
+                raise ValueError(fault)
+            self._whole.add((file, *record))
+
+    def read_tensor(self, weight: Weight, index: int) -> Tensor:
+        """The Hugging Face tensor number `index` of a parameter. Raises UserError as `read`."""
+        rows = [t.shape[0] for t in weight.tensors]
+        if weight.blocks == 1:  # its rows lie together; the vocabulary's padding is left behind
+            return self.read(weight, sum(rows[:index]), rows[index])
+        return part(weight, index, self.read(weight, 0, sum(rows)))
+
+    def check_shape(self, weight: Weight) -> None:
+        """Raise a UserError where the checkpoint's parameter is not the size that config.json says."""
+        rows = sum(t.shape[0] for t in weight.tensors)
+        shape, needed = self.shape(weight), (rows, *weight.tensors[0].shape[1:])
+        fits = shape[0] >= rows and shape[1:] == needed[1:] if weight.padded else shape == needed
+        if not fits:
+            raise UserError(f"{weight.path} is {shape} in the checkpoint, {needed} by config.json", str(self.folder))
+
+    def _find(self, weight: Weight) -> tuple[str, TensorStorageMetadata]:
+        stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
+        for key in (stacked, weight.path):
+            stored = self._metadata.state_dict_metadata.get(key)
+            if isinstance(stored, TensorStorageMetadata):
+                return key, stored
+        raise UserError(f"has no {weight.path}: it is a checkpoint of another model", str(self.folder))
+
+    def _stacked(self, weight: Weight, key: str) -> bool:
+        return weight.layer is not None and key != weight.path
+
+
+class _Into:
+    """The smallest of torch's load planners: every piece that was read lands in one tensor."""
+
+    def __init__(self, out: Tensor) -> None:
+        self._out = out
+
+    def resolve_tensor(self, item: ReadItem) -> Tensor:
+        return self._out[tuple(slice(o, o + n) for o, n in zip(item.dest_offsets, item.lengths, strict=True))]
+
+    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def newest_checkpoint(checkpoints: Path, iteration: int | None = None) -> Checkpoint:
+    """The newest checkpoint of a folder of them (`release`, of weights alone, may be it), or that of an iteration.
+
+    Raises:
+        UserError: there is none, or it was never finished.
+    """
+    name = _newest(checkpoints) if iteration is None else str(iteration)
+    folder = checkpoints / (f"iter_{int(name):07d}" if name.isdigit() else name)
+    if not (folder / "metadata.json").exists():  # Megatron writes it last
+        raise UserError("no such checkpoint, or one that was never finished", str(folder))
+    return Checkpoint(folder)
+
+
+def _newest(checkpoints: Path) -> str:
+    """What Megatron's tracker file says: a number, or `release`."""
+    tracker = checkpoints / hub.TRACKER
+    try:
+        name = tracker.read_text().strip()
+    except OSError:
+        raise UserError("holds no checkpoint", str(checkpoints)) from None
+    if not name.isdigit() and name != "release":
+        raise UserError("should hold the number of the newest checkpoint", str(tracker))
+    return name
+
+
+_INDEX = {
+    "torch": {"Size", "device", *(n for n, x in vars(torch).items() if isinstance(x, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "collections": {"OrderedDict"},
+}
+"""What an index is made of, by module."""
+
+
+class _Index(pickle.Unpickler):
+    """Unpickles nothing but an index."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _INDEX.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into an index of tensors")
+        return super().find_class(module, name)
+
+
+def _read_index(path: Path) -> Metadata:
+    with path.open("rb") as file:
+        metadata = _Index(file).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError("not an index of tensors")
+    return metadata

@@ -1,0 +1,96 @@
+"""A LLaMA-Factory config, YAML or JSON: values of the type that a field has there, every fault with file and line."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from bft_megatron.errors import UserError
+from bft_megatron.recipe import YamlFile
+
+
+class Config:
+    """The fields of a config.
+
+    Attributes:
+        path: the file.
+        asked: the fields that have been asked for.
+
+    Raises:
+        UserError: a file that cannot be read, or is no mapping of fields.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"cannot read the config: {getattr(e, 'strerror', e)}", str(path)) from None
+        self._file = YamlFile(path, text.expandtabs() if path.suffix == ".json" else text)  # JSON is YAML but for tabs
+        self.path = path
+        self.asked: set[str] = set()
+        self._values = {str(name): value for name, value in OmegaConf.to_container(self._file.tree).items()}
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that have a value, in the file's order."""
+        return [name for name, value in self._values.items() if value is not None]
+
+    def given(self, name: str) -> bool:
+        """Whether the file gives a field a value."""
+        return self._values.get(name) is not None
+
+    def raw(self, name: str) -> Any:
+        """A field's value as it stands, None where it has none."""
+        self.asked.add(name)
+        return self._values.get(name)
+
+    def number(self, name: str, default: float, least: float = 0.0) -> float:
+        """A number that is finite and not below `least`; UserError else."""
+        value = self.raw(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(name, f"must be a number, not {value!r}")
+        if value < least:
+            raise self.wrong(name, f"must not be below {least:g}, as {value} is")
+        return value
+
+    def integer(self, name: str, default: int, least: int = 1) -> int:
+        """A whole number, not below `least`; UserError else."""
+        value = self.number(name, default, least)
+        if value != int(value):
+            raise self.wrong(name, f"must be a whole number, not {value}")
+        return int(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """true or false; UserError else."""
+        value = self.raw(name)
+        if not isinstance(value, bool | None):
+            raise self.wrong(name, f"must be true or false, not {value!r}")
+        return default if value is None else value
+
+    def text(self, name: str, default: str = "") -> str:
+        """Text; UserError else."""
+        value = self.raw(name)
+        if not isinstance(value, str | None):
+            raise self.wrong(name, f"must be text, not {value!r}")
+        return default if value is None else value
+
+    def texts(self, name: str) -> list[str]:
+        """A list, or names with commas between them, none where the field has no value; UserError else."""
+        value = self.raw(name)
+        items = value.split(",") if isinstance(value, str) else value or []
+        if not isinstance(items, list) or not all(isinstance(item, str) and item.strip() for item in items):
+            raise self.wrong(name, f"must be names with commas between them, not {value!r}")
+        return [item.strip() for item in items]
+
+    def where(self, name: str) -> str:
+        """file:line: field."""
+        return self._file.where(name)
+
+    def wrong(self, name: str, message: str) -> UserError:
+        """An error about a field."""
+        return UserError(message, self.where(name))

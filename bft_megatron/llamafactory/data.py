@@ -1,0 +1,133 @@
+"""The data sets, and how their conversations become rows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from bft_megatron.data import sources
+from bft_megatron.data.packing import padded
+from bft_megatron.errors import FieldError
+from bft_megatron.llamafactory.conversion import Conversion
+from bft_megatron.llamafactory.layout import context_size, tensor_size
+from bft_megatron.recipe_sources import source_settings
+
+
+def carry(to: Conversion) -> None:
+    """`dataset`, `eval_dataset`, `max_samples`, `val_size`, `template`, `cutoff_len`, packing and what is masked."""
+    config = to.config
+    _carry_sources(to)
+    if config.text("mix_strategy", "concat") != "concat":
+        to.lose("mix_strategy", "an epoch takes each source `weight` times, 1 here: set it in data.train")
+    if template := config.text("template"):
+        to.show("template", f"template {template}", "the model's own chat template")
+    _carry_rows(to)
+    _carry_masks(to)
+
+
+def _carry_sources(to: Conversion) -> None:
+    config = to.config
+    train, held_out = _sources(to, "dataset"), []
+    limit = f", max_samples {config.integer('max_samples', 1)} of each" if config.given("max_samples") else ""
+    counts = [_count(source) for source in train]
+    share = config.number("val_size", 0.0)
+    if share and None in counts:
+        to.lose("val_size", "the data are not here to be counted: give data.valid, or `rows` of each source")
+    elif share:
+        if config.given("eval_dataset"):
+            raise config.wrong("val_size", "and eval_dataset both name held-out data: give one of them")
+        held_out = [_split(to, source, count, sum(counts)) for source, count in zip(train, counts, strict=True)]
+        counts = [int(source["rows"].removeprefix(":")) for source in train]
+    to.samples = None if None in counts else sum(counts)
+    to.carry("data", f"dataset {','.join(config.texts('dataset'))}{limit}", "data.train", train, _listed(train))
+    if config.given("eval_dataset"):
+        held_out = _sources(to, "eval_dataset")
+        names = ",".join(config.texts("eval_dataset"))
+        to.carry("held-out data", f"eval_dataset {names}{limit}", "data.valid", held_out, _listed(held_out))
+    elif held_out:
+        to.carry(
+            "held-out data", f"val_size {share:g}, drawn", "data.valid", held_out, f"the last: {_listed(held_out)}"
+        )
+
+
+def _split(to: Conversion, source: dict[str, Any], count: int, total: int) -> dict[str, Any]:
+    """Cut the held-out rows, the last, off a source; returns the source of these.
+
+    `val_size` is their share of all rows, or from 1 on their number.
+    """
+    share = to.config.number("val_size", 0.0)
+    edge = count - math.ceil(count * (share if share < 1 else share / total))
+    if edge < 1:
+        raise to.config.wrong("val_size", f"leaves none of the {count} rows of {_listed([source])} to train on")
+    held_out = source | {"rows": f"{edge}:{count}"}
+    source["rows"] = f":{edge}"
+    return held_out
+
+
+def _count(source: dict[str, Any]) -> int | None:
+    """Rows of a source that are taken; None where it is not here."""
+    (settings,) = source_settings([source], "data.train")
+    try:
+        return sum(1 for chunk in sources.open_source(settings).chunks() for _ in chunk)
+    except FieldError:
+        return None
+
+
+def _listed(items: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{item.get('name', item['path'])}{_rows(item)}" for item in items)
+
+
+def _rows(item: dict[str, Any]) -> str:
+    return f" (rows {item['rows']})" if "rows" in item else ""
+
+
+def _carry_rows(to: Conversion) -> None:
+    config = to.config
+    neat = any([config.flag(name) for name in ("neat_packing", "use_packed_sequences", "sequence_packing")])
+    packing = config.flag("packing") or neat
+    theirs = "packing" if packing else "no packing"
+    ours = (
+        "many samples a row" if packing else "a sample a row; `true` is faster, its batches count rows of many samples"
+    )
+    if packing and not neat:
+        theirs += ", samples of a row see each other"
+        ours += ", none of which sees another"
+    to.carry("packing", theirs, "data.packing", packing, f"data.packing {str(packing).lower()}: {ours}")
+    length = config.integer("cutoff_len", 2048)
+    to.carry("tokens of a row", f"cutoff_len {length}", "data.seq_length", _divisible(to, length))
+    to.carry("longer samples", "cut off", "data.overlong", "truncate")
+
+
+def _divisible(to: Conversion, length: int) -> int:
+    """What context and sequence parallelism can cut: the next multiple of their parts."""
+    context = context_size(to.config)
+    return padded(length, (2 * context if context > 1 else 1) * tensor_size(to.config))
+
+
+def _carry_masks(to: Conversion) -> None:
+    config = to.config
+    if config.flag("train_on_prompt"):
+        to.carry("learned", "train_on_prompt", "data.supervise", "all")
+    elif config.flag("mask_history"):
+        to.carry("learned", "mask_history", "data.supervise", "last")
+    else:
+        to.show("learned", "every answer", "data.supervise assistant, the default")
+
+
+def _sources(to: Conversion, field: str) -> list[dict[str, Any]]:
+    """The items of a `data` field: entries of `dataset_dir`'s dataset_info.json, or data sets of the hub's cache."""
+    config = to.config
+    folder = config.raw("dataset_dir") or "data"
+    if not isinstance(folder, str):
+        raise config.wrong("dataset_dir", "must be the folder of a dataset_info.json")
+    if folder.startswith("REMOTE:"):
+        raise config.wrong("dataset_dir", "lies on the hub: download it, and name its folder here")
+    names = config.texts(field)
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise config.wrong(field, f"names {twice[0]} twice; give it once, and a `weight` of 2 in the recipe")
+    rows = {"rows": f":{config.integer('max_samples', 1)}"} if config.given("max_samples") else {}
+    if folder == "ONLINE":
+        return [{"path": name} | rows for name in names]
+    info = str(Path(folder) / "dataset_info.json")
+    return [{"path": info, "name": name} | rows for name in names]

@@ -1,0 +1,190 @@
+"""The parallel layout of LLaMA-Factory's two Megatron backends, what DeepSpeed and FSDP do in its place, recomputation
+and precision."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bft_megatron.errors import UserError
+from bft_megatron.llamafactory.config import Config
+from bft_megatron.llamafactory.conversion import Conversion
+
+_SIZES = {
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
+    "context_parallel_size": "parallel.context",
+}
+
+# Of both backends; each is one of Megatron's own flags.
+_FLAGS = (
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "pipeline_model_parallel_layout",
+    "overlap_param_gather",
+    "overlap_grad_reduce",
+    "optimizer_cpu_offload",
+    "optimizer_offload_fraction",
+)
+_RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules")
+_EVERY_LAYER = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
+_MIXED_PRECISION = {"bf16_mixed": "bf16", "bf16-mixed": "bf16", "32": "fp32", "fp32": "fp32"}
+
+
+def model_parallel_size(config: Config) -> int:
+    """GPUs that hold the model once."""
+    return tensor_size(config) * config.integer("pipeline_model_parallel_size", 1) * context_size(config)
+
+
+def tensor_size(config: Config) -> int:
+    """Tensor-parallel size, of a Megatron backend or of the DeepSpeed file."""
+    return max(config.integer("tensor_model_parallel_size", 1), _autotp(config))
+
+
+def context_size(config: Config) -> int:
+    """Context-parallel size, of a Megatron backend or of HyperParallel."""
+    return max(config.integer("context_parallel_size", 1), config.integer("hyper_parallel_cp_size", 1))
+
+
+def on_megatron(config: Config) -> bool:
+    """Whether the config is one for LLaMA-Factory's Megatron backends, as their fields or the environment say."""
+    switched = any(
+        os.environ.get(name, "").lower() in ("1", "true", "y") for name in ("USE_MCA", "USE_MEGATRON_BRIDGE")
+    )
+    return switched or any(config.given(name) for name in (*_SIZES, "use_mca", "use_megatron_bridge", *_RECOMPUTE))
+
+
+def deepspeed(config: Config) -> dict[str, Any]:
+    """The content of the DeepSpeed file; empty where there is none, or where it isn't here.
+
+    It is looked for from the current folder and from the folders that the config lies in.
+
+    Raises:
+        UserError: a file that is no JSON object.
+    """
+    value = config.raw("deepspeed")
+    if value is None or isinstance(value, dict):
+        return value or {}
+    path = _find(config.text("deepspeed"), config.path)
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as e:
+        raise UserError(f"not JSON: {e.msg}", f"{path}:{e.lineno}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the DeepSpeed file: {e}", str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("must be an object", str(path))
+    return content
+
+
+def carry(to: Conversion) -> None:
+    """Parallel sizes, sharding, recomputation and precision."""
+    _carry_sizes(to)
+    _carry_sharding(to)
+    _carry_flags(to)
+    _carry_recomputation(to)
+    _carry_precision(to)
+
+
+def _carry_sizes(to: Conversion) -> None:
+    config = to.config
+    for theirs, ours in _SIZES.items():
+        if (size := config.integer(theirs, 1)) > 1:
+            to.carry_field("layout", theirs, ours, size)
+    if (size := _autotp(config)) > 1:
+        to.carry("layout", f"autotp_size {size} of the DeepSpeed file", "parallel.tensor", size)
+    if (size := config.integer("hyper_parallel_cp_size", 1)) > 1:
+        to.carry("layout", f"hyper_parallel_cp_size {size}", "parallel.context", size)
+    tensor = to.fields.get("parallel.tensor", 1)
+    sequence = config.flag("sequence_parallel")
+    if tensor > 1 and config.given("sequence_parallel"):
+        to.carry("layout", f"sequence_parallel {str(sequence).lower()}", "parallel.sequence", sequence)
+    elif sequence:
+        to.lose("sequence_parallel", "it shards over tensor ranks, of which there is one")
+    experts = config.integer("expert_model_parallel_size", 1)
+    if experts > 1:
+        to.lose("expert_model_parallel_size", "there are no mixtures of experts here")
+
+
+def _carry_sharding(to: Conversion) -> None:
+    config = to.config
+    settings = deepspeed(config)
+    if config.given("deepspeed") and not settings:
+        to.lose("deepspeed", "is not here: its ZeRO stage, offloading and clipping are not known")
+    zero = _group(settings, "zero_optimization")
+    theirs = f"DeepSpeed ZeRO {zero['stage']}" if "stage" in zero else "FSDP" if config.raw("fsdp") else ""
+    if theirs:
+        ours = "the optimizer's state, over all GPUs"
+        if zero.get("stage") not in (0, 1):
+            ours += "; parallel.tensor and pipeline shard the weights: see `bft-megatron plan`"
+        to.show("sharding", theirs, ours)
+    if _group(zero, "offload_optimizer").get("device") in ("cpu", "nvme"):
+        for flag in ("optimizer-cpu-offload", "use-precision-aware-optimizer"):
+            to.carry("offloading", "offload_optimizer of the DeepSpeed file", f"megatron.{flag}", True)
+    if _group(zero, "offload_param").get("device") in ("cpu", "nvme"):
+        to.lose("deepspeed", "offload_param: weights stay on the GPUs here")
+    for name in ("optimizer", "scheduler"):
+        if name in settings:
+            to.lose("deepspeed", f"{name}: the recipe's own holds, AdamW and the schedule of the config")
+
+
+def _carry_flags(to: Conversion) -> None:
+    config = to.config
+    for name in _FLAGS:
+        if value := config.raw(name):
+            to.carry("Megatron", f"{name} {value}", f"megatron.{name.replace('_', '-')}", value)
+
+
+def _carry_recomputation(to: Conversion) -> None:
+    """On in its trainer unless disabled; in its Megatron backends as their own fields say."""
+    config = to.config
+    if on_megatron(config):
+        flags = {name.replace("_", "-"): config.raw(name) for name in _RECOMPUTE if config.raw(name)}
+        if flags.get("recompute-granularity") == "full":
+            flags = _EVERY_LAYER | flags
+        theirs = ", ".join(f"{name} {config.raw(name)}" for name in _RECOMPUTE if config.given(name))
+    else:
+        flags = {} if config.flag("disable_gradient_checkpointing") else _EVERY_LAYER
+        theirs = "gradient checkpointing of every layer, its default"
+    for flag, value in flags.items():
+        if isinstance(value, str) and flag == "recompute-modules":
+            value = value.split(",")
+        to.carry("recomputation", theirs, f"megatron.{flag}", value)
+        theirs = ""
+
+
+def _carry_precision(to: Conversion) -> None:
+    config = to.config
+    bf16, fp16, pure = config.flag("bf16"), config.flag("fp16"), config.flag("pure_bf16")
+    if config.given("mixed_precision"):
+        name = str(config.raw("mixed_precision"))
+        precision, theirs = _MIXED_PRECISION.get(name, "bf16"), f"mixed_precision {name}"
+        if name not in _MIXED_PRECISION:
+            to.lose("mixed_precision", "there are bf16 and fp32 here")
+    else:
+        precision = "bf16" if bf16 or fp16 or pure else "fp32"
+        theirs = "bf16" if bf16 or pure else "fp16" if fp16 else "neither bf16 nor fp16"
+    to.carry("precision", theirs, "train.precision", precision)
+    if fp16:
+        to.lose("fp16", "the recipe has bf16, whose range needs no loss scale")
+    if pure:
+        to.lose("pure_bf16", "master weights and Adam's moments are fp32 here")
+
+
+def _autotp(config: Config) -> int:
+    size = _group(deepspeed(config), "tensor_parallel").get("autotp_size", 1)
+    return size if isinstance(size, int) and size > 0 else 1
+
+
+def _group(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    return value if isinstance(value := settings.get(name), dict) else {}
+
+
+def _find(name: str, config: Path) -> Path | None:
+    places = [Path(), *config.absolute().parents]
+    return next((folder / name for folder in places if (folder / name).is_file()), None)

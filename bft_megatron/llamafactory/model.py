@@ -1,0 +1,38 @@
+"""The model and, of a LoRA run, its adapters."""
+
+from __future__ import annotations
+
+import math
+
+from bft_megatron.llamafactory.conversion import Conversion
+
+
+def carry(to: Conversion) -> None:
+    """`model_name_or_path`, where its weights come from, `output_dir`, and the lora_* fields."""
+    config = to.config
+    for matter, theirs, ours in (("model", "model_name_or_path", "model"), ("run's folder", "output_dir", "output")):
+        to.carry_field(matter, theirs, ours, config.text(theirs))
+    if config.flag("train_from_scratch"):
+        to.carry("weights", "train_from_scratch", "init", "random")
+    if config.text("finetuning_type", "lora") == "lora":
+        _carry_lora(to)
+
+
+def _carry_lora(to: Conversion) -> None:
+    config = to.config
+    rank = config.integer("lora_rank", 8)
+    alpha = config.number("lora_alpha", 2 * rank) or 2 * rank
+    to.carry("LoRA rank", f"lora_rank {rank}", "lora.rank", rank)
+    if config.flag("use_rslora"):
+        scaled = round(alpha * math.sqrt(rank), 6)
+        to.carry("LoRA scale", f"use_rslora: {alpha:g} / sqrt({rank})", "lora.alpha", scaled, f"{scaled:g} / {rank}")
+    else:
+        to.carry("LoRA scale", f"lora_alpha / lora_rank = {alpha:g} / {rank}", "lora.alpha", float(alpha))
+    to.carry_field("LoRA dropout", "lora_dropout", "lora.dropout", float(config.number("lora_dropout", 0.0)))
+    target = config.texts("lora_target") or ["all"]
+    to.carry("LoRA modules", f"lora_target {','.join(target)}", "lora.target", "all" if target == ["all"] else target)
+    adapters = config.texts("adapter_name_or_path")
+    if len(adapters) > 1 or (adapters and config.flag("create_new_adapter")):
+        to.lose("adapter_name_or_path", "merge these adapters into the model first, and name the merged one")
+    elif adapters:
+        to.carry("LoRA start", f"adapter_name_or_path {adapters[0]}", "lora.adapter", adapters[0])

@@ -1,0 +1,34 @@
+"""The objective, and what Balanced Fine-Tuning takes from the environment."""
+
+from __future__ import annotations
+
+import os
+
+from bft_megatron import defaults
+from bft_megatron.llamafactory.conversion import Conversion
+from bft_megatron.llamafactory.layout import on_megatron
+
+
+def carry(to: Conversion) -> None:
+    """`use_bft_loss` and `use_dft_loss`, the former of which wins; needs `data.packing` to be carried before."""
+    dft, bft = to.config.flag("use_dft_loss"), to.config.flag("use_bft_loss")
+    name = "bft" if bft else "dft" if dft else "sft"
+    theirs = f"use_{name}_loss" if name != "sft" else "cross entropy"
+    if name != "sft" and on_megatron(to.config):
+        theirs += " (which its Megatron backends ignore)"
+    to.carry("objective", theirs, "objective.name", name)
+    if not bft:
+        to.show("objective", "mean over supervised tokens", "mean over supervised tokens")
+        return
+    for variable, field, value in (
+        ("BFT_GROUP_SIZE", "objective.group_size", defaults.group_size()),
+        ("BFT_CONF_GAMMA", "objective.gamma", defaults.gamma()),
+    ):
+        if os.environ.get(variable, "").strip():
+            to.fields[field] = value
+        to.show("objective", f"{variable} {value:g}", f"{field} {value:g}")
+    to.show(
+        "objective", "mean over samples, added up over accumulated batches", "mean over samples of the global batch"
+    )
+    if to.fields["data.packing"]:
+        to.show("objective", "a packed row is one sample", "each conversation is a sample")

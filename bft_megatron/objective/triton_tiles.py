@@ -1,0 +1,128 @@
+"""The two passes over a part of the vocabulary of sums.py as Triton kernels, for GPUs: one program a row.
+
+No atomics, so the same bits every time; no product, which is cuBLAS's. Tested against sums.py through Triton's
+interpreter; never measured on a GPU, and so nobody's default.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bft_megatron.objective import sums as plain
+from bft_megatron.objective.sums import Kernels, Labels, Sums, no_sums
+
+_LOG2E = tl.constexpr(plain.LOG2E)
+_LOWEST = tl.constexpr(plain.LOWEST)
+LARGEST_BLOCK = 4096
+"""Columns that a program holds at a time."""
+
+
+@triton.jit
+def _sums_of_row(
+    X, HOLE, VALID, TOP, OTHERS, WEIGHTED, columns, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+) -> None:  # fmt: skip
+    """X [n, columns] -> TOP fp32, OTHERS and WEIGHTED fp64, [n], without column HOLE; rows that are not VALID: none."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(VALID + row) != 0:
+        hole = tl.load(HOLE + row)
+        top = tl.full((), _LOWEST, tl.float32)
+        shift = tl.ceil(top * _LOG2E)
+        others = tl.zeros((), tl.float64)
+        weighted = tl.zeros((), tl.float64)
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(X + row * stride + at, mask=at < columns, other=-float("inf")).to(tl.float32)
+            x = tl.where(at == hole, -float("inf"), x)
+            top = tl.maximum(top, tl.max(x, 0))
+            higher = tl.ceil(top * _LOG2E)
+            step = (shift - higher).to(tl.float64)
+            scale = tl.exp2(step)  # of an integer: exact
+            y = tl.fma(x, tl.full((BLOCK,), _LOG2E, tl.float32), -higher)
+            e = tl.exp2(y)
+            if ENTROPY:
+                here = tl.sum(tl.where(e > 0, y * e, 0.0), 0).to(tl.float64)
+                weighted = scale * (weighted + tl.where(others > 0, step * others, 0.0)) + here
+            others = scale * others + tl.sum(e, 0).to(tl.float64)
+            shift = higher
+        tl.store(TOP + row, top)
+        tl.store(OTHERS + row, others)
+        if ENTROPY:
+            tl.store(WEIGHTED + row, weighted)
+
+
+@triton.jit
+def _gradient_of_row(
+    X, OUT, HOLE, VALID, SHIFT, AT_OTHERS, AT_LABEL, columns, stride, stride_out, BLOCK: tl.constexpr
+) -> None:  # fmt: skip
+    """X, OUT [n, columns], which may share their storage: 2^y AT_OTHERS, AT_LABEL at column HOLE; 0 where not VALID."""
+    row = tl.program_id(0).to(tl.int64)
+    valid = tl.load(VALID + row) != 0
+    hole = tl.load(HOLE + row)
+    shift = tl.load(SHIFT + row)
+    at_others = tl.load(AT_OTHERS + row)
+    at_label = tl.load(AT_LABEL + row)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < columns
+        x = tl.load(X + row * stride + at, mask=inside & valid, other=-float("inf")).to(tl.float32)
+        y = tl.fma(x, tl.full((BLOCK,), _LOG2E, tl.float32), -shift)
+        value = tl.where(at == hole, at_label, tl.exp2(y) * at_others)
+        value = tl.where(valid, value, 0.0)
+        tl.store(OUT + row * stride_out + at, value.to(OUT.dtype.element_ty), mask=inside)
+
+
+def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators: bool = False) -> Sums:
+    """As `sums.sums`, but the rows are only read: TRITON keeps no numerators."""
+    found = no_sums(len(rows), rows.device, entropy)
+    if not label.columns or not len(rows):
+        return found
+    at_column = rows.gather(1, label.column[:, None])[:, 0].double()
+    _sums_of_row[(len(rows),)](
+        rows,
+        _hole(label),
+        label.valid.to(torch.int8),
+        found.top,
+        found.others,
+        found.weighted,
+        label.columns,
+        rows.stride(0),
+        ENTROPY=entropy,
+        BLOCK=_block(label.columns),
+    )
+    return Sums(found.top, found.others, torch.where(label.owned, at_column, 0.0), found.weighted)
+
+
+def gradient(
+    rows: Tensor, out: Tensor, label: Labels, shift: Tensor | None, at_others: Tensor, at_label: Tensor
+) -> None:
+    """As `sums.gradient`, from logits."""
+    assert shift is not None, "there are no numerators"
+    if label.columns and len(rows):
+        _gradient_of_row[(len(rows),)](
+            rows,
+            out,
+            _hole(label),
+            label.valid.to(torch.int8),
+            shift,
+            at_others,
+            at_label,
+            label.columns,
+            rows.stride(0),
+            out.stride(0),
+            BLOCK=_block(label.columns),
+        )
+
+
+TRITON = Kernels(sums, gradient, numerators=False)
+
+
+def _hole(label: Labels) -> Tensor:
+    """[n] int64: the column that is the label's, -1 where there is none. A lane past the last column is never it."""
+    return torch.where(label.owned, label.column, -1)
+
+
+def _block(columns: int) -> int:
+    return min(LARGEST_BLOCK, triton.next_power_of_2(columns))

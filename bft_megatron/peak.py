@@ -1,0 +1,20 @@
+"""After a run on GPUs: the most memory that one of them held, beside what was planned."""
+
+from __future__ import annotations
+
+import json
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+
+from bft_megatron.output import RunFolder
+
+
+def report_peak(folder: RunFolder, console: TextIO) -> None:
+    """Print PyTorch's peak on the fullest rank, and that of the `plan.json` in the run's folder. One MAX all-reduce."""
+    peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device="cuda")
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    if dist.get_rank() == 0:
+        planned = f"; {json.loads(folder.plan.read_text())['peak_gib']:.1f} planned" if folder.plan.exists() else ""
+        print(f"peak memory, on the fullest GPU: {peak.item():.1f} GiB{planned}", file=console, flush=True)

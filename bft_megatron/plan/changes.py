@@ -1,0 +1,90 @@
+"""What to change where a recipe does not fit: single changes, from the least to the largest, each planned itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import batched
+from typing import Any
+
+from bft_megatron import checks
+from bft_megatron.errors import FieldError, UserError
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.plan import processes
+from bft_megatron.plan.budget import Verdict, verdict
+from bft_megatron.plan.hardware import Cluster
+from bft_megatron.plan.layout import Stage, of_each
+from bft_megatron.recipe import Recipe
+
+ENOUGH = 3
+"""Changes that a report names."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A changed recipe, and how it stands to the GPU."""
+
+    words: str
+    """As the command line takes it."""
+    costs: str
+    verdict: Verdict
+
+
+def changes(recipe: Recipe, config: ModelConfig, on: Cluster, fullest: Stage) -> list[Change]:
+    """The first `ENOUGH` single changes that make the fullest stage fit; failing that, the one that comes closest."""
+    at_end = fullest.first > 0 and fullest.last == recipe.parallel.pipeline - 1
+    tried = (candidate for candidate in _candidates(recipe) if possible(candidate[2], config, on.world))
+    found: list[Change] = []
+    for some in batched(tried, processes.AT_ONCE):
+        traced = of_each([t[2] for t in some], config, on.world, lambda r: [_span(r, at_end)], refusals=True)
+        for (words, costs, _), stages in zip(some, traced, strict=True):
+            if not isinstance(stages, UserError):
+                found.append(Change(words, costs, verdict(stages, on.gpu, on.world)))
+        if sum(change.verdict.fits for change in found) >= ENOUGH:
+            break
+    return [c for c in found if c.verdict.fits] or sorted(found, key=lambda c: c.verdict.peak)[:1]
+
+
+def _span(recipe: Recipe, at_end: bool) -> tuple[int, int]:
+    last = recipe.parallel.pipeline - 1
+    return (last, last) if at_end else (0, last)
+
+
+def _candidates(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
+    parallel, train = recipe.parallel, recipe.train
+    set_flags = {name.replace("_", "-") for name, value in recipe.megatron.items() if value}
+    if train.precision == "bf16" and "grad-reduce-in-bf16" not in set_flags:
+        yield _with_flags(recipe, "gradients are summed in bf16", {"grad-reduce-in-bf16": True})
+    if train.micro_batch_size > 1:
+        changed = replace(recipe, train=replace(train, micro_batch_size=1))
+        yield "train.micro_batch_size=1", "more, smaller kernels", changed
+    if recipe.objective.head != "chunked":
+        changed = replace(recipe, objective=replace(recipe.objective, head="chunked"))
+        yield "objective.head=chunked", "the output layer's product is made twice", changed
+    if "recompute-granularity" not in set_flags:
+        everything = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
+        yield _with_flags(recipe, "attention is computed twice", {"recompute-granularity": "selective"})
+        yield _with_flags(recipe, "a third more computing", everything)
+    for name, costs in (
+        ("context", "messages within attention; half the data-parallel ranks"),
+        ("pipeline", "a longer pipeline to fill; half the data-parallel ranks"),
+        ("tensor", "more messages in every layer; half the data-parallel ranks"),
+    ):
+        size = 2 * getattr(parallel, name)
+        yield f"parallel.{name}={size}", costs, replace(recipe, parallel=replace(parallel, **{name: size}))
+
+
+def _with_flags(recipe: Recipe, costs: str, flags: dict[str, Any]) -> tuple[str, str, Recipe]:
+    words = " ".join(f"megatron.{name}={str(value).lower()}" for name, value in flags.items())
+    kept = {name: value for name, value in recipe.megatron.items() if name.replace("_", "-") not in flags}
+    return words, costs, replace(recipe, megatron=kept | flags)
+
+
+def possible(recipe: Recipe, config: ModelConfig, world: int) -> bool:
+    """Whether our checks accept it; Megatron may refuse it still."""
+    try:
+        checks.check_recipe(recipe, config)
+        checks.check_world(recipe, world)
+    except FieldError:
+        return False
+    return True

@@ -1,0 +1,75 @@
+"""`bft-megatron plan`: from the command line's words to a printed plan. Imports torch where it is first needed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from bft_megatron.checks import model_parallel_size
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.plan.hardware import Cluster, lookup, share_of_this_machine
+from bft_megatron.recipe import Recipe
+
+
+def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> Cluster:
+    """The cluster that the options name; without nodes, as few as hold the model once. Of a CPU run, this machine.
+
+    Raises:
+        UserError: there is no such GPU.
+    """
+    one_copy = model_parallel_size(recipe)
+    if recipe.device == "cpu":
+        world = one_copy * recipe.parallel.data
+        return Cluster(share_of_this_machine(world), world, world)
+    world = (nodes or -(-one_copy // gpus_per_node)) * gpus_per_node
+    return Cluster(lookup(gpu), world, gpus_per_node)
+
+
+def run(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool, html: Path | None) -> bool:
+    """Plan and print, with what to change where it does not fit; returns whether it fits.
+
+    Raises:
+        UserError: Megatron refuses the recipe.
+    """
+    quietly()
+    from bft_megatron.plan import report
+    from bft_megatron.plan.changes import changes
+    from bft_megatron.plan.page import page
+    from bft_megatron.plan.plan import plan
+
+    made, console = plan(recipe, config, on), report.console()
+    helps = [] if made.verdict.fits else changes(recipe, config, on, made.verdict.stage)
+    if as_json:
+        print(json.dumps(report.as_json(made, helps), indent=2))
+    else:
+        report.show(made, console)
+        if not made.verdict.fits:
+            report.show_changes(helps, console)
+    if html is not None:
+        html.write_text(page(made))
+    return made.verdict.fits
+
+
+def search(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool) -> bool:
+    """Rank the world's layouts and print them; returns whether one fits."""
+    quietly()
+    from bft_megatron.plan import report
+    from bft_megatron.plan.search import search
+
+    found = search(recipe, config, on)
+    if as_json:
+        print(json.dumps([report.as_json(plan, []) for plan in found], indent=2))
+    else:
+        report.show_layouts(found, report.console())
+    return any(plan.verdict.fits for plan in found)
+
+
+def quietly() -> None:
+    """Before torch and Megatron are imported: claim no GPU, and don't say what is missing on this machine."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

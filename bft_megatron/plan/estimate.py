@@ -1,0 +1,196 @@
+"""How long a step may take: counted operations and messages over published speeds. An estimate, never a measurement.
+
+    step = (micro-batches + (PP - 1) / VP) * slowest stage's micro-batch + what of DP's traffic shows + update
+
+A kernel takes the longer of its FLOPs and its bytes; a message its bytes over its link. What of either is reached, and
+what of the messages hides behind kernels, is assumed, below.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bft_megatron.plan import layout
+from bft_megatron.plan.hardware import Cluster, Gpu
+from bft_megatron.plan.layout import Stage
+from bft_megatron.plan.memory import Collective, Work
+from bft_megatron.recipe import Recipe
+
+MATMUL_SHARE = 0.70
+"""Of the peak, that large bf16 products get."""
+ATTENTION_SHARE = 0.50
+MEMORY_SHARE = 0.80
+LINK_SHARE = 0.80
+LATENCY = 15e-6
+"""Seconds a message takes however short it is."""
+FP32_SLOWDOWN = 15
+"""Of products of fp32, without TF32."""
+SHOWN_BACKWARD = 1 / 3
+"""Of TP's messages in a backward pass: Megatron hides two gathers and two scatters of a layer's six behind products."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a step, in seconds and numbers a GPU."""
+
+    seconds: float
+    kernels: float
+    """Of the slowest stage, all its micro-batches."""
+    shown: dict[str, float]
+    """Communication that nothing hides, of the slowest stage, by group: tp, cp, pp, dp."""
+    head_shown: float
+    """Of it, what the output layer and the objective issue."""
+    bubble: float
+    update: float
+    tokens_per_second: float
+    """A GPU."""
+    model_flops: float
+    """A step's, forward three times, without what is computed again."""
+    mfu: float
+    sent: dict[str, float]
+    """Bytes that a GPU of the slowest stage sends in a step, by group."""
+
+
+def estimate(recipe: Recipe, stages: list[Stage], on: Cluster) -> Estimate:
+    """See the module."""
+    gpu, world = on.gpu, on.world
+    speeds = _Speeds(recipe, gpu, world, on.gpus_per_node)
+    times = [_StageTimes.of(recipe, stage, speeds) for stage in stages]
+    slowest = max(times, key=lambda t: t.micro_batch)
+    total = layout.micro_batches(recipe, world)
+    parallel = recipe.parallel
+    bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline * slowest.micro_batch
+    update = max(t.update for t in times)
+    dp = max(t.shown_dp for t in times)
+    seconds = total * slowest.micro_batch + bubble + dp + update
+    tokens = recipe.train.global_batch_size * recipe.data.seq_length
+    flops = _model_flops(recipe, stages, world)
+    return Estimate(
+        seconds=seconds,
+        kernels=total * slowest.kernels,
+        shown={group: total * t for group, t in slowest.shown.items()} | {"dp": dp},
+        head_shown=total * max(t.head_shown for t in times),
+        bubble=bubble,
+        update=update,
+        tokens_per_second=tokens / seconds / world,
+        model_flops=flops,
+        mfu=flops / seconds / world / gpu.flops,
+        sent=_sent(slowest.stage, total),
+    )
+
+
+class _Speeds:
+    """Seconds of kernels and messages on this hardware and layout."""
+
+    def __init__(self, recipe: Recipe, gpu: Gpu, world: int, gpus_per_node: int) -> None:
+        self.gpu = gpu
+        reach = {  # ranks from the first to the last of a group, in Megatron's order
+            "tp": recipe.parallel.tensor,
+            "cp": recipe.parallel.tensor * recipe.parallel.context,
+            "dp": world // recipe.parallel.pipeline,
+            "pp": world,
+            "world": world,
+        }
+        self.links = {group: gpu.nvlink if n <= gpus_per_node else gpu.network for group, n in reach.items()}
+
+    def kernel(self, work: Work) -> float:
+        peak = self.gpu.flops / (1 if work.dtype in ("bfloat16", "float16") else FP32_SLOWDOWN)
+        share = ATTENTION_SHARE if work.attention else MATMUL_SHARE
+        return max(work.flops / (peak * share), work.bytes / (self.gpu.hbm * MEMORY_SHARE))
+
+    def message(self, message: Collective) -> float:
+        if message.size < 2 or message.operator in ("recv_", "barrier"):
+            return 0.0
+        return LATENCY + wire_bytes(message) / (self.links[message.group] * LINK_SHARE)
+
+
+def wire_bytes(message: Collective) -> float:
+    """What a rank sends, by rings."""
+    n = max(message.size, 1)
+    if message.operator in ("recv_", "barrier"):
+        return 0.0
+    if message.operator.startswith("allreduce"):
+        return 2 * (n - 1) / n * message.bytes
+    if "gather" in message.operator or "scatter" in message.operator:
+        return (n - 1) / n * message.bytes
+    return message.bytes if n > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class _StageTimes:
+    """Of one micro-batch, unless it says otherwise."""
+
+    stage: Stage
+    kernels: float
+    shown: dict[str, float]
+    head_shown: float
+    shown_dp: float
+    """Of a step."""
+    update: float
+    """Of a step."""
+
+    @property
+    def micro_batch(self) -> float:
+        return self.kernels + sum(self.shown.values())
+
+    @staticmethod
+    def of(recipe: Recipe, stage: Stage, speeds: _Speeds) -> _StageTimes:
+        step, held = stage.trace.step, stage.trace.micro_batches
+
+        def kernels(wanted: Callable[[str, Work], bool]) -> float:
+            return sum(n * speeds.kernel(work) for (phase, work), n in step.work.items() if wanted(phase, work))
+
+        def messages(wanted: Callable[[str, Collective], bool]) -> float:
+            return sum(n * speeds.message(m) for (phase, m), n in step.collectives.items() if wanted(phase, m))
+
+        passes = ("forward", "backward")
+        forward, backward = (kernels(lambda phase, _, p=p: phase == p) / held for p in passes)
+        attention = kernels(lambda phase, work: phase in passes and work.attention) / held
+        tp = {p: messages(lambda phase, m, p=p: phase == p and m.group == "tp") / held for p in passes}
+        cp = messages(lambda phase, m: phase in passes and m.group == "cp" and not m.head) / held
+        cp_head = messages(lambda phase, m: phase in passes and m.group == "cp" and m.head) / held
+        tp_head = messages(lambda phase, m: phase == "forward" and m.group == "tp" and m.head) / held
+        pp = messages(lambda _, m: m.group == "pp" and m.operator == "send") / held
+        overlapped = {flag.replace("_", "-") for flag, value in recipe.megatron.items() if value}
+        reduce = messages(lambda _, m: m.group == "dp" and "scatter" in m.operator)
+        gather = messages(lambda _, m: m.group == "dp" and "gather" in m.operator)
+        shown_reduce = max(0.0, reduce - backward) if "overlap-grad-reduce" in overlapped else reduce
+        shown_gather = max(0.0, gather - forward) if "overlap-param-gather" in overlapped else gather
+        return _StageTimes(
+            stage,
+            kernels=forward + backward,
+            shown={
+                "tp": tp["forward"] + SHOWN_BACKWARD * tp["backward"],
+                "cp": max(0.0, cp - attention) + cp_head,
+                "pp": pp if recipe.parallel.virtual_pipeline == 1 else 0.0,
+            },
+            head_shown=tp_head + cp_head,
+            shown_dp=shown_reduce + shown_gather,
+            update=kernels(lambda phase, _: phase == "update"),
+        )
+
+
+def _model_flops(recipe: Recipe, stages: list[Stage], world: int) -> float:
+    """Of all micro-batches, stages and ranks of a step."""
+    per_rank = sum(
+        stage.count * n * work.flops / stage.trace.micro_batches
+        for stage in stages
+        for (phase, work), n in stage.trace.step.work.items()
+        if phase == "forward"
+    )
+    return 3 * per_rank * layout.micro_batches(recipe, world) * (world // recipe.parallel.pipeline)
+
+
+def _sent(stage: Stage, total: int) -> dict[str, float]:
+    sent: Counter[str] = Counter()
+    for (phase, message), n in stage.trace.step.collectives.items():
+        scale = total / stage.trace.micro_batches if _grows(phase, message) else 1
+        sent[message.group] += n * scale * wire_bytes(message)
+    return dict(sent)
+
+
+def _grows(phase: str, message: Collective) -> bool:
+    """Whether there are more of it with more micro-batches."""
+    return message.group in ("tp", "cp", "pp") and (phase in ("forward", "backward") or message.operator == "send")

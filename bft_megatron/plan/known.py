@@ -1,0 +1,72 @@
+"""Architectures that can be planned without their files: of the models that recipes/ names, as published."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bft_megatron.errors import UserError
+from bft_megatron.hf.architectures import ModelConfig, read_config
+from bft_megatron.hf.hub import find_model
+
+
+def _sizes(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **more: Any) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": ffn,
+        **more,
+    }
+
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+_QWEN25 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+}
+_QWEN3 = _QWEN25 | {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "max_position_embeddings": 40960}
+
+CONFIGS = {
+    "meta-llama/Llama-3.1-8B-Instruct": _LLAMA | _sizes(32, 4096, 32, 8, 14336),
+    "meta-llama/Llama-3.1-70B-Instruct": _LLAMA | _sizes(80, 8192, 64, 8, 28672),
+    "meta-llama/Llama-3.1-405B-Instruct": _LLAMA | _sizes(126, 16384, 128, 8, 53248),
+    "Qwen/Qwen2.5-7B-Instruct": _QWEN25 | _sizes(28, 3584, 28, 4, 18944),
+    "Qwen/Qwen2.5-32B-Instruct": _QWEN25 | _sizes(64, 5120, 40, 8, 27648),
+    "Qwen/Qwen3-8B": _QWEN3 | _sizes(36, 4096, 32, 8, 12288, head_dim=128),
+}
+"""Hub id -> what of its `config.json` decides sizes."""
+
+
+def model_config(name: str) -> ModelConfig:
+    """A model's configuration: its own file, or what is known of its hub id.
+
+    Raises:
+        UserError: neither can be had, or the architecture is not supported.
+    """
+    try:
+        return read_config(find_model(name))
+    except UserError:
+        if name not in CONFIGS or Path(name).exists():
+            raise
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(CONFIGS[name]))
+        return read_config(Path(folder))

@@ -1,0 +1,121 @@
+"""Which ranks of a world differ, and the traces of one of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bft_megatron.checks import model_parallel_size
+from bft_megatron.errors import UserError
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.plan import fake_step, processes
+from bft_megatron.plan.fake_step import Trace
+from bft_megatron.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Pipeline stages that are alike; the first of them, which holds the most micro-batches, was traced."""
+
+    first: int
+    last: int
+    trace: Trace
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first + 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.first}" if self.count == 1 else f"{self.first}-{self.last}"
+
+
+def stages(recipe: Recipe, config: ModelConfig, world: int) -> list[Stage]:
+    """Trace a rank of every kind: tensor, context and data parallel ranks of a stage hold and do the same.
+
+    Raises:
+        UserError: Megatron refuses the recipe, or a flag of it.
+    """
+    [found] = of_each([recipe], config, world, _spans)
+    return found
+
+
+def ends(recipes: list[Recipe], config: ModelConfig, world: int) -> list[list[Stage] | UserError]:
+    """Of each recipe the first stage, standing for those behind it too, and the last, or why Megatron refuses it.
+
+    Quicker than all of `stages`, and enough to compare: the first holds the most micro-batches, the last the head.
+    """
+    return of_each(recipes, config, world, _end_spans, refusals=True)
+
+
+def of_each(
+    recipes: list[Recipe],
+    config: ModelConfig,
+    world: int,
+    spans: Callable[[Recipe], list[tuple[int, int]]],
+    *,
+    refusals: bool = False,
+) -> list[Any]:
+    """The stages of each recipe, traced at their spans' first ranks; UserErrors are raised, or returned instead."""
+    import megatron.core.tokenizers.text  # once, in place of once a process
+    import megatron.training.arguments
+    import megatron.training.training  # noqa: F401
+
+    torch.set_num_threads(1)  # a forked child must not inherit a thread pool
+    jobs = [(i, span) for i, recipe in enumerate(recipes) for span in spans(recipe)]
+    calls = []
+    for i, (first, _) in jobs:
+        recipe = recipes[i]
+        traced = replace(recipe, train=replace(recipe.train, global_batch_size=_batch(recipe, world)))
+        calls.append((traced, config, _rank(recipe, world, first), world))
+    found: list[Any] = [[] for _ in recipes]
+    for (i, span), trace in zip(jobs, processes.each(_trace, calls, refusals=refusals), strict=True):
+        if isinstance(trace, UserError):
+            found[i] = trace
+        elif isinstance(found[i], list):
+            found[i].append(Stage(*span, trace))
+    return found
+
+
+def micro_batches(recipe: Recipe, world: int) -> int:
+    """Of a step, on each data-parallel rank."""
+    return recipe.train.global_batch_size // (_data_parallel(recipe, world) * recipe.train.micro_batch_size)
+
+
+def _trace(recipe: Recipe, config: ModelConfig, rank: int, world: int) -> Trace:
+    return fake_step.run(recipe, config, rank, world, fake_step.full_rows(recipe))
+
+
+def _spans(recipe: Recipe) -> list[tuple[int, int]]:
+    """(first, last) of the stages that are alike. Those in the middle have equal layers, unless laid out by hand."""
+    pipeline = recipe.parallel.pipeline
+    by_hand = any(flag.replace("_", "-") == "pipeline-model-parallel-layout" for flag in recipe.megatron)
+    if pipeline <= 4 or by_hand:
+        return [(stage, stage) for stage in range(pipeline)]
+    return [(0, 0), (1, pipeline - 2), (pipeline - 1, pipeline - 1)]
+
+
+def _end_spans(recipe: Recipe) -> list[tuple[int, int]]:
+    last = recipe.parallel.pipeline - 1
+    return [(0, last - 1), (last, last)] if last else [(0, 0)]
+
+
+def _batch(recipe: Recipe, world: int) -> int:
+    """Rows of the traced step: twice as many micro-batches as stages fill the pipeline, and more repeat it."""
+    held = min(micro_batches(recipe, world), 2 * recipe.parallel.pipeline)
+    return held * _data_parallel(recipe, world) * recipe.train.micro_batch_size
+
+
+def _data_parallel(recipe: Recipe, world: int) -> int:
+    return world // model_parallel_size(recipe)
+
+
+def _rank(recipe: Recipe, world: int, stage: int) -> int:
+    """The first rank of a stage, in Megatron's order."""
+    names = {flag.replace("_", "-") for flag, value in recipe.megatron.items() if value}
+    if "use-tp-pp-dp-mapping" in names:
+        return stage * recipe.parallel.tensor * recipe.parallel.context
+    return stage * (world // recipe.parallel.pipeline)

@@ -1,0 +1,66 @@
+"""A plan: a recipe, a world of GPUs, and what their ranks hold and may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bft_megatron.errors import UserError
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.output import RunFolder
+from bft_megatron.plan.budget import Verdict, verdict
+from bft_megatron.plan.estimate import Estimate, estimate
+from bft_megatron.plan.hardware import Cluster
+from bft_megatron.plan.layout import Stage, stages
+from bft_megatron.recipe import Recipe
+from bft_megatron.rows import open_rows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a recipe on a cluster."""
+
+    recipe: Recipe
+    config: ModelConfig
+    cluster: Cluster
+    stages: list[Stage]
+    verdict: Verdict
+    estimate: Estimate | None
+    """None for a run on the CPU."""
+    steps: int | None = None
+    """Of the whole run, where the recipe says so or its data are prepared."""
+
+    @property
+    def days(self) -> float | None:
+        """That the whole run may take."""
+        return None if self.steps is None or self.estimate is None else self.steps * self.estimate.seconds / 86400
+
+
+def plan(recipe: Recipe, config: ModelConfig, cluster: Cluster) -> Plan:
+    """Trace the ranks that differ, and judge them.
+
+    Args:
+        recipe: checked for the cluster's world.
+
+    Raises:
+        UserError: Megatron refuses the recipe.
+    """
+    traced = stages(recipe, config, cluster.world)
+    return Plan(
+        recipe,
+        config,
+        cluster,
+        traced,
+        verdict(traced, cluster.gpu, cluster.world),
+        None if recipe.device == "cpu" else estimate(recipe, traced, cluster),
+        steps(recipe),
+    )
+
+
+def steps(recipe: Recipe) -> int | None:
+    """Of the whole run; None where only its data would tell and they are not prepared."""
+    if recipe.train.iterations is not None:
+        return recipe.train.iterations
+    try:
+        return open_rows(RunFolder.of(recipe).with_pack(recipe)).steps(recipe)
+    except UserError:
+        return None

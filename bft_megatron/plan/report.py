@@ -1,0 +1,137 @@
+"""What a plan says, as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bft_megatron.announce import layout
+from bft_megatron.plan.budget import PARTS, allowances, parts
+from bft_megatron.plan.changes import Change
+from bft_megatron.plan.memory import gib
+from bft_megatron.plan.plan import Plan
+
+
+def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
+    """The whole plan, and what to change; sizes in GiB, times in seconds."""
+    v, e = plan.verdict, plan.estimate
+    return {
+        "fits": v.fits,
+        "verdict": v.answer,
+        "peak_gib": _round(v.peak),
+        "needs_gib": [_round(v.least), _round(v.most)],
+        "capacity_gib": v.capacity,
+        "gpu": plan.cluster.gpu.name,
+        "world_size": plan.cluster.world,
+        "parameters": parameters(plan),
+        "parts": {name: _round(gib(n)) for name, n in parts(v.stage.trace.step.at_peak).items()},
+        "stages": [
+            {
+                "stages": [stage.first, stage.last],
+                "layers": stage.trace.layers,
+                "parameters": stage.trace.parameters,
+                "peak_gib": _round(gib(stage.trace.step.peak)),
+                "peak_in": stage.trace.step.peak_mark,
+                "parts": {name: _round(gib(n)) for name, n in parts(stage.trace.step.at_peak).items()},
+            }
+            for stage in plan.stages
+        ],
+        "allowances_gib": {
+            a.name: [a.least, _round(a.most)] for a in allowances(v.stage, plan.cluster.gpu, plan.cluster.world)
+        },
+        "changes": [{"set": c.words, "peak_gib": _round(c.verdict.peak), "fits": c.verdict.fits} for c in changes],
+        "layout": asdict(plan.recipe.parallel),
+        "estimate": None if e is None else asdict(e) | {"days": plan.days},
+    }
+
+
+def console() -> Console:
+    """Where a report goes; wide enough for its tables where no terminal says how wide it is."""
+    found = Console()
+    return found if found.is_terminal else Console(width=120)
+
+
+def parameters(plan: Plan) -> int:
+    """Of the model as Megatron holds it, vocabulary padding and tied copies included."""
+    return sum(stage.count * stage.trace.parameters for stage in plan.stages) * plan.recipe.parallel.tensor
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan."""
+    v, e, cluster = plan.verdict, plan.estimate, plan.cluster
+    count = parameters(plan)
+    held = f"{count / 1e9:.3g} B parameters held" if count >= 1e9 else f"{count / 1e6:.3g} M parameters held"
+    _say(console, f"{plan.recipe.model} ({held}), {layout(plan.recipe, cluster.world)}, {cluster.gpu.name}")
+    console.print(_table(plan))
+    beside = ", ".join(
+        f"{a.name} {_range(a.least, a.most)}" for a in allowances(v.stage, cluster.gpu, cluster.world) if a.most
+    )
+    _say(console, f"beside the tensors, allowed for: {beside} GiB")
+    needs = f"{v.least:.1f} to {v.most:.1f} of {v.capacity:g} GiB"
+    _say(
+        console,
+        f"[bold]{v.answer}[/]: {needs}, by the ranks of stage {v.stage.name}, in {v.stage.trace.step.peak_mark}",
+    )
+    if e is None:
+        return
+    shown = ", ".join(f"{group} {t:.2g}" for group, t in e.shown.items() if t >= 0.001) or "0"
+    _say(
+        console,
+        f"an estimate, not measured: {e.seconds:.3g} s a step (kernels {e.kernels:.3g}; communication that shows: "
+        f"{shown}; pipeline bubble {e.bubble:.2g}; update {e.update:.2g}), {e.tokens_per_second:,.0f} tokens/s a GPU, "
+        f"{e.mfu:.0%} of its peak",
+    )
+    if plan.days is not None:
+        _say(console, f"{plan.steps:,} steps: {plan.days:.2g} days")
+
+
+def show_changes(changes: list[Change], console: Console) -> None:
+    """Print what would help."""
+    if not changes:
+        console.print("no single change was found that Megatron accepts: more nodes")
+        return
+    fit = changes[0].verdict.fits
+    console.print("what fits, each alone:" if fit else "no single change fits; the closest:")
+    for change in changes:
+        _say(console, f"  {change.words}  (peak {change.verdict.peak:.1f} GiB; {change.costs})")
+
+
+def show_layouts(plans: list[Plan], console: Console) -> None:
+    """Print what a search found, the fastest that fit first."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("TP", "PP", "VP", "CP", "DP", "peak GiB", "", "s a step", "tokens/s a GPU", "of peak"):
+        table.add_column(heading, justify="right")
+    for plan in plans:
+        p, e, v = plan.recipe.parallel, plan.estimate, plan.verdict
+        data = plan.cluster.world // (p.tensor * p.pipeline * p.context)
+        sizes = (str(n) for n in (p.tensor, p.pipeline, p.virtual_pipeline, p.context, data))
+        speed = (f"{e.seconds:.3g}", f"{e.tokens_per_second:,.0f}", f"{e.mfu:.0%}")
+        table.add_row(*sizes, f"{v.peak:.1f}", v.answer, *speed)
+    console.print(table)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("GiB of stage", "layers", *PARTS, "peak"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    digits = 1 if plan.verdict.peak >= 1 else 3
+    for stage in plan.stages:
+        step = stage.trace.step
+        sizes = (f"{gib(n):.{digits}f}" for n in (*parts(step.at_peak).values(), step.peak))
+        table.add_row(stage.name, str(stage.trace.layers), *sizes)
+    return table
+
+
+def _range(least: float, most: float) -> str:
+    return f"{least:.2g} to {most:.2g}" if least != most else f"{least:.2g}"
+
+
+def _round(x: float) -> float:
+    return round(x, 3)

@@ -1,0 +1,86 @@
+"""Layouts of a world that fit, by their estimated step.
+
+There are too many to trace: those whose weights, gradients and optimizer alone exceed the GPU are left out, the others
+ordered by what is known without a trace, and the most promising traced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.weights import weights
+from bft_megatron.plan.budget import verdict
+from bft_megatron.plan.changes import possible
+from bft_megatron.plan.estimate import estimate
+from bft_megatron.plan.hardware import Cluster
+from bft_megatron.plan.layout import ends, micro_batches
+from bft_megatron.plan.plan import Plan
+from bft_megatron.recipe import ParallelSettings, Recipe
+
+TRACED = 8
+"""Layouts that a search traces."""
+BYTES_OF_STATE = 12
+"""A parameter's fp32 copy and two moments of Adam, which data parallelism shards."""
+
+
+def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
+    """The most promising layouts, traced: those that fit first, each kind by its estimated step."""
+    chosen = sorted(candidates(recipe, config, on), key=lambda r: _rough_time(r, config, on))[:TRACED]
+    plans = []
+    for layout, found in zip(chosen, ends(chosen, config, on.world), strict=True):
+        if isinstance(found, list):
+            judged = verdict(found, on.gpu, on.world)
+            took = estimate(layout, found, on)
+            plans.append(Plan(layout, config, on, found, judged, took))
+    return sorted(plans, key=lambda p: (not p.verdict.fits, p.estimate.seconds))
+
+
+def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Recipe]:
+    """Every layout of powers of two that the model, the rows and the world divide by, and whose states fit."""
+    powers = [1, 2, 4, 8, 16, 32]
+    for tensor, pipeline, context in product((p for p in powers if p <= on.gpus_per_node), powers, powers):
+        one_copy = tensor * pipeline * context
+        if one_copy > on.world or on.world % one_copy:
+            continue
+        for virtual in range(1, config.layers // pipeline + 1) if pipeline > 1 else [1]:
+            sizes = ParallelSettings(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context)
+            layout = replace(recipe, parallel=sizes)
+            if possible(layout, config, on.world) and _states(layout, config, on.world) < on.gpu.memory * 2**30:
+                yield layout
+
+
+def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
+    """Bytes of a rank's weights, gradients and optimizer."""
+    parallel = recipe.parallel
+    own = _parameters(config) / (parallel.tensor * parallel.pipeline)
+    sharded = world / (parallel.tensor * parallel.pipeline)
+    names = {name.replace("_", "-") for name, value in recipe.megatron.items() if value}
+    weight = 2 if recipe.train.precision == "bf16" else 4
+    gradient = 2 if "grad-reduce-in-bf16" in names else 4
+    return own * (weight + gradient + BYTES_OF_STATE / sharded)
+
+
+def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:
+    """Seconds of a step, of large kernels and messages alone; short pipelines and chunks of one layer are not told."""
+    parallel, tokens = recipe.parallel, recipe.train.global_batch_size * recipe.data.seq_length
+    kernels = 6 * _parameters(config) * tokens / (on.gpu.flops * 0.5) / on.world
+    within = parallel.tensor * parallel.context <= on.gpus_per_node
+    layers = config.layers / parallel.pipeline
+    own_tokens = tokens * parallel.tensor * parallel.pipeline / on.world
+    message = own_tokens * config.hidden * 2 / on.gpu.nvlink
+    tensor = 6 * layers * message * (parallel.tensor - 1) / parallel.tensor
+    key_values = 2 * config.kv_heads * config.head_dim / config.hidden / parallel.tensor
+    ring = (
+        3 * layers * message * key_values * (parallel.context - 1) * (1 if within else on.gpu.nvlink / on.gpu.network)
+    )
+    total = micro_batches(recipe, on.world)
+    bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / total
+    return (kernels + tensor + ring) * (1 + bubble)
+
+
+def _parameters(config: ModelConfig) -> int:
+    return sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)

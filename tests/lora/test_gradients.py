@@ -1,0 +1,93 @@
+"""Every factor's gradient on a layout is that of `peft` over transformers in float64; the adapter is `peft`'s own."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from bft_megatron import rows
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.hub import find_model
+from bft_megatron.lora.factors import adapted, all_factors
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+from tests.layouts import reference
+from tests.layouts.runs import Case, Layout, _train, make_recipe, read_metrics, write_data
+from tests.world import run_world
+
+SETTINGS = {"r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def make(folder: Path, data: Path, model: str, layout: Layout, *words: str) -> Recipe:
+    lora = f"lora={{rank: 4, alpha: 8, adapter: {data / f'{model}-adapter'}}}"
+    return make_recipe(folder, data, Case(model=model), layout, 1, lora, *words)
+
+
+def with_adapter(folder: Path, model: torch.nn.Module) -> torch.nn.Module:
+    """peft's model with random factors, which are saved too."""
+    torch.manual_seed(3)
+    made = peft.get_peft_model(
+        model.float(), peft.LoraConfig(**SETTINGS, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    made.save_pretrained(folder)
+    return made.double()
+
+
+def gradients(made: Recipe) -> dict[str, Tensor]:
+    """Of step 1, out of Adam's first moment, by peft's names."""
+    reader, prefix = dcp.FileSystemReader(RunFolder.of(made).checkpoint(1)), "optimizer.state.exp_avg."
+    names = {f.name: f.tensors[0].shape for f in all_factors(adapted(read_config(find_model(made.model)), made.lora))}
+    moments = {prefix + name: torch.empty(shape) for name, shape in names.items()}
+    dcp.load(moments, storage_reader=reader, no_dist=True)
+    return {
+        f"base_model.model.{key.removeprefix(prefix).removesuffix('weight')}default.weight": m
+        / (1 - made.train.adam_beta1)
+        for key, m in moments.items()
+    }
+
+
+def run(made: Recipe, world: int) -> dict[str, Tensor]:
+    prepared = rows.prepare_rows(made, find_model(made.model), read_config(find_model(made.model)).vocab_size)
+    run_world(world, _train, made, prepared, lambda: None, megatron=True, timeout=240)
+    return gradients(made)
+
+
+RECOMPUTE = [f"megatron.recompute-{name}" for name in ("granularity=full", "method=uniform", "num-layers=1")]
+CASES = {
+    "tiny": [(Layout(), RECOMPUTE), (Layout(tensor=2, pipeline=2, sequence=True), [])],
+    "qwen3": [(Layout(tensor=2, data=2), [])],
+}
+"""Full recompute: behind a frozen embedding it would leave the first layer without a gradient."""
+
+
+@pytest.mark.parametrize("model", CASES)
+def test_gradients_are_those_of_peft(model: str, data: Path, tmp_path: Path):
+    base = make(tmp_path / "expected", data, model, Layout())
+    expected = reference.first_step(base, adapt=partial(with_adapter, data / f"{model}-adapter"))
+    for i, (layout, words) in enumerate(CASES[model]):
+        made = make(tmp_path / str(i), data, model, layout, *words)
+        found = run(made, layout.world)
+        assert found.keys() == expected.gradients.keys()
+        for name, gradient in expected.gradients.items():
+            assert gradient.abs().max() > 0
+            assert (found[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), (str(layout), name)
+        [line] = read_metrics(RunFolder.of(made).metrics)[0]
+        assert line["grad_norm"] == pytest.approx(expected.train[0]["grad_norm"], rel=1e-5)
+        assert line["loss"] == pytest.approx(expected.train[0]["loss"], rel=1e-5)

@@ -1,0 +1,89 @@
+"""A plan of a CPU run is what torch's allocator and the collectives of real gloo processes say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bft_megatron import rows
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.hub import find_model
+from bft_megatron.recipe import Recipe
+from tests.layouts.runs import MODEL, Case, Layout, make_recipe, write_data
+from tests.plan import truth
+
+LAYOUTS = {
+    "tp2-sp": Layout(tensor=2, sequence=True),
+    **{
+        name: pytest.param(layout, marks=pytest.mark.plan)
+        for name, layout in {
+            "one": Layout(),
+            "tp2": Layout(tensor=2),
+            "pp2": Layout(pipeline=2),
+            "pp2-vpp2": Layout(pipeline=2, virtual_pipeline=2),
+            "cp2": Layout(context=2),
+            "dp2": Layout(data=2),
+            "tp2-sp-cp2": Layout(tensor=2, sequence=True, context=2),
+            "tp2-pp2": Layout(tensor=2, pipeline=2),
+        }.items()
+    },
+}
+ROW_BYTES = 5 * 8
+"""Of a row's arrays, a token: they come from numpy, whose memory torch's allocator does not know. Each virtual stage
+reads its own."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layout(layout: Layout, data: Path, tmp_path: Path):
+    batch = max(2, layout.pipeline * layout.virtual_pipeline) * layout.data
+    made = make_recipe(tmp_path, data, Case(), layout, 2, "device=cpu", f"train.global_batch_size={batch}")
+    check(made, layout.world, [0] if layout.pipeline == 1 else [0, layout.world - 1])
+
+
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize("layout", [Layout(tensor=3), Layout(pipeline=2)], ids=str)
+def test_the_size_of_smollm2(layout: Layout, data: Path, tmp_path: Path):
+    model = tmp_path / "smollm2"
+    shutil.copytree(MODEL, model)
+    config = json.loads((MODEL / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | SMOLLM2))
+    options = ["device=cpu", f"model={model}", "data.valid=null", "train.global_batch_size=2"]
+    made = make_recipe(tmp_path / "run", data, Case(), layout, 2, *options)
+    check(made, layout.world, [layout.world - 1])
+
+
+def check(made: Recipe, world: int, ranks: list[int]) -> None:
+    """Hold these ranks' plans to what they really were."""
+    model = find_model(made.model)
+    config = read_config(model)
+    prepared = rows.prepare_rows(made, model, config.vocab_size)
+    was = truth.real(made, config, prepared, world)
+    for rank, plan in zip(ranks, truth.planned(made, config, prepared, world, ranks), strict=True):
+        real = was[rank]
+        for part in ("weights", "gradients", "optimizer", "saved"):
+            assert getattr(plan, part) == pytest.approx(getattr(real, part), rel=0.05), part
+        assert real.peak <= 1.15 * plan.peak
+        assert real.peak >= plan.peak - ROW_BYTES * made.data.seq_length * made.parallel.virtual_pipeline
+        assert plan.collectives == real.collectives

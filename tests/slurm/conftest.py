@@ -1,0 +1,58 @@
+"""One cluster of three nodes for all tests, and what a test submits to it."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+
+ROOT = Path(__file__).parents[2]
+WORKER = f"{sys.executable} {Path(__file__).with_name('worker.py')}"
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="bft-slurm-") as folder:
+        Path(folder).chmod(0o755)  # munged wants its socket to be within everybody's reach
+        made = Cluster(Path(folder), nodes=3)
+        made.start()
+        yield made
+        made.stop()
+
+
+class Run:
+    """A run of the stand-in for the trainer (`worker`), two nodes of four tasks, submitted as a user would."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster, self.folder, self.log = cluster, folder / "run", folder / "log"
+        self.settings = {"BFT_COMMAND": WORKER, "RECIPE": "recipes/tiny.yaml", "PYTHONPATH": ROOT, "BFT_HOME": ROOT}
+
+    def submit(self, *fields: str, options: Sequence[str] = (), script: str = "bft_70b.sh", **variables: object) -> str:
+        """sbatch OPTIONS launch/SCRIPT FIELDS -> the job's number."""
+        sizes = ("--nodes=2", "--ntasks-per-node=4", f"--output={self.log}", f"--chdir={ROOT}")
+        words = (*sizes, *options, ROOT / "launch" / script, *fields, f"output={self.folder}")
+        return self.cluster.submit(*words, **self.settings | variables)
+
+    @property
+    def steps(self) -> list[int]:
+        """What was trained and not thrown away."""
+        return [int(line) for line in (self.folder / "metrics.jsonl").read_text().split()]
+
+    @property
+    def starts(self) -> list[list[int]]:
+        """[job, ranks, first step] of every start."""
+        return [[int(word) for word in line.split()] for line in (self.folder / "starts").read_text().splitlines()]
+
+    def is_at(self, step: int) -> bool:
+        """Whether it has come to a step."""
+        return (self.folder / "metrics.jsonl").exists() and len(self.steps) >= step
+
+
+@pytest.fixture
+def run(cluster: Cluster, tmp_path: Path) -> Run:
+    return Run(cluster, tmp_path)

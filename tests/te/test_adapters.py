@@ -1,0 +1,125 @@
+"""Adapters on Transformer Engine's layers: where they sit, what they see, what a checkpoint holds of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine as te
+
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.lora.adapters import adapters, lora_hook, unfused_spec
+from bft_megatron.lora.factors import Fresh, adapted
+from bft_megatron.recipe import LoraSettings
+from tests.hf import sharded
+from tests.hf.conftest import SavedModel
+from tests.hf.sharded import TRANSFORMER_ENGINE, Layout
+from tests.te.test_layer_spec import stored_tensors
+from tests.world import run_world
+
+SETTINGS = LoraSettings(rank=3)
+
+
+def _adapt(folder: Path, gpt: Any, spec: Any = None) -> None:
+    """As `adapters.install` does, with the given layer spec in place of the default one."""
+    config = read_config(folder)
+    if spec is not None:
+        gpt.transformer_layer_spec = spec
+    gpt.pre_wrap_hooks.append(lora_hook(config, SETTINGS, Fresh(adapted(config, SETTINGS), 1)))
+
+
+def _contents(folders: list[Path], layout: Layout, flags: tuple[str, ...], spec: Any) -> list[dict[str, Any]]:
+    found = []
+    for folder in folders:
+        with sharded.model(folder, layout, flags=flags, adapt=partial(_adapt, folder, spec=spec)) as chunks:
+            found.append(
+                {
+                    "trained": {n for c in chunks for n, p in c.named_parameters() if p.requires_grad},
+                    "adapters": {
+                        f"{path}.{name}": (p.detach(), getattr(p, "sequence_parallel", None))
+                        for chunk in chunks
+                        for path, adapter in adapters(chunk)
+                        for name, p in adapter.named_parameters()
+                    },
+                    "stored": set().union(*map(stored_tensors, chunks)),
+                    "layers": {
+                        type(chunk.get_submodule(path.rpartition(".")[0])).__name__
+                        for chunk in chunks
+                        for path, _ in adapters(chunk)
+                    },
+                }
+            )
+    return found
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
+def test_adapters_are_those_of_the_cpu(layout: Layout, models: list[SavedModel]):
+    """The same factors at the same layers, bit for bit, marked alike, and nothing else trained or stored."""
+    folders, sequence = [m.folder for m in models], ("--sequence-parallel",) if layout.tp > 1 else ()
+    cpu = run_world(layout.world, _contents, folders, layout, sequence, None, megatron=True)
+    engine = run_world(
+        layout.world, _contents, folders, layout, TRANSFORMER_ENGINE + sequence, unfused_spec, megatron=True
+    )
+    for expected_rank, rank in zip(cpu, engine, strict=True):
+        for expected, found in zip(expected_rank, rank, strict=True):
+            assert found["layers"] == {"TEColumnParallelLinear", "TERowParallelLinear"}
+            assert found["trained"] == expected["trained"] == found["adapters"].keys() == expected["adapters"].keys()
+            assert found["stored"] == expected["stored"]
+            for name, (value, mark) in expected["adapters"].items():
+                assert torch.equal(found["adapters"][name][0], value), name
+                assert found["adapters"][name][1] == mark, name
+
+
+def _norms(folder: Path) -> tuple[set[str], set[str]]:
+    """Kinds of the modules before the adapted column-parallel layers, and parameters of the layer that are norms'."""
+    with sharded.model(
+        folder,
+        Layout(),
+        flags=TRANSFORMER_ENGINE,
+        adapt=lambda gpt: setattr(gpt, "transformer_layer_spec", unfused_spec),
+    ) as (chunk,):
+        layer = chunk.decoder.layers[0]
+        kinds = {type(norm).__module__.partition(".")[0] for norm in (layer.input_layernorm, layer.pre_mlp_layernorm)}
+        return kinds, {name for name, _ in layer.named_parameters() if "norm" in name}
+
+
+def test_norms_are_modules_of_their_own(models: list[SavedModel]):
+    [(kinds, norms)] = run_world(1, _norms, models[0].folder, megatron=True)
+    assert kinds == {"transformer_engine"}
+    assert norms == {"input_layernorm.weight", "pre_mlp_layernorm.weight"}
+
+
+def _refusal(folder: Path) -> str:
+    with (
+        pytest.raises(AssertionError) as error,
+        sharded.model(folder, Layout(), flags=TRANSFORMER_ENGINE, adapt=partial(_adapt, folder)),
+    ):
+        pass
+    return str(error.value)
+
+
+def test_a_layer_that_norms_its_own_input_is_refused(models: list[SavedModel]):
+    """Its adapter would be given an input that is not normalised: a wrong function, in silence."""
+    assert te.HAVE_TE
+    [said] = run_world(1, _refusal, models[0].folder, megatron=True)
+    assert "norms its own input" in said
+
+
+def _whole(folders: list[Path], layout: Layout, flags: tuple[str, ...], spec: Any) -> list[set[tuple[Any, ...]]]:
+    found = []
+    for folder in folders:
+        adapt = (lambda gpt: setattr(gpt, "transformer_layer_spec", spec)) if spec else lambda _: None
+        with sharded.model(folder, layout, flags=flags, adapt=adapt) as chunks:
+            found.append(set().union(*map(stored_tensors, chunks)))
+    return found
+
+
+def test_the_unfused_layers_checkpoint_is_the_fused_ones(models: list[SavedModel]):
+    folders, layout = [m.folder for m in models], Layout(tp=2)
+    fused, unfused = (
+        run_world(2, _whole, folders, layout, TRANSFORMER_ENGINE, spec, megatron=True) for spec in (None, unfused_spec)
+    )
+    assert fused == unfused

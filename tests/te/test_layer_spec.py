@@ -1,0 +1,94 @@
+"""The layers of a GPU run hold, load, save and export what the CPU's do: names, shapes, checkpoint keys, every bit."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
+from megatron.core.extensions import transformer_engine as te
+
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.export import export
+from bft_megatron.hf.weights import global_path, weights
+from tests.hf import sharded
+from tests.hf.conftest import SavedModel
+from tests.hf.sharded import TRANSFORMER_ENGINE, Layout
+from tests.hf.test_export import assert_same, tensors
+from tests.world import run_world
+
+LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=2, pp=2), Layout(pp=2, vpp=2)]
+SPECS = {"cpu": (), "te": TRANSFORMER_ENGINE}
+
+
+def _contents(folders: list[Path], layout: Layout, flags: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Of each model, this rank's parameters by their path in the whole model, and its sharded tensors by key."""
+    found = []
+    for folder in folders:
+        with sharded.model(folder, layout, flags=flags) as chunks:
+            parameters, stored = {}, set()
+            for chunk in chunks:
+                numbers = [layer.layer_number for layer in chunk.decoder.layers]
+                parameters |= {global_path(n, numbers): p.detach() for n, p in chunk.named_parameters()}
+                stored |= stored_tensors(chunk)
+            found.append({"parameters": parameters, "stored": stored})
+    return found
+
+
+def stored_tensors(chunk: torch.nn.Module) -> set[tuple[Any, ...]]:
+    """What a chunk puts into a checkpoint: key, shape over all ranks, place and shape of this rank's part."""
+    state = chunk.sharded_state_dict()
+    apply_factories(state)
+    tensors, _ = extract_sharded_tensors(state)
+    found = nested_values(tensors)
+    return {(t.key, t.global_shape, t.global_offset, t.local_shape, t.dtype) for t in found}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_parameters_and_checkpoint_keys_are_those_of_the_cpu(layout: Layout, models: list[SavedModel]):
+    folders = [m.folder for m in models]
+    cpu, engine = (
+        run_world(layout.world, _contents, folders, layout, flags, megatron=True) for flags in SPECS.values()
+    )
+    for expected_rank, rank in zip(cpu, engine, strict=True):
+        for expected, found in zip(expected_rank, rank, strict=True):
+            assert_same(expected["parameters"], found["parameters"])
+            assert expected["stored"] == found["stored"]
+
+
+def test_layers_are_transformer_engines(models: list[SavedModel]):
+    [kinds] = run_world(1, _kinds, models[0].folder, megatron=True)
+    assert kinds == {
+        "self_attention.linear_qkv": "TELayerNormColumnParallelLinear",
+        "self_attention.linear_proj": "TERowParallelLinear",
+        "self_attention.core_attention": "TEDotProductAttention",
+        "mlp.linear_fc1": "TELayerNormColumnParallelLinear",
+        "mlp.linear_fc2": "TERowParallelLinear",
+    }
+
+
+def _kinds(folder: Path) -> dict[str, str]:
+    with sharded.model(folder, Layout(), flags=TRANSFORMER_ENGINE) as (chunk,):
+        layer = chunk.decoder.layers[0]
+        return {n: type(m).__name__ for n, m in layer.named_modules() if type(m).__module__ == te.__name__}
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, vpp=2)], ids=str)
+def test_load_then_export_is_bit_identical(layout: Layout, models: list[SavedModel], tmp_path: Path):
+    saved = {m.folder: tmp_path / m.name for m in models}
+    save = partial(sharded.save_loaded, saved, layout, flags=TRANSFORMER_ENGINE)
+    run_world(layout.world, save, megatron=True)
+    for folder, checkpoints in saved.items():
+        export(checkpoints, tmp_path / "out" / folder.name, folder)
+        assert_same(tensors(folder), tensors(tmp_path / "out" / folder.name))
+
+
+def test_every_parameter_is_in_the_table(models: list[SavedModel]):
+    ranks = run_world(1, _contents, [m.folder for m in models], Layout(), TRANSFORMER_ENGINE, megatron=True)
+    for model, found in zip(models, ranks[0], strict=True):
+        assert found["parameters"].keys() == {w.path for w in weights(read_config(model.folder))}

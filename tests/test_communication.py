@@ -16,7 +16,7 @@ from tests.world import run_world
 
 S, H, V = 64, 16, 32
 EDGES = [0, 24, 56, 64]  # two samples and the tail
-TP = CP = DP = 2
+TP = CP = DP = SOURCES = 2
 EAFT = "examples.objectives.eaft:record"
 
 
@@ -32,6 +32,7 @@ def _batch() -> Batch:
         weight=torch.ones(1, 3),
         real_tokens=torch.tensor([EDGES[2]]),
         row=torch.tensor([0]),
+        source=torch.tensor([1]),
         cu_seqlens=torch.tensor([EDGES], dtype=torch.int32),
         max_seqlen=torch.tensor([32]),
     )
@@ -57,7 +58,7 @@ def _train_step(name: str, head: str, windows: str) -> tuple[list[tuple[str, str
     }
     names = {group.group_name: name for name, group in groups.items()}
     settings = ObjectiveSettings(name=name, head=head, cp_windows=windows, group_size=3)
-    step, batch = Step(settings, V, Meter()), _batch()
+    step, batch = Step(settings, V, Meter(SOURCES)), _batch()
     rows = batch.rows(windows)
     labels = batch.labels.flatten()[rows.positions].view(1, -1)
     mine = Head(settings, V, labels, entropy="entropy" in step.objective.needs)
@@ -86,7 +87,7 @@ def test_every_collective_and_its_bytes(name: str, head: str, windows: str):
     for forward, loss, backward, report, held in ranks:
         n = S // CP if head == "logits" else sum(held)
         gathered = longest if windows == "exact" else 0
-        expected = objective(n, len(EDGES) - 1, CP, gathered, entropy)
+        expected = objective(n, len(EDGES) - 1, CP, gathered, entropy, SOURCES)
         # The output layer's own, or what stands for them: the hidden states once forward and twice backward.
         part = 4 * H * (S // CP // TP if head == "logits" else max(held))
         assert forward[0] == ("tensor", "allgather_base", part)

@@ -119,7 +119,8 @@ def run(
         iterations=MANY,
         validation=(0, 0),
     )
-    step = Step(recipe.objective, config.vocab_size, Meter())
+    sources = max(len(recipe.data.sources(name)) for name in ("train", "valid"))
+    step = Step(recipe.objective, config.vocab_size, Meter(sources))
     ledger = Ledger("cpu" if on_cpu else "meta", kind_of_group)
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else contextlib.nullcontext()
     with fake, ledger:
@@ -235,7 +236,8 @@ class _Watch:
 
         def enter(part: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                ledger.part = part
+                if ledger.phase == "forward":  # and not computed again in a backward pass
+                    ledger.part = part
 
             return hook
 

@@ -1,7 +1,7 @@
 """Layouts of a world that fit, by their estimated step.
 
-There are too many to trace: those whose weights, gradients and optimizer alone exceed the GPU are left out, the others
-ordered by what is known without a trace, and the most promising traced.
+There are too many to trace: those whose states and layers' activations, by formula, exceed the GPU are left out, the
+others ordered by a formula of their time, and the most promising traced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
 
 
 def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Recipe]:
-    """Every layout of powers of two that the model, the rows and the world divide by, and whose states fit."""
+    """Every layout of powers of two that the model, the rows and the world divide by, and that may fit."""
     powers = [1, 2, 4, 8, 16, 32]
     for tensor, pipeline, context in product((p for p in powers if p <= on.gpus_per_node), powers, powers):
         one_copy = tensor * pipeline * context
@@ -49,8 +49,10 @@ def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Rec
         for virtual in range(1, config.layers // pipeline + 1) if pipeline > 1 else [1]:
             sizes = ParallelSettings(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context)
             layout = replace(recipe, parallel=sizes)
-            if possible(layout, config, on.world) and _states(layout, config, on.world) < on.gpu.memory * 2**30:
-                yield layout
+            if possible(layout, config, on.world):
+                held = _states(layout, config, on.world) + _activations(layout, config, on.world)
+                if held < on.gpu.memory * 2**30:
+                    yield layout
 
 
 def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
@@ -62,6 +64,20 @@ def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
     weight = 2 if recipe.train.precision == "bf16" else 4
     gradient = 2 if "grad-reduce-in-bf16" in names else 4
     return own * (weight + gradient + BYTES_OF_STATE / sharded)
+
+
+def _activations(recipe: Recipe, config: ModelConfig, world: int) -> float:
+    """Bytes that the first stage's layers keep in bf16, for as many micro-batches as its schedule holds."""
+    parallel = recipe.parallel
+    if recipe.megatron.get("recompute-granularity") == "full":
+        return 0.0
+    norms = 4 * config.hidden  # input and output of both
+    attention = 2 * (config.heads + config.kv_heads) * config.head_dim  # q, out; k, v
+    kept = 2 * (norms + attention + 3 * config.ffn)  # gate and up, and their product
+    tokens = recipe.train.micro_batch_size * recipe.data.seq_length / parallel.context / parallel.tensor
+    pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
+    in_flight = pipeline if virtual == 1 else pipeline + (pipeline - 1) / virtual
+    return min(in_flight, micro_batches(recipe, world)) * config.layers / pipeline * tokens * kept
 
 
 def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:

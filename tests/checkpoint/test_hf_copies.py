@@ -22,7 +22,14 @@ def test_every_kept_checkpoint_has_its_copy(
 ):
     """The first checkpoint is deleted while it is exported or before: no copy of it stays, and nobody is told of it."""
     monkeypatch.chdir(ROOT)
-    words = ("train.iterations=2", "train.save_every=1", "train.keep_last=1", "train.save_hf=true", "data.valid=null")
+    words = (
+        "train.iterations=2",
+        "train.warmup_iterations=0",
+        "train.save_every=1",
+        "train.keep_last=1",
+        "train.save_hf=true",
+        "data.valid=null",
+    )
     folder = RunFolder(tmp_path / "run")
     assert run_command(monkeypatch, "train", "recipes/tiny.yaml", "device=cpu", f"output={folder.root}", *words) == 0
     assert sorted(f.name for f in folder.hf_copies.iterdir()) == ["iter_0000002"]

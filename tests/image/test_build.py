@@ -17,6 +17,18 @@ PYTHON = Path(sys.base_prefix)
 STUBS = {"torch": "2.12.0a0+test", "triton": "3.6.0", "transformer_engine": "2.15.0", "apex": "0.1"}
 """Packages of the base, by metadata alone: what pip looks at."""
 
+LIBRARIES = (
+    "ca-certificates",
+    "libffi8",
+    "libssl3",
+    "zlib1g",
+    "libbz2-1.0",
+    "liblzma5",
+    "libsqlite3-0",
+    "libreadline8",
+)
+"""What that Python's own modules are linked to."""
+
 
 def buildah(*words: object) -> str:
     done = subprocess.run(["buildah", *map(str, words)], capture_output=True, text=True, timeout=1800, check=False)
@@ -27,7 +39,7 @@ def buildah(*words: object) -> str:
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("base") / "root"
-    debootstrap = ["debootstrap", "--variant=minbase", "--include=ca-certificates", "stable", str(root)]
+    debootstrap = ["debootstrap", "--variant=minbase", f"--include={','.join(LIBRARIES)}", "stable", str(root)]
     subprocess.run(debootstrap, check=True, capture_output=True, timeout=900)
     shutil.copytree(PYTHON, root / PYTHON.relative_to("/"), symlinks=True)
     packages = root / PYTHON.relative_to("/") / f"lib/python3.{sys.version_info.minor}/site-packages"

@@ -119,7 +119,7 @@ def run(
         iterations=MANY,
         validation=(0, 0),
     )
-    sources = max(len(recipe.data.sources(name)) for name in ("train", "valid"))
+    sources = max(len(recipe.data.sources(split)) for split in ("train", "valid"))
     step = Step(recipe.objective, config.vocab_size, Meter(sources))
     ledger = Ledger("cpu" if on_cpu else "meta", kind_of_group)
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else contextlib.nullcontext()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bft_megatron import arguments, train
-from bft_megatron.cpu import backend
 from bft_megatron.hf.architectures import ModelConfig, megatron_flags
 from bft_megatron.recipe import Recipe
 
@@ -27,17 +26,15 @@ def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[s
         FieldError: a flag under `megatron:` that Megatron does not have.
         UserError: no whole model in the folder.
     """
-    on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
+    on_cpu = train.runs_on_cpu(recipe)
     train.join(recipe, on_cpu)
     arguments.check_passed_through(recipe)
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    device_flags = backend.MEGATRON_FLAGS if on_cpu else train.GPU_FLAGS
-    margs = train.parse(
-        arguments.megatron_arguments(recipe, megatron_flags(config), [*device_flags, *(flags or [])], 1, (0, 0))
-    )
+    all_flags = [*train.device_flags(on_cpu), *(flags or [])]
+    margs = train.parse(arguments.megatron_arguments(recipe, megatron_flags(config), all_flags, 1, (0, 0)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         initialize_megatron()

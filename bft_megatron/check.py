@@ -51,7 +51,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     """
     recipe = replace(recipe, objective=replace(recipe.objective, cp_windows="exact"))
     file = RunFolder.of(recipe).root / "check.safetensors"
-    step = Step(recipe.objective, config.vocab_size, Meter(len(rows.train.parts)))
+    step = Step(recipe.objective, config.vocab_size, Meter(recipe.data.most_sources))
     batches = _batches(recipe, rows)
     first = os.environ["RANK"] == "0"
     try:

@@ -78,6 +78,11 @@ class DataSettings:
         value = getattr(self, field_name)
         return () if value is None else source_settings(value, f"data.{field_name}")
 
+    @property
+    def most_sources(self) -> int:
+        """Sources of `train` or of `valid`, whichever has more: what a step's report has room for."""
+        return max(len(self.sources("train")), len(self.sources("valid")))
+
 
 @dataclass(frozen=True)
 class ParallelSettings:

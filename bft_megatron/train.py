@@ -58,7 +58,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     Environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun and launch/ set them.
     """
     folder, steps = RunFolder.of(recipe), rows.steps(recipe)
-    on_cpu = recipe.device == "cpu" or not backend.gpu_is_visible()
+    on_cpu = runs_on_cpu(recipe)
     if on_cpu and recipe.objective.kernels == "triton":
         raise FieldError("objective.kernels", "triton runs on GPUs alone, and this run is on the CPU; use torch")
     join(recipe, on_cpu)
@@ -74,12 +74,12 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     flags = arguments.megatron_arguments(
         recipe,
         architectures.megatron_flags(config),
-        backend.MEGATRON_FLAGS if on_cpu else GPU_FLAGS,
+        device_flags(on_cpu),
         steps,
         validation,
     )
     names = [blend.names if blend and len(blend.parts) > 1 else () for blend in (rows.train, rows.valid)]
-    meter = Meter(max(1, *map(len, names)))
+    meter = Meter(recipe.data.most_sources)
     step = Step(recipe.objective, config.vocab_size, meter)
     reporter = Reporter(meter, folder.metrics, console, step.objective.name, steps, *names)
     reporter.give_up(recipe.train.max_skipped, rows_of_step(recipe, rows))
@@ -102,6 +102,16 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     dist.destroy_process_group()
     if copies:
         copies.stop() if stop.reason else copies.complete()
+
+
+def runs_on_cpu(recipe: Recipe) -> bool:
+    """Whether this rank computes on the CPU: as the recipe says, or for want of a GPU."""
+    return recipe.device == "cpu" or not backend.gpu_is_visible()
+
+
+def device_flags(on_cpu: bool) -> list[str]:
+    """What only the CPU or only GPUs need of Megatron's flags."""
+    return backend.MEGATRON_FLAGS if on_cpu else GPU_FLAGS
 
 
 def join(recipe: Recipe, on_cpu: bool) -> None:

@@ -115,12 +115,11 @@ def run(
     flags = arguments.megatron_arguments(
         recipe,
         architectures.megatron_flags(config),
-        backend.MEGATRON_FLAGS if on_cpu else train.GPU_FLAGS,
+        train.device_flags(on_cpu),
         iterations=MANY,
         validation=(0, 0),
     )
-    sources = max(len(recipe.data.sources(split)) for split in ("train", "valid"))
-    step = Step(recipe.objective, config.vocab_size, Meter(sources))
+    step = Step(recipe.objective, config.vocab_size, Meter(recipe.data.most_sources))
     ledger = Ledger("cpu" if on_cpu else "meta", kind_of_group)
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else contextlib.nullcontext()
     with fake, ledger:

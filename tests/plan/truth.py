@@ -148,7 +148,7 @@ def _mark_moments(ledger: Ledger) -> None:
     _mark_around(training, "setup_model_and_optimizer", "setup")
     _mark_around(dist_utils, "_ddp_wrap", "model")
     _mark_around(training, "get_megatron_optimizer", "optimizer")
-    _mark_around(torch.optim.Adam, "step", "adam")
+    _mark_around(torch.optim.AdamW, "step", "adam")  # once one was built, AdamW has a step of its own
 
 
 def _mark_around(owner: Any, name: str, what: str) -> None:

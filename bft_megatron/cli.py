@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bft_megatron import arguments, checks, launcher
+from bft_megatron import checks, launcher
 from bft_megatron import recipe as recipes
 from bft_megatron.checkpoint.hf_copies import HFCopies
-from bft_megatron.errors import USER_ERROR, FieldError, UserError
-from bft_megatron.hf.architectures import ModelConfig, read_config
-from bft_megatron.hf.hub import find_model
+from bft_megatron.errors import USER_ERROR, UserError
 from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
+from bft_megatron.request import Request, read
 from bft_megatron.terminal import output_to
-
-if TYPE_CHECKING:
-    from bft_megatron.rows import RunRows
 
 app = typer.Typer(
     add_completion=False,
@@ -50,34 +44,35 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     Watch mean p and accuracy for bft and dft, lm loss for sft: the loss of bft and dft, p (-log p), is not the function
     that they descend, and their plain cross entropy may rise while mean p rises.
     """
-    recipe, config, model_folder = read(recipe_file, overrides or [])
-    in_rank, processes = _world(recipe_file, overrides, recipe)
+    request = read(recipe_file, overrides)
+    recipe, folder = request.recipe, request.folder
+    in_rank, processes = request.world()
     if recipe.train.iterations == 0:
-        return _convert(recipe_file, overrides, recipe, config, model_folder)
-
-    def make() -> RunRows:
-        return _prepare(recipe_file, overrides, recipe, config, model_folder)
-
-    rows = _rows_of_rank(recipe, make) if in_rank else make()
-    folder = RunFolder.of(recipe)
+        return _convert(request)
+    rows = request.rows_of_rank() if in_rank else request.prepare()
     if folder.is_done(rows.steps(recipe)):
         if os.environ.get("RANK", "0") == "0":
             print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
             if recipe.train.save_hf:
                 HFCopies(folder, sys.stdout).complete()
         return
-    _check_adapters(recipe, config, model_folder)
-    if in_rank:
-        _train_rank(recipe, config, model_folder, rows)
-    else:
+    _check_adapters(request)
+    if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
+    rank = int(os.environ["RANK"])
+    if rank == 0:
+        _describe_run(request)
+        folder.mark_unfinished("running")
+    with output_to(folder.log(rank)) as console:
+        from bft_megatron import train as training
+
+        training.run(recipe, request.config, request.model_folder, rows, console)
 
 
 @app.command()
 def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Tokenise and pack the recipe's data, so that a job starts at once. `train` does it by itself on one machine."""
-    recipe, config, model_folder = read(recipe_file, overrides or [])
-    _prepare(recipe_file, overrides, recipe, config, model_folder)
+    read(recipe_file, overrides).prepare()
 
 
 @app.command()
@@ -88,13 +83,14 @@ def inspect(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page instead.")] = None,
 ) -> None:
     """Show a row of the training data as it will be trained: its samples' text, and which of it is learned."""
-    recipe, config, model_folder = read(recipe_file, overrides or [])
+    request = read(recipe_file, overrides)
     from bft_megatron.data import inspect, page, sources, tokenizers
     from bft_megatron.rows import prepare_rows
 
-    rows = _check(recipe_file, overrides, lambda: prepare_rows(recipe, model_folder, config.vocab_size))
-    files = [sources.open_source(source).files for source in recipe.data.sources("train")]
-    shown = inspect.read(rows.train, files, tokenizers.load(model_folder, recipe.data.chat_template), row)
+    data = request.recipe.data
+    rows = request.check(lambda: prepare_rows(request.recipe, request.model_folder, request.config.vocab_size))
+    files = [sources.open_source(source).files for source in data.sources("train")]
+    shown = inspect.read(rows.train, files, tokenizers.load(request.model_folder, data.chat_template), row)
     if html is None:
         inspect.print_row(shown, Console())
         return
@@ -108,25 +104,24 @@ def inspect(
 @app.command()
 def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Compare the recipe's layout with transformers on real rows, before the long run: green, or red and status 1."""
-    recipe, config, model_folder = read(recipe_file, overrides or [])
-    in_rank, processes = _world(recipe_file, overrides, recipe)
-    _check(recipe_file, overrides, lambda: checks.check_comparable(recipe))
+    request = read(recipe_file, overrides)
+    in_rank, processes = request.world()
+    request.check(lambda: checks.check_comparable(request.recipe))
     if not in_rank:
-        _prepare(recipe_file, overrides, recipe, config, model_folder)
+        request.prepare()
         sys.exit(launcher.launch(sys.argv[1:], processes))
-    rows = _rows_of_rank(recipe, lambda: _prepare(recipe_file, overrides, recipe, config, model_folder))
-    with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console:
+    rows = request.rows_of_rank()
+    with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
         from bft_megatron import check as checking
 
-        good = checking.run(recipe, config, model_folder, rows, console)
+        good = checking.run(request.recipe, request.config, request.model_folder, rows, console)
     sys.exit(0 if good else 1)
 
 
 @app.command()
 def convert(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Write the recipe's model as a Megatron checkpoint and stop; so does `train` with train.iterations=0."""
-    recipe, config, model_folder = read(recipe_file, overrides or [])
-    _convert(recipe_file, overrides, recipe, config, model_folder)
+    _convert(read(recipe_file, overrides))
 
 
 @app.command(hidden=True)
@@ -139,10 +134,10 @@ def preflight(
     """What launch/ asks on every node before the ranks start; the first one names the run's folder."""
     from bft_megatron.preflight import preflight
 
-    recipe, config, _ = read(recipe_file, overrides or [])
-    _check(recipe_file, overrides, lambda: preflight(recipe, config, world, per_node))
+    request = read(recipe_file, overrides)
+    request.check(lambda: preflight(request.recipe, request.config, world, per_node))
     if os.environ.get("SLURM_PROCID", "0") == "0":
-        print(f"run: {recipe.output}")
+        print(f"run: {request.recipe.output}")
 
 
 @app.command()
@@ -159,13 +154,12 @@ def plan(
     """Say whether the recipe fits a cluster, and how fast it may run, without one. Exit status 1: it does not fit."""
     from bft_megatron.plan import command
 
-    recipe, config = read_to_plan(recipe_file, overrides or [])
-    cluster = command.cluster(recipe, nodes, gpus_per_node, gpu)
+    request = command.read(recipe_file, overrides)
+    cluster = command.cluster(request.recipe, nodes, gpus_per_node, gpu)
     if search:
-        fits = command.search(recipe, config, cluster, as_json=as_json)
+        fits = command.search(request, cluster, as_json=as_json)
     else:
-        _check(recipe_file, overrides, lambda: checks.check_world(recipe, cluster.world))
-        fits = _check(recipe_file, overrides, lambda: command.run(recipe, config, cluster, as_json=as_json, html=html))
+        fits = command.run(request, cluster, as_json=as_json, html=html)
     if not fits:
         sys.exit(1)
 
@@ -239,132 +233,48 @@ def from_llamafactory(
     print(f"wrote {recipe_file}")
 
 
-def read(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig, Path]:
-    """Read and check a recipe -> recipe, its model's configuration, the model's folder.
-
-    Raises:
-        UserError: the first thing that is wrong, with its file, line and field.
-    """
-    recipe = recipes.load(path, overrides)
-    model_folder = find_model(recipe.model)
-    config = read_config(model_folder)
-
-    def check() -> Recipe:
-        resolved = RunFolder.of(recipe).with_pack(recipe)
-        checks.check_recipe(resolved, config)
-        arguments.passed_through(resolved)
-        RunFolder.of(resolved).check_continues(resolved)
-        return resolved
-
-    return _check(path, overrides, check), config, model_folder
-
-
-def read_to_plan(path: Path, overrides: list[str]) -> tuple[Recipe, ModelConfig]:
-    """Read and check a recipe of which neither the model's files nor the run's folder need be here.
-
-    Raises:
-        UserError: as `read`.
-    """
-    from bft_megatron.plan.known import model_config
-
-    recipe = recipes.load(path, overrides)
-    config = model_config(recipe.model)
-
-    def check() -> None:
-        checks.check_recipe(recipe, config)
-        arguments.passed_through(recipe)
-
-    _check(path, overrides, check)
-    return recipe, config
-
-
-def _check[T](path: Path, overrides: list[str] | None, check: Callable[[], T]) -> T:
-    """Call a function; an error about a field gets the file and line, or the override, that set the field."""
-    try:
-        return check()
-    except FieldError as e:
-        raise UserError(e.message, recipes.where(path, overrides or [], e.field)) from None
-
-
-def _world(path: Path, overrides: list[str] | None, recipe: Recipe) -> tuple[bool, int]:
-    """Whether this is a rank already, and how many there are or will be."""
-    in_rank = launcher.started_by_launcher()
-    processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(recipe)
-    _check(path, overrides, lambda: checks.check_world(recipe, processes))
-    return in_rank, processes
-
-
-def _convert(path: Path, overrides: list[str] | None, recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:
-    in_rank, processes = _world(path, overrides, recipe)
-    folder = RunFolder.of(recipe)
-    _check(path, overrides, lambda: folder.check_converts(recipe))
+def _convert(request: Request) -> None:
+    in_rank, processes = request.world()
+    recipe, folder = request.recipe, request.folder
+    request.check(lambda: folder.check_converts(recipe))
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rank = int(os.environ["RANK"])
     if rank == 0:
-        folder.write_config(recipe, model_folder)
+        folder.write_config(recipe, request.model_folder)
     with output_to(folder.log(rank)) as console:
         from bft_megatron import convert as converting
 
-        converting.run(recipe, config, model_folder, console)
+        converting.run(recipe, request.config, request.model_folder, console)
 
 
-def _check_adapters(recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:
+def _check_adapters(request: Request) -> None:
     """Of a LoRA run: whether the base model is the one it began with, and `lora.adapter` fits it."""
-    if recipe.lora is None:
+    lora = request.recipe.lora
+    if lora is None:
         return
     from bft_megatron.lora.base import check_base
     from bft_megatron.lora.peft import AdapterFolder
 
-    check_base(RunFolder.of(recipe), recipe, config, model_folder)
-    if recipe.lora.adapter is not None:
-        AdapterFolder(Path(recipe.lora.adapter), config, recipe.lora)
+    check_base(request.folder, request.recipe, request.config, request.model_folder)
+    if lora.adapter is not None:
+        AdapterFolder(Path(lora.adapter), request.config, lora)
 
 
-def _record_base(recipe: Recipe, config: ModelConfig, model_folder: Path) -> None:
+def _describe_run(request: Request) -> None:
+    """Write into the run's folder what it is made of, for the export and for a later start."""
+    recipe, folder, model_folder = request.recipe, request.folder, request.model_folder
+    folder.write_config(recipe, model_folder)
     if recipe.lora is not None:
         from bft_megatron.lora.base import record_base
 
-        record_base(RunFolder.of(recipe), recipe, config, model_folder)
-
-
-def _record_template(recipe: Recipe, model_folder: Path) -> None:
-    """What the run learned from goes with its model; a file of this name comes before the tokenizer's own template."""
+        record_base(folder, recipe, request.config, model_folder)
     if recipe.data.chat_template is not None:
         from bft_megatron.data import tokenizers
 
+        # What the run learned from goes with its model; this file comes before the tokenizer's own template.
         template = tokenizers.load(model_folder, recipe.data.chat_template).template
-        (RunFolder.of(recipe).model / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
-    from bft_megatron.rows import rows_of_rank
-
-    return rows_of_rank(recipe, make)
-
-
-def _train_rank(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows) -> None:
-    folder, rank = RunFolder.of(recipe), int(os.environ["RANK"])
-    if rank == 0:
-        folder.write_config(recipe, model_folder)
-        _record_base(recipe, config, model_folder)
-        _record_template(recipe, model_folder)
-        folder.mark_unfinished("running")
-    with output_to(folder.log(rank)) as console:
-        from bft_megatron import train as training
-
-        training.run(recipe, config, model_folder, rows, console)
-
-
-def _prepare(
-    path: Path, overrides: list[str] | None, recipe: Recipe, config: ModelConfig, model_folder: Path
-) -> RunRows:
-    from bft_megatron.data.report import report
-    from bft_megatron.rows import prepare_rows
-
-    rows = _check(path, overrides, lambda: prepare_rows(recipe, model_folder, config.vocab_size))
-    Console().print(report(rows.named))
-    return rows
+        (folder.model / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def main() -> None:

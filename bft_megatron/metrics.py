@@ -9,6 +9,7 @@ are replaced to hear of its events.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ class Reporter:
         self.objective, self.iterations, self.sources, self.valid = objective, iterations, sources, valid
         self.iteration = 0
         self.step_seconds = 0.0
+        self._learning_rate: float | None = None
+        """Of the step that runs: Megatron reports that of the step after it."""
         self.skipped_in_a_row = 0
         self._max_skipped: int | None = None
         self._rows_of: Callable[[int], list[int]] | None = None
@@ -164,6 +167,7 @@ class Reporter:
                 training.evaluate(forward_step_func, valid_iterator, model, process_non_loss, config)
                 if hooks:
                     training.enable_forward_pre_hook(model)
+            self._learning_rate = training.get_canonical_lr_for_logging(optimizer.param_groups)
             self._clock = time.monotonic()
             return train(forward_step_func, model, *args, **kwargs)
 
@@ -175,7 +179,7 @@ class Reporter:
         """
 
         def log_and_report(*args: Any, **kwargs: Any) -> bool:
-            learning_rate, iteration, _, _, skipped, grad_norm = args[2:8]
+            next_rate, iteration, _, _, skipped, grad_norm = args[2:8]
             now = time.monotonic()
             seconds, self._clock = now - self._clock, now
             self.iteration, self.step_seconds = iteration, seconds
@@ -186,7 +190,7 @@ class Reporter:
                     "iteration": iteration,
                     **totals.report(),
                     "grad_norm": None if grad_norm is None else float(grad_norm),
-                    "lr": None if learning_rate is None else float(learning_rate),
+                    "lr": self._learning_rate,
                     "step_seconds": round(seconds, 4),
                     "tokens_per_second": round(totals.sums["real_tokens"] / seconds, 1),
                     **self._by_source(),
@@ -194,6 +198,7 @@ class Reporter:
                 }
                 self._write(line, "train")
                 self._print_step(line)
+            self._learning_rate = next_rate
             result = training_log(*args, **kwargs)
             if self.skipped_in_a_row == self._max_skipped:
                 raise BadSteps(f"the gradient of {self._max_skipped} steps in a row was not finite; nothing was saved")
@@ -242,7 +247,7 @@ class Reporter:
         from megatron.training.global_vars import get_tensorboard_writer
 
         with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
         writer = get_tensorboard_writer()
         for name, value in line.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "iteration":
@@ -300,6 +305,13 @@ class Reporter:
 def _writes() -> bool:
     """The last rank holds the loss and, in Megatron, the TensorBoard writer."""
     return dist.get_rank() == dist.get_world_size() - 1
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for a number that is none, which JSON does not know: of a step that counted nothing."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole(line: str) -> bool:

@@ -12,9 +12,8 @@ import zlib
 from collections import defaultdict
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
-
 from bft_megatron.hf.record import crc_fault
+from bft_megatron.hf.torch_dist import read_index
 
 SEAL = "metadata.crc32"
 """Our own file in a checkpoint: the CRC-32 of `.metadata`, which has none of its own."""
@@ -66,7 +65,7 @@ def _check_seal(path: Path) -> None:
 
 def _records(path: Path) -> dict[str, set[_Record]]:
     found: dict[str, set[_Record]] = defaultdict(set)
-    for info in FileSystemReader(path).read_metadata().storage_data.values():
+    for info in read_index(path / ".metadata").storage_data.values():
         found[info.relative_path].add((info.offset, info.length))
     return found
 

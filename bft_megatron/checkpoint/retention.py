@@ -29,7 +29,7 @@ class Retention:
 
     def kept(self, whole: list[int], scores: dict[int, float]) -> set[int]:
         """Which of these iterations stay; the newest always does."""
-        scored = [i for i in whole if i in scores and scores[i] == scores[i]]
+        scored = [i for i in whole if i in scores]
         sign = 1 if self.metric in LOWER_IS_BETTER else -1
         best = sorted(scored, key=lambda i: (sign * scores[i], -i))[: self.best]
         return {*sorted(whole)[-max(1, self.last) :], *best}
@@ -54,9 +54,10 @@ class Retention:
 
 
 def _scores(metrics: Path, name: str) -> dict[int, float]:
-    """Iteration -> the metric of its validation; of a step validated twice the last line counts."""
+    """Iteration -> its validation's metric, where that is a number; of a step validated twice the last line counts."""
     lines = (json.loads(line) for line in metrics.read_text().splitlines()) if metrics.exists() else ()
-    return {line["iteration"]: line[name] for line in lines if line.get("split") == "valid"}
+    found = {line["iteration"]: line[name] for line in lines if line.get("split") == "valid"}
+    return {iteration: score for iteration, score in found.items() if score is not None}
 
 
 def _delete(paths: list[Path]) -> None:

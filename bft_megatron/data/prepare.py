@@ -27,7 +27,6 @@ from bft_megatron.data import tokenizers
 from bft_megatron.data.encoding import Counts, Encoded, Encoder
 from bft_megatron.data.folders import appearing_whole
 from bft_megatron.data.packing import pack
-from bft_megatron.data.readers import count_rows
 from bft_megatron.data.sources import Source, open_source
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import UserError
@@ -144,7 +143,7 @@ _MAKE_ROWS = ("seq_length", "packing", "overlong", "supervise", "turns", "on_err
 def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
     """The samples of a source, in order, with a bar where someone looks at a terminal."""
     console = Console(stderr=True)
-    total = count_rows(source.files) if console.is_terminal else None
+    total = source.count_rows() if console.is_terminal else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(f"preparing {source.settings.label}", total=total)

@@ -18,7 +18,7 @@ from typing import Any
 from bft_megatron.data import dataset_info
 from bft_megatron.data.formats import Conversation, conversation
 from bft_megatron.data.portion import portion
-from bft_megatron.data.readers import READERS, Chunk, read_file
+from bft_megatron.data.readers import READERS, Chunk, count_rows, read_file
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe_sources import SourceSettings
 
@@ -51,6 +51,11 @@ class Source:
             with self._readable(path), open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+    def count_rows(self) -> int | None:
+        """About how many rows are taken, for a progress bar; None where only reading them would tell."""
+        rows = count_rows(self.files)
+        return None if rows is None else len(range(rows)[slice(*self.settings.first_and_end)])
 
     def chunks(self) -> Iterator[Chunk]:
         """The rows that are taken, in order, some hundred at a time.

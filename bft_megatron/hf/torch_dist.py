@@ -39,7 +39,7 @@ class Checkpoint:
         self.folder = folder
         self._reader, self._whole = FileSystemReader(folder), set[tuple[str, int, int]]()
         try:
-            self._metadata = _read_index(folder / ".metadata")
+            self._metadata = read_index(folder / ".metadata")
         except _BROKEN as e:
             raise UserError(f"not a whole checkpoint, cannot read its .metadata: {e}", str(folder)) from e
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -181,7 +181,8 @@ class _Index(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _read_index(path: Path) -> Metadata:
+def read_index(path: Path) -> Metadata:
+    """A checkpoint's `.metadata`; nothing in it is run. Raises UnpicklingError, or what a broken pickle may."""
     with path.open("rb") as file:
         metadata = _Index(file).load()
     if not isinstance(metadata, Metadata):

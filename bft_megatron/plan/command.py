@@ -8,10 +8,24 @@ import os
 import warnings
 from pathlib import Path
 
-from bft_megatron.checks import model_parallel_size
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron import checks
+from bft_megatron import recipe as recipes
 from bft_megatron.plan.hardware import Cluster, lookup, share_of_this_machine
+from bft_megatron.plan.known import model_config
 from bft_megatron.recipe import Recipe
+from bft_megatron.request import Request
+
+
+def read(file: Path, overrides: list[str] | None) -> Request:
+    """Read and check a recipe of which neither the model's files nor the run's folder need be here.
+
+    Raises:
+        UserError: the first thing that is wrong, with its file, line and field.
+    """
+    recipe = recipes.load(file, overrides or [])
+    request = Request(file, overrides or [], recipe, model_config(recipe.model))
+    request.check_fields()
+    return request
 
 
 def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> Cluster:
@@ -20,7 +34,7 @@ def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> 
     Raises:
         UserError: there is no such GPU.
     """
-    one_copy = model_parallel_size(recipe)
+    one_copy = checks.model_parallel_size(recipe)
     if recipe.device == "cpu":
         world = one_copy * recipe.parallel.data
         return Cluster(share_of_this_machine(world), world, world)
@@ -28,19 +42,21 @@ def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> 
     return Cluster(lookup(gpu), world, gpus_per_node)
 
 
-def run(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool, html: Path | None) -> bool:
+def run(request: Request, on: Cluster, *, as_json: bool, html: Path | None) -> bool:
     """Plan and print, with what to change where it does not fit; returns whether it fits.
 
     Raises:
-        UserError: Megatron refuses the recipe.
+        UserError: the recipe does not divide over the cluster, or Megatron refuses it.
     """
+    recipe, config = request.recipe, request.config
+    request.check(lambda: checks.check_world(recipe, on.world))
     quietly()
     from bft_megatron.plan import report
     from bft_megatron.plan.changes import changes
     from bft_megatron.plan.page import page
     from bft_megatron.plan.plan import plan
 
-    made, console = plan(recipe, config, on), report.console()
+    made, console = request.check(lambda: plan(recipe, config, on)), report.console()
     helps = [] if made.verdict.fits else changes(recipe, config, on, made.verdict.stage)
     if as_json:
         print(json.dumps(report.as_json(made, helps), indent=2))
@@ -53,13 +69,13 @@ def run(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool, html
     return made.verdict.fits
 
 
-def search(recipe: Recipe, config: ModelConfig, on: Cluster, *, as_json: bool) -> bool:
+def search(request: Request, on: Cluster, *, as_json: bool) -> bool:
     """Rank the world's layouts and print them; returns whether one fits."""
     quietly()
     from bft_megatron.plan import report
     from bft_megatron.plan.search import search
 
-    found = search(recipe, config, on)
+    found = search(request.recipe, request.config, on)
     if as_json:
         print(json.dumps([report.as_json(plan, []) for plan in found], indent=2))
     else:

@@ -14,7 +14,8 @@ from bft_megatron.output import RunFolder
 from tests.checkpoint.runs import Run
 from tests.test_cli import command
 
-SCORES = {2: 0.1, 4: 0.9, 6: 0.5, 8: float("nan"), 10: 0.2}
+WHOLE = [2, 4, 6, 8, 10]
+SCORES = {2: 0.1, 4: 0.9, 6: 0.5, 10: 0.2}
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ SCORES = {2: 0.1, 4: 0.9, 6: 0.5, 8: float("nan"), 10: 0.2}
     ],
 )
 def test_the_last_and_the_best_stay(last: int, best: int, metric: str, kept: set[int]):
-    assert Retention(last, best, metric).kept(list(SCORES), SCORES) == kept
+    assert Retention(last, best, metric).kept(WHOLE, SCORES) == kept
 
 
 def test_of_equals_the_newer_is_the_better_one():
@@ -43,9 +44,13 @@ def folder(undisturbed: Path, tmp_path: Path) -> RunFolder:
     """A copy with checkpoints 2, 4, 6, and a validation at each, the best first."""
     shutil.copytree(undisturbed, tmp_path / "run")
     made = RunFolder(tmp_path / "run")
-    lines = [{"iteration": i, "split": "valid", "mean_p": 1 / i, "lm_loss": i} for i in (2, 4, 6)]
-    made.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _write_scores(made, {2: 1 / 2, 4: 1 / 4, 6: 1 / 6})
     return made
+
+
+def _write_scores(folder: RunFolder, mean_p: dict[int, float | None]) -> None:
+    lines = [{"iteration": i, "split": "valid", "mean_p": p, "lm_loss": i} for i, p in mean_p.items()]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _wait_for_deletion(folder: RunFolder) -> None:
@@ -53,6 +58,11 @@ def _wait_for_deletion(folder: RunFolder) -> None:
     while list(folder.checkpoints.glob("deleted_*")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_score_that_is_no_number_is_none(folder: RunFolder):
+    _write_scores(folder, {2: 0.1, 4: None, 6: 0.2})
+    assert Retention(1, 2, "mean_p").apply(folder) == [4]
 
 
 def test_deletes_what_need_not_be_kept_and_what_an_earlier_process_left_half_deleted(folder: RunFolder):

@@ -38,8 +38,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 )
 def test_slice(folder: Path, rows: str | None, expected: range):
     suffix = next(folder.glob("a.*")).suffix
-    found = sources.read(SourceSettings(str(folder / f"*{suffix}"), rows=rows))
+    settings = SourceSettings(str(folder / f"*{suffix}"), rows=rows)
+    found = sources.read(settings)
     assert [int(conversation.messages[1]["content"]) for conversation in found] == list(expected)
+    if suffix == ".parquet":
+        assert sources.open_source(settings).count_rows() == len(expected)
 
 
 def test_places_are_those_of_the_file(folder: Path):

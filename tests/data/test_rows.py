@@ -14,6 +14,7 @@ from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
+from bft_megatron.request import Request
 from bft_megatron.rows import RunRows, open_rows, prepare_rows, rows_of_rank
 from tests.data.material import TINY
 
@@ -83,7 +84,5 @@ def test_a_template_of_the_recipes_own_goes_with_the_model(tmp_path: Path) -> No
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}é")
     wanted = made(tmp_path / "run", f"data.chat_template={file}")
-    folder = RunFolder.of(wanted)
-    folder.write_config(wanted, TINY)
-    cli._record_template(wanted, TINY)
-    assert AutoTokenizer.from_pretrained(folder.model).chat_template == file.read_text()
+    cli._describe_run(Request(TINY.parent / "tiny.yaml", [], wanted, read_config(TINY)))
+    assert AutoTokenizer.from_pretrained(RunFolder.of(wanted).model).chat_template == file.read_text()

@@ -54,12 +54,12 @@ def tiny(name: str, folder: Path) -> Recipe:
 
 
 def rates(peak: float, steps: int, warmup: float) -> list[float]:
-    """Learning rates after each step, as transformers has them; a share of the steps is no whole number of them."""
+    """The learning rate of each step, as transformers has them; a share of the steps is no whole number of them."""
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=peak)
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     found = []
     for _ in range(steps):
+        found += scheduler.get_last_lr()
         optimizer.step()
         scheduler.step()
-        found += scheduler.get_last_lr()
     return found

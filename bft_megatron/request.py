@@ -1,0 +1,91 @@
+"""What a command was asked to do: a recipe file and the fields beside it, read and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from bft_megatron import arguments, checks, launcher
+from bft_megatron import recipe as recipes
+from bft_megatron.errors import FieldError, UserError
+from bft_megatron.hf.architectures import ModelConfig, read_config
+from bft_megatron.hf.hub import find_model
+from bft_megatron.output import RunFolder
+from bft_megatron.recipe import Recipe
+
+if TYPE_CHECKING:
+    from bft_megatron.rows import RunRows
+
+
+@dataclass(frozen=True)
+class Request:
+    """A recipe, where its fields were set, and its model's configuration."""
+
+    file: Path
+    overrides: list[str]
+    recipe: Recipe
+    config: ModelConfig
+
+    @cached_property
+    def model_folder(self) -> Path:
+        """The model's own folder, of its files. Raises UserError where they are not here."""
+        return find_model(self.recipe.model)
+
+    @property
+    def folder(self) -> RunFolder:
+        """Of the run."""
+        return RunFolder.of(self.recipe)
+
+    def check[T](self, check: Callable[[], T]) -> T:
+        """Call a function; an error about a field gets the file and line, or the override, that set the field."""
+        try:
+            return check()
+        except FieldError as e:
+            raise UserError(e.message, recipes.where(self.file, self.overrides, e.field)) from None
+
+    def check_fields(self) -> None:
+        """Raise UserError, with the place, for a recipe that cannot be run anywhere."""
+        self.check(lambda: checks.check_recipe(self.recipe, self.config))
+        self.check(lambda: arguments.passed_through(self.recipe))
+
+    def world(self) -> tuple[bool, int]:
+        """Whether this process is a rank already, and how many there are or will be. Raises UserError."""
+        in_rank = launcher.started_by_launcher()
+        processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(self.recipe)
+        self.check(lambda: checks.check_world(self.recipe, processes))
+        return in_rank, processes
+
+    def prepare(self) -> RunRows:
+        """Prepare the rows, or find them prepared, and print what became of the data. Raises UserError."""
+        from bft_megatron.data.report import report
+        from bft_megatron.rows import prepare_rows
+
+        rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
+        Console().print(report(rows.named))
+        return rows
+
+    def rows_of_rank(self) -> RunRows:
+        """The prepared rows, on a rank; see `rows.rows_of_rank`."""
+        from bft_megatron.rows import rows_of_rank
+
+        return rows_of_rank(self.recipe, self.prepare)
+
+
+def read(file: Path, overrides: list[str] | None) -> Request:
+    """Read and check the recipe of a run.
+
+    Raises:
+        UserError: the first thing that is wrong, with its file, line and field.
+    """
+    recipe = recipes.load(file, overrides or [])
+    request = Request(file, overrides or [], recipe, read_config(find_model(recipe.model)))
+    request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
+    request.check_fields()
+    request.check(lambda: request.folder.check_continues(request.recipe))
+    return request

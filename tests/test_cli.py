@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
+
 ROOT = Path(__file__).parents[1]
 
 RECIPE = """\
@@ -113,11 +115,12 @@ def test_bad_data_line(recipe: Path, line: str, where: str):
     assert where in refused(recipe)
 
 
-def test_a_flag_that_megatron_does_not_have(recipe: Path):
-    """Megatron itself is asked, so this one takes its import."""
-    done = command("train", recipe, "megatron.recompute-granulraity=full")
-    assert done.returncode == 2
-    assert "did you mean recompute-granularity?" in " ".join(done.stderr.split())
+def test_a_flag_that_megatron_does_not_have(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    """Megatron itself is asked, by the ranks."""
+    assert run_command(monkeypatch, "train", recipe, "megatron.recompute-granulraity=full") == 2
+    assert "did you mean recompute-granularity?" in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_rank_without_prepared_rows_refuses_and_names_the_command(recipe: Path, monkeypatch: pytest.MonkeyPatch):

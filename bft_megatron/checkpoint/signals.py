@@ -27,9 +27,8 @@ def listen() -> None:
     for number in ASKING:
         signal.signal(number, _remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
-    atexit.register(
-        _ignore
-    )  # the interpreter takes handlers away as it ends: the next signal would turn 0 into a failure
+    # The interpreter takes handlers away as it ends: the next signal would turn status 0 into a failure.
+    atexit.register(_ignore)
 
 
 def received() -> int:

@@ -15,8 +15,10 @@ from bft_megatron.checkpoint import integrity
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.errors import UserError
 from bft_megatron.output import RunFolder
-from tests.checkpoint.runs import Run, assert_same_tensors
+from tests.checkpoint.runs import arguments, assert_same_tensors
+from tests.commands import run_command
 from tests.layouts.runs import read_metrics
+from tests.test_cli import ROOT
 from tests.world import run_world
 
 
@@ -164,11 +166,13 @@ def test_a_first_save_that_was_cut_short_means_starting_from_the_beginning(folde
     assert _names(folder) == set()
 
 
-def test_a_run_with_damage_goes_on_to_the_same_end(folder: RunFolder, undisturbed: Path):
+def test_a_run_with_damage_goes_on_to_the_same_end(
+    folder: RunFolder, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     _flip_in_a_tensor(folder.checkpoint(6))
     (folder.root / "done").unlink()
-    with Run(folder.root, "train.save_every=2", "train.keep_last=3") as run:
-        assert run.end() == 0, run.said
-    assert "6 steps from step 4" in run.said
+    monkeypatch.chdir(ROOT)
+    assert run_command(monkeypatch, *arguments(folder.root, "train.save_every=2", "train.keep_last=3")) == 0
+    assert "6 steps from step 4" in capfd.readouterr().out
     assert read_metrics(folder.metrics) == read_metrics(undisturbed / "metrics.jsonl")
     assert_same_tensors(folder.checkpoint(6), RunFolder(undisturbed).checkpoint(6))

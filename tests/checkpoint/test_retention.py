@@ -11,8 +11,9 @@ import pytest
 
 from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.output import RunFolder
-from tests.checkpoint.runs import Run
-from tests.test_cli import command
+from tests.checkpoint.runs import arguments
+from tests.commands import run_command
+from tests.test_cli import ROOT, command
 
 WHOLE = [2, 4, 6, 8, 10]
 SCORES = {2: 0.1, 4: 0.9, 6: 0.5, 10: 0.2}
@@ -87,12 +88,13 @@ def test_a_newer_one_that_is_not_whole_costs_no_good_one(folder: RunFolder, harm
     assert Retention(1, 0, "mean_p").apply(folder) == []  # 4 is the only good one
 
 
-def test_a_run_keeps_its_best_by_validation_and_its_last(tmp_path: Path):
+def test_a_run_keeps_its_best_by_validation_and_its_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The learning rate is so high that the first steps are the best."""
     out = tmp_path / "run"
-    words = ["parallel.tensor=1", "train.save_every=1", "train.validate_every=1", "train.keep_last=1"]
-    with Run(out, *words, "train.keep_best=1", "train.best_metric=lm_loss", "train.lr=1") as run:
-        assert run.end() == 0, run.said
+    saves = ["parallel.tensor=1", "train.save_every=1", "train.validate_every=1", "train.keep_last=1"]
+    words = arguments(out, *saves, "train.keep_best=1", "train.best_metric=lm_loss", "train.lr=1")
+    monkeypatch.chdir(ROOT)
+    assert run_command(monkeypatch, *words) == 0
     folder = RunFolder(out)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     losses = {line["iteration"]: line["lm_loss"] for line in lines if "split" in line and line["iteration"]}

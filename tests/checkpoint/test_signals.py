@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.runs import STEPS, Run, assert_same_tensors
+from tests.checkpoint.runs import STEPS, Run, arguments, assert_same_tensors
+from tests.commands import run_command
 from tests.layouts.runs import read_metrics
+from tests.test_cli import ROOT
 
 
 def _unfinished(out: Path) -> str:
@@ -49,11 +51,13 @@ def test_runs_that_are_signalled_join_to_one_that_is_not(undisturbed: Path, tmp_
 
 
 @pytest.mark.parametrize("mark", ["unfinished", "done"])
-def test_a_run_killed_between_its_last_save_and_its_mark_gets_the_mark(undisturbed: Path, mark: str):
+def test_a_run_killed_between_its_last_save_and_its_mark_gets_the_mark(
+    undisturbed: Path, mark: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     (undisturbed / "done").rename(undisturbed / "unfinished") if mark == "unfinished" else None
-    with Run(undisturbed, "train.save_every=2", "train.keep_last=3") as run:
-        assert run.end() == 0, run.said
-    assert "step" not in run.said.replace("last step", "")
+    monkeypatch.chdir(ROOT)
+    assert run_command(monkeypatch, *arguments(undisturbed, "train.save_every=2", "train.keep_last=3")) == 0
+    assert "step" not in capfd.readouterr().out.replace("last step", "")
     assert (undisturbed / "done").exists()
     assert not (undisturbed / "unfinished").exists()
 

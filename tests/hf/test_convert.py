@@ -1,4 +1,4 @@
-"""A conversion holds the model to the bit; another run, the export and stock Megatron-LM take it."""
+"""A conversion holds the model to the bit; the export, another run and stock Megatron-LM take it, or a run's end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from bft_megatron import train
 from bft_megatron.cpu.backend import MEGATRON_FLAGS
@@ -17,6 +18,7 @@ from tests.commands import run_command
 from tests.hf import sharded, tiny
 from tests.hf.conftest import SavedModel
 from tests.hf.test_export import assert_same, tensors
+from tests.test_cli import ROOT
 from tests.world import run_world
 
 RECIPE = """\
@@ -77,16 +79,31 @@ def _stock(checkpoints: Path, flags: list[str]) -> torch.Tensor | None:
     return sharded.logits([chunk.eval() for chunk in chunks])
 
 
+def _assert_stock_megatron_computes(expected: torch.Tensor, out: Path, *flags: str) -> None:
+    """From a run's checkpoints, on another layout, with the flags that Megatron does not take from a checkpoint."""
+    words = ["--use-checkpoint-args", "--vocab-size", str(expected.shape[-1]), *flags]
+    words += ["--pipeline-model-parallel-size", "2"]
+    outputs = run_world(2, _stock, out / "checkpoints", words, megatron=True)
+    error = (outputs[1][..., : expected.shape[-1]] - expected)[tiny.prompts()[1].bool()].abs().max()
+    assert error < 1e-5 * expected.abs().max()
+
+
 def test_stock_megatron_loads_it(
     recipe: Path, models: list[SavedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """By `--use-checkpoint-args`, on another layout, with the flags that Megatron does not take from a checkpoint."""
     assert run_command(monkeypatch, "convert", recipe) == 0
-    flags = ["--use-checkpoint-args", "--vocab-size", str(tiny.VOCABULARY), "--norm-epsilon", "1e-6", "--qk-layernorm"]
-    flags += ["--pipeline-model-parallel-size", "2"]
-    outputs = run_world(2, _stock, tmp_path / "out" / "checkpoints", flags, megatron=True)
-    error = (outputs[1][..., : tiny.VOCABULARY] - models[3].logits)[tiny.prompts()[1].bool()].abs().max()
-    assert error < 1e-5 * models[3].logits.abs().max()
+    _assert_stock_megatron_computes(models[3].logits, tmp_path / "out", "--norm-epsilon", "1e-6", "--qk-layernorm")
+
+
+def test_stock_megatron_loads_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out"
+    words = ["device=cpu", "parallel.tensor=2", "parallel.data=1", "data.valid=null"]
+    words += ["train.iterations=1", "train.warmup_iterations=0"]
+    monkeypatch.chdir(ROOT)
+    assert run_command(monkeypatch, "train", "recipes/tiny.yaml", f"output={out}", *words) == 0
+    export(out / "checkpoints", tmp_path / "hf", out / "model")
+    expected = tiny.logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
+    _assert_stock_megatron_computes(expected, out, "--norm-epsilon", "1e-5")
 
 
 def test_what_cannot_be_converted(recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

@@ -28,7 +28,7 @@ from bft_megatron.data.dataset import validation_rows
 from bft_megatron.hf import reference
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.reference import Row
-from bft_megatron.metrics import Meter
+from bft_megatron.meter import Meter
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
 from bft_megatron.rows import RunRows

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bft_megatron.errors import FieldError
 from bft_megatron.head import Head
-from bft_megatron.metrics import Meter
+from bft_megatron.meter import Meter
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Objective, lookup, lowest_confidence
 from bft_megatron.objective.view import Rows, View

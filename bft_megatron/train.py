@@ -34,7 +34,8 @@ from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures, load
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.lora import adapters
-from bft_megatron.metrics import Meter, Reporter
+from bft_megatron.meter import Meter
+from bft_megatron.metrics import Reporter
 from bft_megatron.output import RunFolder
 from bft_megatron.peak import report_peak
 from bft_megatron.recipe import Recipe

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.traffic import objective
 from bft_megatron.head import Head
-from bft_megatron.metrics import Meter
+from bft_megatron.meter import Meter
 from bft_megatron.objective import IGNORE_INDEX
 from bft_megatron.recipe import ObjectiveSettings
 from bft_megatron.step import Batch, Step

@@ -12,7 +12,7 @@ from bft_megatron.checks import model_parallel_size
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.plan import fake_step, processes
-from bft_megatron.plan.fake_step import Trace
+from bft_megatron.plan.watch import Trace
 from bft_megatron.recipe import Recipe
 
 

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from bft_megatron.checkpoint import signals
 from bft_megatron.checkpoint.stopping import Stop
-from bft_megatron.metrics import Meter, Reporter
+from bft_megatron.meter import Meter
+from bft_megatron.metrics import Reporter
 from bft_megatron.output import RunFolder
 from tests.checkpoint.runs import Run
 from tests.world import run_world

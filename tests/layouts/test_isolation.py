@@ -15,7 +15,7 @@ from bft_megatron.cpu.backend import MEGATRON_FLAGS
 from bft_megatron.cpu.layers import layer_spec
 from bft_megatron.hf.architectures import megatron_flags, read_config
 from bft_megatron.hf.load import weights_hook
-from bft_megatron.metrics import Meter
+from bft_megatron.meter import Meter
 from bft_megatron.objective.view import zigzag
 from bft_megatron.recipe import ObjectiveSettings
 from bft_megatron.step import Step

@@ -25,9 +25,10 @@ from bft_megatron import train
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.output import RunFolder
 from bft_megatron.plan import fake_step
-from bft_megatron.plan.fake_step import Trace, kind_of_group
+from bft_megatron.plan.fake_step import kind_of_group
 from bft_megatron.plan.memory import Collective, Ledger
 from bft_megatron.plan.processes import each
+from bft_megatron.plan.watch import Trace
 from bft_megatron.recipe import Recipe
 from bft_megatron.rows import RunRows
 from bft_megatron.terminal import output_to

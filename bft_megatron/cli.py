@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -116,6 +117,35 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 
         good = checking.run(request.recipe, request.config, request.model_folder, rows, console)
     sys.exit(0 if good else 1)
+
+
+@app.command()
+def score(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    data: Annotated[Literal["train", "valid"], typer.Option(help="Whose samples.")] = "train",
+    trained: Annotated[
+        bool, typer.Option("--trained", help="By the run's newest checkpoint, not by the model it began with.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Else scores.jsonl in the run's folder.")] = None,
+) -> None:
+    """Write how sure the model is of every sample, and what the objective makes of that, a line a sample."""
+    request = read(recipe_file, overrides)
+    in_rank, processes = request.world()
+    model = _trained(request) if trained else request
+    if data == "valid" and request.recipe.data.valid is None:
+        raise UserError("the recipe has none: set data.valid", "--data valid")
+    file = out or request.folder.root / "scores.jsonl"
+    if not in_rank:
+        request.prepare()
+        _make_folder(file)
+        sys.exit(launcher.launch(sys.argv[1:], processes))
+    rows = request.rows_of_rank()
+    with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
+        from bft_megatron import score as scoring
+
+        blend = rows.train if data == "train" else rows.valid
+        scoring.run(model.recipe, request.config, model.model_folder, blend, data, file, console)
 
 
 @app.command()
@@ -246,6 +276,26 @@ def _convert(request: Request) -> None:
         from bft_megatron import convert as converting
 
         converting.run(recipe, request.config, request.model_folder, console)
+
+
+def _trained(request: Request) -> Request:
+    """The same with the run's own newest checkpoint for a model."""
+    recipe, root = request.recipe, request.folder.root
+    if recipe.lora is not None:
+        raise UserError("a LoRA run's adapters: export them, and set lora.adapter to their folder", "--trained")
+    if not request.folder.saved_iteration():
+        raise UserError(f"{root} holds no checkpoint", "--trained")
+    return replace(request, recipe=replace(recipe, model=str(root), init="pretrained"))
+
+
+def _make_folder(file: Path) -> None:
+    """Of a file that is written at the end of long work."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write it: {e.strerror}", str(file)) from None
+    if not os.access(file.parent, os.W_OK):
+        raise UserError("cannot write it: no permission", str(file))
 
 
 def _check_adapters(request: Request) -> None:

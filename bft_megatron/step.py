@@ -155,12 +155,12 @@ class Step:
         view = rows.view(logp, None if head.entropy is None else head.entropy.flatten())
         result = objective_sum(self.objective, rows, view, logp)
         confidence = lowest_confidence(view, self.settings.group_size, self.settings.confidence)
-        self._measure(result, view, confidence, rows, head.correct, batch)
+        self.measure(result, view, confidence, rows, head.correct, batch)
         count = torch.tensor(result.count, dtype=torch.int, device=logp.device)
         report = {"loss": torch.stack((result.loss.detach(), count.float()))}
         return result.loss, count, report
 
-    def _measure(
+    def measure(
         self, result: LossSum, view: View, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch
     ) -> None:
         """Add this rank's share of the micro-batch to the meter: token sums by rank, sample sums on CP rank 0 alone."""

@@ -61,6 +61,13 @@ class RowDataset(torch.utils.data.Dataset):
         numbers = {"samples": len(samples), "row": -1 if row is None else row, "source": source}
         return item | {name: torch.tensor(number) for name, number in numbers.items()}
 
+    def origins(self, row: int) -> list[tuple[int, int, int]]:
+        """Source, file and line of each sample of a row, by the row's number; a file by its place in its source."""
+        source, within = self.blend.find(row)
+        samples, rows = self._tables[source]
+        columns = samples.select_columns(["file", "line"])[rows[within]["samples"]]
+        return [(source, int(file), int(line)) for file, line in zip(columns["file"], columns["line"], strict=True)]
+
     def _read(self, source: int, row: int) -> list[_Sample]:
         samples, rows = self._tables[source]
         columns = samples[rows[row]["samples"]]

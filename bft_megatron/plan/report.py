@@ -91,10 +91,12 @@ def show(plan: Plan, console: Console) -> None:
 def show_changes(changes: list[Change], console: Console) -> None:
     """Print what would help."""
     if not changes:
-        console.print("no single change was found that Megatron accepts: more nodes")
+        console.print("no single change was found that Megatron accepts; --search looks for another layout")
         return
     fit = changes[0].verdict.fits
-    console.print("what fits, each alone:" if fit else "no single change fits; the closest:")
+    console.print(
+        "what fits, each alone:" if fit else "no single change fits; --search looks for another layout; the closest:"
+    )
     for change in changes:
         _say(console, f"  {change.words}  (peak {change.verdict.peak:.1f} GiB; {change.costs})")
 

@@ -44,14 +44,14 @@ def first_step(
         windows_cp: with per_rank windows, the context-parallel size whose chunks they stay in.
         adapt: what is done to the model first; gradients are of what it leaves trainable.
     """
-    model = adapt(_model(made))
+    model = adapt(whole_model(made))
     folder = find_model(made.model)
     run_rows = rows.prepare_rows(made, folder, read_config(folder).vocab_size)
     batch = made.train.global_batch_size
     training = training_rows(run_rows.train, seed=made.train.seed, limit=run_rows.rows(made))
     validation = validation_rows(run_rows.valid, batch=1)
-    valid = _measure(made, model, [validation[i] for i in range(run_rows.valid.rows)], windows_cp)
-    train = _measure(made, model, [training[i] for i in range(batch)], windows_cp)
+    valid = measure(made, model, [validation[i] for i in range(run_rows.valid.rows)], windows_cp)
+    train = measure(made, model, [training[i] for i in range(batch)], windows_cp)
     report, loss = _report(made, train)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -74,7 +74,8 @@ def _by_source(blend: Blend, measured: list[Measured]) -> dict[str, list[Measure
     return {name: own for name, own in apart.items() if own and len(apart) > 1}
 
 
-def _model(made: Recipe) -> torch.nn.Module:
+def whole_model(made: Recipe) -> torch.nn.Module:
+    """transformers' model in fp64 with the weights that the recipe draws."""
     folder = find_model(made.model)
     config = read_config(folder)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").double()
@@ -106,7 +107,7 @@ class Measured:
     weight: float
 
 
-def _measure(made: Recipe, model: torch.nn.Module, batch: list[dict[str, Tensor]], cp: int) -> list[Measured]:
+def measure(made: Recipe, model: torch.nn.Module, batch: list[dict[str, Tensor]], cp: int = 1) -> list[Measured]:
     """The samples of a list of rows, one by one."""
     settings = made.objective
     name, reduce = _objective(made)

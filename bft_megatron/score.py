@@ -1,0 +1,172 @@
+"""One rank of `bft-megatron score`: how sure the model is of every sample, and what the objective makes of that.
+
+All rows go once through the recipe's own layout, without gradients. A sample's numbers are those that a training step
+would weigh it by.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from bft_megatron.build import build
+from bft_megatron.data.blend import Blend
+from bft_megatron.data.dataset import RowDataset, validation_rows
+from bft_megatron.data.sources import open_source
+from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.meter import Meter
+from bft_megatron.objective.loss import LossSum
+from bft_megatron.objective.view import Rows, View
+from bft_megatron.recipe import Recipe
+from bft_megatron.step import Batch, Step
+from bft_megatron.train import validation_shape
+
+NUMBERS = ("tokens", "lm_loss", "mean_p", "accuracy", "confidence", "weight")
+"""Of a sample: its supervised tokens, means over them, c_b, and the objective's s_b without the data's own weight."""
+LEAST_SURE = 5
+"""Samples that the summary names."""
+
+Score = dict[str, Any]
+"""A sample's `source`, `where` (file and line) and NUMBERS."""
+
+
+class Scorer(Step):
+    """A step that keeps every sample's numbers; the totals are nobody's concern."""
+
+    def __init__(self, recipe: Recipe, config: ModelConfig) -> None:
+        super().__init__(recipe.objective, config.vocab_size, Meter())
+        self.found: list[tuple[Tensor, Tensor]] = []
+        """Of each micro-batch: the rows [B] of its samples, their NUMBERS [B, 6] fp64; on the CPU."""
+
+    def measure(
+        self, result: LossSum, view: View, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch
+    ) -> None:
+        """Keep a micro-batch's samples. Collectives: three SUM all-reduces [B] over context parallelism."""
+        means = [view.mean(x) for x in (-view.logp, view.logp.double().exp(), rows.take(correct.flatten()))]
+        numbers = torch.stack([x.double() for x in (view.n, *means, confidence, result.sample_weight)], dim=1).cpu()
+        row = batch.row if batch.cu_seqlens is None else batch.row.expand(len(rows.counted))
+        self.found.append((row[rows.counted], numbers[rows.counted]))
+
+
+def run(
+    recipe: Recipe,
+    config: ModelConfig,
+    model_folder: Path,
+    blend: Blend,
+    data: Literal["train", "valid"],
+    out: Path,
+    console: TextIO,
+) -> None:
+    """Score every sample once, whatever its source's weight, and write a line of JSON each, in the rows' order.
+
+    Args:
+        blend: the prepared rows, of the recipe's `data.train` or `data.valid` as `data` says.
+        out: the file to write, by the last rank; it appears when it is whole.
+        console: where a person looks.
+
+    Raises:
+        UserError, FieldError: as `build`.
+    """
+    rows, passes = validation_shape(recipe, blend)
+    dataset, scorer = validation_rows(blend, batch=rows), Scorer(recipe, config)
+    chunks = [chunk.eval() for chunk in build(recipe, config, model_folder)]
+    for first in _progress(passes, console):
+        _forward(scorer, chunks, dataset, range(first * rows, (first + 1) * rows), recipe)
+    found = _gather(scorer)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        files = [open_source(source).files for source in recipe.data.sources(data)]
+        scores = _scores(*found, dataset, files)
+        part = out.with_name(f"{out.name}.tmp")
+        part.write_text("".join(json.dumps(score) + "\n" for score in scores), encoding="utf-8")
+        part.replace(out)
+        _summarise(scores, blend.names, Console(file=console, width=100))
+        print(f"wrote {out}", file=console, flush=True)
+    dist.destroy_process_group()
+
+
+def _progress(passes: int, console: TextIO) -> Iterator[int]:
+    """0 to passes - 1, with a bar on the last rank where someone looks at a terminal."""
+    looks = console.isatty() and dist.get_rank() == dist.get_world_size() - 1
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(file=console), disable=not looks, transient=True) as progress:
+        yield from progress.track(range(passes))
+
+
+def _forward(scorer: Scorer, chunks: list[Any], dataset: RowDataset, places: range, recipe: Recipe) -> None:
+    """These places of the data set through Megatron's own schedule, this data-parallel rank's share of them."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    b = recipe.train.micro_batch_size
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    own = [places[i : i + b] for i in range(rank * b, len(places), size * b)]
+    batches = [default_collate([dataset[place] for place in batch]) for batch in own]
+    get_forward_backward_func()(
+        forward_step_func=scorer.forward,
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(batches),
+        seq_length=recipe.data.seq_length,
+        micro_batch_size=b,
+        forward_only=True,
+    )
+
+
+def _gather(scorer: Scorer) -> tuple[Tensor, Tensor]:
+    """Rows [B] and NUMBERS [B, 6] of all samples, by row; on the last stage. All-gathers over data parallelism."""
+    from megatron.core import parallel_state
+
+    if not scorer.found:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, len(NUMBERS))
+    own = tuple(torch.cat(parts) for parts in zip(*scorer.found, strict=True))
+    shares: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
+    dist.all_gather_object(shares, own, group=parallel_state.get_data_parallel_group())
+    row, numbers = (torch.cat(parts) for parts in zip(*shares, strict=True))
+    order = row.argsort(stable=True)  # a row's samples come from one rank, in their order
+    return row[order], numbers[order]
+
+
+def _scores(row: Tensor, numbers: Tensor, dataset: RowDataset, files: list[tuple[str, ...]]) -> list[Score]:
+    origins = [origin for number in row.unique_consecutive().tolist() for origin in dataset.origins(number)]
+    return [
+        {"source": dataset.blend.names[source], "where": f"{files[source][file]}:{line}"}
+        | dict(zip(NUMBERS, (int(tokens), *rest), strict=True))
+        for (source, file, line), (tokens, *rest) in zip(origins, numbers.tolist(), strict=True)
+    ]
+
+
+def _summarise(scores: list[Score], sources: tuple[str, ...], console: Console) -> None:
+    """A line a source, and the samples that the model is least sure of."""
+    table = Table("", "samples", "tokens", "lm loss", "mean p", "c: lowest tenth", "median", "highest tenth", "weight")
+    for source in sources:
+        own = [score for score in scores if score["source"] == source]
+        if not own:
+            continue
+        n = [score["tokens"] for score in own]
+        lm_loss, p = (
+            sum(score[name] * k for score, k in zip(own, n, strict=True)) / sum(n) for name in ("lm_loss", "mean_p")
+        )
+        c = torch.tensor([score["confidence"] for score in own], dtype=torch.float64)
+        low, middle, high = c.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+        weight = sum(score["weight"] for score in own) / len(own)
+        numbers = (f"{x:.4f}" for x in (lm_loss, p, low, middle, high, weight))
+        table.add_row(source, f"{len(own):,}", f"{sum(n):,}", *numbers)
+    console.print(table)
+    console.print("least sure of:")
+    for score in sorted(scores, key=lambda score: score["confidence"])[:LEAST_SURE]:
+        console.print(
+            f"  c {score['confidence']:.4f}  {score['tokens']:,} tokens  {score['where']}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )

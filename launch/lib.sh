@@ -55,7 +55,7 @@ submit() {
     compose_container
     prepare=(srun "${container[@]}" "${command[@]}" prepare "$recipe" "${overrides[@]}")
     read -ra more <<< "${PREPARE_OPTIONS:-}"
-    job=$(sbatch --parsable --job-name=bft-prepare --nodes=1 --ntasks=1 "${more[@]}" \
+    job=$(sbatch --parsable --job-name=bft-prepare --output=%x-%j.out --nodes=1 --ntasks=1 "${more[@]}" \
       --wrap "$(printf '%q ' "${prepare[@]}")") || die "the data job was not accepted" 1
     say "job ${job%%;*} prepares the data"
     options+=("--dependency=afterok:${job%%;*}" --kill-on-invalid-dep=yes)
@@ -84,6 +84,7 @@ run_job() {
   trap 'cancelled=1' TERM
   tasks=${SLURM_NTASKS_PER_NODE:?ask for --ntasks-per-node, as many as a node has GPUs}
   attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+  on_every_node=(srun --overlap "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
   set_environment
   compose_container
   preflight "$@"
@@ -143,8 +144,7 @@ conclude() {
 # A node that is lost: Slurm requeues the job itself once it has noticed. Asked for before that, some releases lose
 # count of the job's GPUs and never start it again.
 leave_to_slurm() {
-  timeout 60 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true \
-    2> /dev/null && return
+  timeout 60 "${on_every_node[@]}" true 2> /dev/null && return
   say "a node does not answer: waiting for Slurm to take it out"
   sleep 600 &
   wait $!
@@ -179,8 +179,8 @@ go_on() {
 # Checks on every node, in the container where there is one; sets RUN, the folder of the run.
 preflight() {
   local line status=0
-  line=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 "${container[@]}" \
-    "${command[@]}" preflight --world "$SLURM_NTASKS" --per-node "$tasks" "$@") || status=$?
+  line=$("${on_every_node[@]}" "${container[@]}" "${command[@]}" \
+    preflight --world "$SLURM_NTASKS" --per-node "$tasks" "$@") || status=$?
   case $status in
     0) ;;
     "$USER_ERROR") die "not started, by the checks above" "$status" ;;

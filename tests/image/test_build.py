@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,8 @@ def buildah(*words: object) -> str:
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("base") / "root"
-    debootstrap = ["debootstrap", "--variant=minbase", f"--include={','.join(LIBRARIES)}", "stable", str(root)]
+    release = platform.freedesktop_os_release()["VERSION_CODENAME"]  # whose libraries this Python is linked to
+    debootstrap = ["debootstrap", "--variant=minbase", f"--include={','.join(LIBRARIES)}", release, str(root)]
     subprocess.run(debootstrap, check=True, capture_output=True, timeout=900)
     shutil.copytree(PYTHON, root / PYTHON.relative_to("/"), symlinks=True)
     packages = root / PYTHON.relative_to("/") / f"lib/python3.{sys.version_info.minor}/site-packages"

@@ -17,6 +17,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,9 @@ def main() -> None:
     parser.add_argument("--errors", action="store_true", help="also hold every head to float64")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
+    missing = [name for name in ("matplotlib", "liger_kernel", "cut_cross_entropy") if find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} not installed: pip install --group bench")
     if options.errors:
         print("| | log p, rms | p, rms | hidden gradient | weight gradient |\n| --- | --- | --- | --- | --- |")
         for dtype in DTYPES:

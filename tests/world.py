@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 
-def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, megatron: bool = False) -> list[Any]:
+def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, megatron: bool = False) -> list[Any]:
     """Call `fn(*args)` in n forked processes, each a rank of one gloo world, and return what they return, by rank.
 
     With `megatron` the CPU backend is installed in them first. A rank that raises fails the call with its traceback and

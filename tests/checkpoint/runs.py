@@ -44,7 +44,7 @@ class Run:
                 return self
         raise AssertionError(f"no line {text!r}:\n{self.said}")
 
-    def ranks(self, timeout: float = 10) -> list[int]:
+    def ranks(self, timeout: float = 60) -> list[int]:
         """Process ids of the ranks, in their order, as soon as all have started."""
         deadline = time.monotonic() + timeout
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
@@ -55,7 +55,7 @@ class Run:
             time.sleep(0.001)
         raise AssertionError(f"{WORLD} ranks did not start")
 
-    def end(self, timeout: float = 60) -> int:
+    def end(self, timeout: float = 240) -> int:
         """Wait for it -> its status."""
         self.said += self.process.communicate(timeout=timeout)[0]
         return self.process.returncode

@@ -24,7 +24,7 @@ STEPS, SAVED = 4, 2
 
 def _run(made: Recipe, layout: Layout) -> Result:
     prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
-    run_world(layout.world, _train, made, prepared, megatron=True, timeout=240)
+    run_world(layout.world, _train, made, prepared, megatron=True)
     return Result(*read_metrics(RunFolder.of(made).metrics))
 
 

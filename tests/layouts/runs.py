@@ -153,7 +153,7 @@ def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None) -> 
     """
     folder, model = RunFolder.of(made), find_model(made.model)
     prepared = rows.prepare_rows(made, model, read_config(model).vocab_size)
-    run_world(world, _train, made, prepared, before, megatron=True, timeout=240)
+    run_world(world, _train, made, prepared, before, megatron=True)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 

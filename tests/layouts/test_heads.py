@@ -69,7 +69,7 @@ def test_overlapped_communication_changes_neither_losses_nor_what_is_saved(data:
         fixed = ("train.lr=1e-2", f"train.save_every={steps}", *CHUNKED)  # a save would gather all parameters itself
         made = make_recipe(data / f"overlap-{i}", data, Case("bft"), Layout(data=2), steps, *fixed, *more)
         prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
-        run_world(2, _train, made, prepared, lambda: None, megatron=True, timeout=100)
+        run_world(2, _train, made, prepared, lambda: None, megatron=True)
         losses.append([line["loss"] for line in read_metrics(RunFolder.of(made).metrics)[0]])
         saved.append(tensors(RunFolder.of(made).checkpoint(steps)))
     assert len(losses[0]) == steps

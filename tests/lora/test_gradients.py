@@ -65,7 +65,7 @@ def gradients(made: Recipe) -> dict[str, Tensor]:
 
 def run(made: Recipe, world: int) -> dict[str, Tensor]:
     prepared = rows.prepare_rows(made, find_model(made.model), read_config(find_model(made.model)).vocab_size)
-    run_world(world, _train, made, prepared, lambda: None, megatron=True, timeout=240)
+    run_world(world, _train, made, prepared, lambda: None, megatron=True)
     return gradients(made)
 
 

@@ -81,9 +81,7 @@ def test_in_and_out_and_merged(models: list[SavedModel], adapters: list[Path], t
     """peft's adapter on TP 2 x PP 2 with SP; saved there, exported, back in peft; merged, in transformers alone."""
     folders = [m.folder for m in models]
     runs = [RunFolder(tmp_path / m.name) for m in models]
-    ranks = run_world(
-        4, _logits, folders, ON_TP2_PP2, adapters, [run.checkpoints for run in runs], megatron=True, timeout=240
-    )
+    ranks = run_world(4, _logits, folders, ON_TP2_PP2, adapters, [run.checkpoints for run in runs], megatron=True)
     for i, (model, run) in enumerate(zip(models, runs, strict=True)):
         expected = _peft_logits(model.folder, adapters[i])
         assert (expected - model.logits).abs().max() > 0.1 * model.logits.abs().max()

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -242,3 +243,19 @@ def wait_for[T](ready: Callable[[], T], seconds: float, what: str, *, give_up: b
             break
         time.sleep(0.2)
     return answer
+
+
+def main() -> None:
+    """Whether a cluster can be had here: start one, run a task on each node, end it."""
+    with tempfile.TemporaryDirectory(prefix="bft-slurm-") as folder:
+        Path(folder).chmod(0o755)  # munged wants its socket to be within everybody's reach
+        cluster = Cluster(Path(folder), nodes=2)
+        cluster.start()
+        try:
+            print(cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "uname", "-n"))
+        finally:
+            cluster.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ import pytest
 from tests.slurm.cluster import Cluster, ranks, wait_for
 from tests.slurm.conftest import ROOT, Run
 
-SECONDS = 100
+SECONDS = 240
 LONG = 40
 """Steps of a run that something is to happen to, a tenth of a second each."""
 

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 PORTS = 300
@@ -245,16 +246,23 @@ def wait_for[T](ready: Callable[[], T], seconds: float, what: str, *, give_up: b
     return answer
 
 
-def main() -> None:
-    """Whether a cluster can be had here: start one, run a task on each node, end it."""
+@contextmanager
+def running(nodes: int) -> Iterator[Cluster]:
+    """A cluster, up until the end of the block."""
     with tempfile.TemporaryDirectory(prefix="bft-slurm-") as folder:
         Path(folder).chmod(0o755)  # munged wants its socket to be within everybody's reach
-        cluster = Cluster(Path(folder), nodes=2)
+        cluster = Cluster(Path(folder), nodes)
         cluster.start()
         try:
-            print(cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "uname", "-n"))
+            yield cluster
         finally:
             cluster.stop()
+
+
+def main() -> None:
+    """Whether a cluster can be had here: a task on each node."""
+    with running(nodes=2) as cluster:
+        print(cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "uname", "-n"))
 
 
 if __name__ == "__main__":

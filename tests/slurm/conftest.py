@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, running
 
 ROOT = Path(__file__).parents[2]
 WORKER = f"{sys.executable} {Path(__file__).with_name('worker.py')}"
@@ -17,12 +16,8 @@ WORKER = f"{sys.executable} {Path(__file__).with_name('worker.py')}"
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="bft-slurm-") as folder:
-        Path(folder).chmod(0o755)  # munged wants its socket to be within everybody's reach
-        made = Cluster(Path(folder), nodes=3)
-        made.start()
+    with running(nodes=3) as made:
         yield made
-        made.stop()
 
 
 class Run:

@@ -152,7 +152,9 @@ def passed_through(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_passed_through(recipe: Recipe) -> None:
-    """Raise FieldError for a name under `megatron:` that is none of Megatron's flags. Imports Megatron."""
+    """Raise FieldError for a name under `megatron:` that is none of Megatron's flags. Imports Megatron to see."""
+    if not recipe.megatron:
+        return
     from megatron.training.arguments import add_megatron_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))

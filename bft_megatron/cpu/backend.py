@@ -60,21 +60,26 @@ class _CudaElsewhere(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.cuda:
-            return args[0].to(self.device)
+        if func in _LOOKED_INTO:
+            if func is torch.Tensor.pin_memory:
+                return args[0]
+            if func is torch.Tensor.cuda:
+                return args[0].to(self.device)
+            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+                # Megatron's optimizers sort parameters by the *string* 'torch.cuda.FloatTensor'.
+                return func(*args).replace("meta.", "").replace("torch.", "torch.cuda.", 1)
+            if func is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
+                args = (args[0], self.device, *args[2:])
+        if not kwargs:
+            return func(*args)
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers sort parameters by the *string* 'torch.cuda.FloatTensor'.
-            return func(*args).replace("meta.", "").replace("torch.", "torch.cuda.", 1)
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs = {**kwargs, "device": self.device}
-        if func is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
-            args = (args[0], self.device, *args[2:])
         return func(*args, **kwargs)
+
+
+_LOOKED_INTO = {torch.Tensor.pin_memory, torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
 
 
 class _Stream:

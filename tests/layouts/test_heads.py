@@ -49,8 +49,11 @@ def test_without_logits_as_with_them(
     assert_same(result, one_process(case))
 
 
-@pytest.mark.parametrize("case", [EAFT, FOCAL], ids=str)
-@pytest.mark.parametrize("overrides", [(), CHUNKED], ids=["logits", "chunked"])
+@pytest.mark.parametrize(
+    ("case", "overrides"),
+    [(EAFT, ()), (EAFT, CHUNKED), (FOCAL, CHUNKED)],
+    ids=["eaft", "eaft-chunked", "focal-chunked"],
+)
 def test_examples_agree_with_one_process(
     case: Case, overrides: tuple[str, ...], data: Path, one_process: Callable[[Case], Result]
 ):

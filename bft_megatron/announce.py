@@ -11,7 +11,7 @@ import torch
 
 from bft_megatron.checks import sequence_parallel
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.hf.weights import weights
+from bft_megatron.hf.weights import parameter_count
 from bft_megatron.recipe import Recipe
 from bft_megatron.rows import RunRows
 
@@ -26,7 +26,7 @@ def sentence(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, don
         world: processes.
         done: steps that an earlier start of the run has behind it.
     """
-    parameters = sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)
+    parameters = parameter_count(config)
     steps, batch = rows.steps(recipe), recipe.train.global_batch_size
     counts = rows.train.counts
     tokens = rows.rows(recipe) * rows.train.tokens / rows.train.rows

@@ -6,7 +6,6 @@ Called through `srun`, once a node, by launch/lib.sh. It claims no GPU.
 from __future__ import annotations
 
 import glob
-import math
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from bft_megatron.checks import check_world
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.hf.weights import weights
+from bft_megatron.hf.weights import parameter_count
 from bft_megatron.output import RunFolder
 from bft_megatron.recipe import Recipe
 from bft_megatron.rows import open_rows
@@ -40,7 +39,7 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
     """
     check_world(recipe, world)
     open_rows(recipe)
-    node, parameters = os.uname().nodename, _parameters(config)
+    node, parameters = os.uname().nodename, parameter_count(config)
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     if recipe.device != "cpu" and gpus < per_node:
         raise UserError(f"has {gpus} GPUs, the job has {per_node} ranks on it", node)
@@ -63,10 +62,6 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
                 "parallel.tensor or pipeline, or set `dist-ckpt-optim-fully-reshardable: false` under `megatron`",
                 node,
             )
-
-
-def _parameters(config: ModelConfig) -> int:
-    return sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)
 
 
 def _existing(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bft_megatron import defaults
 from bft_megatron.errors import UserError
 from bft_megatron.recipe_sources import SourceSettings, source_settings
+from bft_megatron.yaml_file import YamlFile
 
 
 @dataclass(frozen=True)
@@ -243,41 +244,6 @@ def where(path: str | Path, overrides: list[str], field_name: str) -> str:
 def dump(recipe: Recipe) -> str:
     """The recipe with every default written out, as YAML that `load` reads back to the same recipe."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
-
-
-class YamlFile:
-    """A YAML file of fields, `tree`, that knows the line of each.
-
-    Raises:
-        UserError: not YAML, or no mapping, with the line.
-    """
-
-    def __init__(self, path: Path, text: str) -> None:
-        self.path, self.lines = path, {}
-        try:
-            node = yaml.compose(text)
-            self.tree = OmegaConf.create(text)
-        except yaml.YAMLError as e:
-            mark = getattr(e, "problem_mark", None)
-            raise UserError(
-                f"not YAML: {getattr(e, 'problem', e)}", f"{path}:{mark.line + 1}" if mark else str(path)
-            ) from None
-        if not isinstance(node, yaml.MappingNode) or not isinstance(self.tree, DictConfig):
-            raise UserError("must be a mapping of fields, such as those in recipes/", str(path))
-        self._note_lines(node, "")
-
-    def _note_lines(self, node: yaml.MappingNode, prefix: str) -> None:
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            self.lines[name] = key.start_mark.line + 1
-            if isinstance(value, yaml.MappingNode):
-                self._note_lines(value, f"{name}.")
-
-    def where(self, key: str) -> str:
-        """file:line: key, or the part of it that is known."""
-        line = self.lines.get(key)
-        place = f"{self.path}:{line}" if line else str(self.path)
-        return f"{place}: {key}" if key else place
 
 
 def _override(text: str) -> DictConfig:

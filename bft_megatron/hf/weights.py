@@ -7,6 +7,7 @@ Under tensor parallelism a rank holds its part of *every* joined tensor, joined 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ def weights(config: ModelConfig) -> list[Weight]:
         Weight("decoder.final_layernorm.weight", None, (norm,), None),
         *([] if config.tied else [Weight("output_layer.weight", None, (head,), 0, padded=True)]),
     ]
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Of the whole model, tied embeddings once."""
+    return sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)
 
 
 def _layer_weights(config: ModelConfig, layer: int) -> list[Weight]:

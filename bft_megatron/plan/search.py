@@ -6,13 +6,12 @@ others ordered by a formula of their time, and the most promising traced.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.hf.weights import weights
+from bft_megatron.hf.weights import parameter_count
 from bft_megatron.plan.budget import verdict
 from bft_megatron.plan.changes import possible
 from bft_megatron.plan.estimate import estimate
@@ -58,7 +57,7 @@ def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Rec
 def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
     """Bytes of a rank's weights, gradients and optimizer."""
     parallel = recipe.parallel
-    own = _parameters(config) / (parallel.tensor * parallel.pipeline)
+    own = parameter_count(config) / (parallel.tensor * parallel.pipeline)
     sharded = world / (parallel.tensor * parallel.pipeline)
     names = {name.replace("_", "-") for name, value in recipe.megatron.items() if value}
     weight = 2 if recipe.train.precision == "bf16" else 4
@@ -83,7 +82,7 @@ def _activations(recipe: Recipe, config: ModelConfig, world: int) -> float:
 def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:
     """Seconds of a step, of large kernels and messages alone; short pipelines and chunks of one layer are not told."""
     parallel, tokens = recipe.parallel, recipe.train.global_batch_size * recipe.data.seq_length
-    kernels = 6 * _parameters(config) * tokens / (on.gpu.flops * 0.5) / on.world
+    kernels = 6 * parameter_count(config) * tokens / (on.gpu.flops * 0.5) / on.world
     within = parallel.tensor * parallel.context <= on.gpus_per_node
     layers = config.layers / parallel.pipeline
     own_tokens = tokens * parallel.tensor * parallel.pipeline / on.world
@@ -96,7 +95,3 @@ def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:
     total = micro_batches(recipe, on.world)
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / total
     return (kernels + tensor + ring) * (1 + bubble)
-
-
-def _parameters(config: ModelConfig) -> int:
-    return sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,12 +56,12 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
             if recipe.train.save_hf:
                 HFCopies(folder, sys.stdout).complete()
         return
-    _check_adapters(request)
+    request.check_adapters()
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rank = int(os.environ["RANK"])
     if rank == 0:
-        _describe_run(request)
+        request.describe_run()
         folder.mark_unfinished("running")
     with output_to(folder.log(rank)) as console:
         from bft_megatron import train as training
@@ -132,7 +131,7 @@ def score(
     """Write how sure the model is of every sample, and what the objective makes of that, a line a sample."""
     request = read(recipe_file, overrides)
     in_rank, processes = request.world()
-    model = _trained(request) if trained else request
+    model = request.trained() if trained else request
     if data == "valid" and request.recipe.data.valid is None:
         raise UserError("the recipe has none: set data.valid", "--data valid")
     file = out or request.folder.root / "scores.jsonl"
@@ -278,16 +277,6 @@ def _convert(request: Request) -> None:
         converting.run(recipe, request.config, request.model_folder, console)
 
 
-def _trained(request: Request) -> Request:
-    """The same with the run's own newest checkpoint for a model."""
-    recipe, root = request.recipe, request.folder.root
-    if recipe.lora is not None:
-        raise UserError("a LoRA run's adapters: export them, and set lora.adapter to their folder", "--trained")
-    if not request.folder.saved_iteration():
-        raise UserError(f"{root} holds no checkpoint", "--trained")
-    return replace(request, recipe=replace(recipe, model=str(root), init="pretrained"))
-
-
 def _make_folder(file: Path) -> None:
     """Of a file that is written at the end of long work."""
     try:
@@ -296,35 +285,6 @@ def _make_folder(file: Path) -> None:
         raise UserError(f"cannot write it: {e.strerror}", str(file)) from None
     if not os.access(file.parent, os.W_OK):
         raise UserError("cannot write it: no permission", str(file))
-
-
-def _check_adapters(request: Request) -> None:
-    """Of a LoRA run: whether the base model is the one it began with, and `lora.adapter` fits it."""
-    lora = request.recipe.lora
-    if lora is None:
-        return
-    from bft_megatron.lora.base import check_base
-    from bft_megatron.lora.peft import AdapterFolder
-
-    check_base(request.folder, request.recipe, request.config, request.model_folder)
-    if lora.adapter is not None:
-        AdapterFolder(Path(lora.adapter), request.config, lora)
-
-
-def _describe_run(request: Request) -> None:
-    """Write into the run's folder what it is made of, for the export and for a later start."""
-    recipe, folder, model_folder = request.recipe, request.folder, request.model_folder
-    folder.write_config(recipe, model_folder)
-    if recipe.lora is not None:
-        from bft_megatron.lora.base import record_base
-
-        record_base(folder, recipe, request.config, model_folder)
-    if recipe.data.chat_template is not None:
-        from bft_megatron.data import tokenizers
-
-        # What the run learned from goes with its model; this file comes before the tokenizer's own template.
-        template = tokenizers.load(model_folder, recipe.data.chat_template).template
-        (folder.model / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def main() -> None:

@@ -76,6 +76,41 @@ class Request:
 
         return rows_of_rank(self.recipe, self.prepare)
 
+    def trained(self) -> Request:
+        """The same with the run's own newest checkpoint for a model. Raises UserError where it cannot be one."""
+        if self.recipe.lora is not None:
+            raise UserError("a LoRA run's adapters: export them, and set lora.adapter to their folder", "--trained")
+        if not self.folder.saved_iteration():
+            raise UserError(f"{self.folder.root} holds no checkpoint", "--trained")
+        return replace(self, recipe=replace(self.recipe, model=str(self.folder.root), init="pretrained"))
+
+    def check_adapters(self) -> None:
+        """Of a LoRA run: raise UserError where the base is not the model it began with, or `lora.adapter` does not fit
+        it.
+        """
+        if self.recipe.lora is None:
+            return
+        from bft_megatron.lora.base import check_base
+        from bft_megatron.lora.peft import AdapterFolder
+
+        check_base(self.folder, self.recipe, self.config, self.model_folder)
+        if self.recipe.lora.adapter is not None:
+            AdapterFolder(Path(self.recipe.lora.adapter), self.config, self.recipe.lora)
+
+    def describe_run(self) -> None:
+        """Write into the run's folder what it is made of, for the export and for a later start."""
+        self.folder.write_config(self.recipe, self.model_folder)
+        if self.recipe.lora is not None:
+            from bft_megatron.lora.base import record_base
+
+            record_base(self.folder, self.recipe, self.config, self.model_folder)
+        if self.recipe.data.chat_template is not None:
+            from bft_megatron.data import tokenizers
+
+            # What the run learned from goes with its model; this file comes before the tokenizer's own template.
+            template = tokenizers.load(self.model_folder, self.recipe.data.chat_template).template
+            (self.folder.model / "chat_template.jinja").write_text(template, encoding="utf-8")
+
 
 def read(file: Path, overrides: list[str] | None) -> Request:
     """Read and check the recipe of a run.

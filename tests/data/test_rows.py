@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bft_megatron import checks, cli, recipe
+from bft_megatron import checks, recipe
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.output import RunFolder
@@ -84,5 +84,5 @@ def test_a_template_of_the_recipes_own_goes_with_the_model(tmp_path: Path) -> No
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}é")
     wanted = made(tmp_path / "run", f"data.chat_template={file}")
-    cli._describe_run(Request(TINY.parent / "tiny.yaml", [], wanted, read_config(TINY)))
+    Request(TINY.parent / "tiny.yaml", [], wanted, read_config(TINY)).describe_run()
     assert AutoTokenizer.from_pretrained(RunFolder.of(wanted).model).chat_template == file.read_text()

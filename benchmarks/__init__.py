@@ -1,0 +1,7 @@
+"""One script for a table of the README; what Megatron's imports say of kernels that a CPU does not have is left out."""
+
+import logging
+import warnings
+
+warnings.simplefilter("ignore")
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

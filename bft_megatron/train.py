@@ -236,16 +236,18 @@ def model_config(
     return model
 
 
-def validation_shape(recipe: Recipe, valid: Blend | None) -> tuple[int, int]:
-    """Rows of a validation iteration and iterations of a whole pass: as few filler rows as the layout allows."""
-    if valid is None:
+def validation_shape(recipe: Recipe, rows: Blend | None) -> tuple[int, int]:
+    """Rows of a validation iteration, and iterations of a whole pass that reads every row once, whatever its source's
+    weight: as few filler rows as the layout allows.
+    """
+    if rows is None:
         return 0, 0
-    data_parallel = int(os.environ["WORLD_SIZE"]) // model_parallel_size(recipe)
+    count, data_parallel = sum(rows.sizes), int(os.environ["WORLD_SIZE"]) // model_parallel_size(recipe)
     unit = recipe.train.micro_batch_size * data_parallel
     if recipe.parallel.virtual_pipeline > 1:
         unit *= recipe.parallel.pipeline  # the interleaved schedule wants whole rounds
-    rows = min(recipe.train.global_batch_size, -(-valid.rows // unit) * unit)
-    return rows, -(-valid.rows // rows)
+    size = min(recipe.train.global_batch_size, -(-count // unit) * unit)
+    return size, -(-count // size)
 
 
 def datasets(recipe: Recipe, rows: RunRows, validation: tuple[int, int]) -> Callable[..., tuple[Any, Any, None]]:

@@ -23,6 +23,8 @@ LAYOUTS = {
     "padded": (Layout(pipeline=2, virtual_pipeline=2, micro_batch_size=2), Case(objective="dft", packing=False)),
 }
 
+WEIGHTS = {"train": 2, "valid": 0.5, "train_short": 3}
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -67,6 +69,15 @@ def test_scores(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.Monke
         for name in ("valid", "valid_short")
         for line in range(len((data / f"{name}.jsonl").read_text().splitlines()))
     }
+
+
+def test_a_sources_weight_does_not_count(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = write_recipe(Case(packing=False), Layout(data=2), data, tmp_path / "run")
+    sources = [f"{{path: {data / name}.jsonl, name: {name}, weight: {w}}}" for name, w in WEIGHTS.items()]
+    assert run_command(monkeypatch, "score", recipe, f"data.train=[{', '.join(sources)}]") == 0
+    found = [score["where"] for score in read_scores(tmp_path / "run" / "scores.jsonl")]
+    lines = {name: len((data / f"{name}.jsonl").read_text().splitlines()) for name in WEIGHTS}
+    assert found == [f"{data / name}.jsonl:{line + 1}" for name, n in lines.items() for line in range(n)]
 
 
 def test_before_and_after_training(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

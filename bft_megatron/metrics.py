@@ -101,7 +101,7 @@ class Reporter:
                     "iteration": iteration,
                     **totals.report(),
                     "grad_norm": None if grad_norm is None else float(grad_norm),
-                    "lr": self._learning_rate,
+                    "lr": None if self._learning_rate is None else float(self._learning_rate),
                     "step_seconds": round(seconds, 4),
                     "tokens_per_second": round(totals.sums["real_tokens"] / seconds, 1),
                     **self._by_source(),

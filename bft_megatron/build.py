@@ -1,10 +1,13 @@
-"""A recipe's model on its layout without Megatron's `pretrain`, which can only train: for `convert` and `check`."""
+"""A recipe's model on its layout without Megatron's `pretrain`, which can only train: for convert, check, score."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from bft_megatron import arguments, train
 from bft_megatron.hf.architectures import ModelConfig, megatron_flags
@@ -41,3 +44,23 @@ def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[s
         model = train.model_config(recipe, config, model_folder, margs, on_cpu, fresh=True)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return GPTModelBuilder(model).build_distributed_models(groups, wrap_with_ddp=False)
+
+
+def forward(chunks: list[GPTModel], batches: list[dict[str, Tensor]], step: Callable[..., Any], recipe: Recipe) -> None:
+    """Micro-batches once through this rank's chunks by Megatron's own schedule, without gradients.
+
+    Args:
+        batches: on the CPU, the same on every rank that holds the model with this one.
+        step: Megatron's `forward_step_func`.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(batches),
+        seq_length=recipe.data.seq_length,
+        micro_batch_size=recipe.train.micro_batch_size,
+        forward_only=True,
+    )

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from bft_megatron.announce import layout
-from bft_megatron.build import build
+from bft_megatron.build import build, forward
 from bft_megatron.data.dataset import validation_rows
 from bft_megatron.hf import reference
 from bft_megatron.hf.architectures import ModelConfig
@@ -60,7 +61,8 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
         chunks = build(recipe, config, model_folder)
         dist.barrier()
         watch = Watch(file, config, step)
-        _forward(watch, chunks, batches, recipe)
+        watch.install([chunk.eval() for chunk in unwrap_model(chunks)])
+        forward(chunks, batches, watch.forward, recipe)
         good = watch.verdict(recipe, console)
     finally:
         if first:
@@ -207,20 +209,3 @@ class Watch:
             console.print("[green]green[/]")
             return True
         return False
-
-
-def _forward(watch: Watch, chunks: list[Any], batches: list[Row], recipe: Recipe) -> None:
-    """One forward pass through Megatron's own schedule."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.utils import unwrap_model
-
-    watch.install([chunk.eval() for chunk in unwrap_model(chunks)])
-    get_forward_backward_func()(
-        forward_step_func=watch.forward,
-        data_iterator=[iter(batches) for _ in chunks],
-        model=chunks,
-        num_microbatches=len(batches),
-        seq_length=recipe.data.seq_length,
-        micro_batch_size=recipe.train.micro_batch_size,
-        forward_only=True,
-    )

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from bft_megatron.build import build
+from bft_megatron.build import build, forward
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import RowDataset, validation_rows
 from bft_megatron.data.sources import open_source
@@ -81,7 +81,8 @@ def run(
     dataset, scorer = validation_rows(blend, batch=rows), Scorer(recipe, config)
     chunks = [chunk.eval() for chunk in build(recipe, config, model_folder)]
     for first in _progress(passes, console):
-        _forward(scorer, chunks, dataset, range(first * rows, (first + 1) * rows), recipe)
+        batches = _batches(dataset, range(first * rows, (first + 1) * rows), recipe.train.micro_batch_size)
+        forward(chunks, batches, scorer.forward, recipe)
     found = _gather(scorer)
     if dist.get_rank() == dist.get_world_size() - 1:
         files = [open_source(source).files for source in recipe.data.sources(data)]
@@ -102,24 +103,13 @@ def _progress(passes: int, console: TextIO) -> Iterator[int]:
         yield from progress.track(range(passes))
 
 
-def _forward(scorer: Scorer, chunks: list[Any], dataset: RowDataset, places: range, recipe: Recipe) -> None:
-    """These places of the data set through Megatron's own schedule, this data-parallel rank's share of them."""
+def _batches(dataset: RowDataset, places: range, b: int) -> list[dict[str, Tensor]]:
+    """This data-parallel rank's share of some places of the data set, in micro-batches of b rows."""
     from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    b = recipe.train.micro_batch_size
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     own = [places[i : i + b] for i in range(rank * b, len(places), size * b)]
-    batches = [default_collate([dataset[place] for place in batch]) for batch in own]
-    get_forward_backward_func()(
-        forward_step_func=scorer.forward,
-        data_iterator=[iter(batches) for _ in chunks],
-        model=chunks,
-        num_microbatches=len(batches),
-        seq_length=recipe.data.seq_length,
-        micro_batch_size=b,
-        forward_only=True,
-    )
+    return [default_collate([dataset[place] for place in batch]) for batch in own]
 
 
 def _gather(scorer: Scorer) -> tuple[Tensor, Tensor]:

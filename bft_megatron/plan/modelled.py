@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.models.gpt import GPTModelConfig
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.flop_counter import flop_registry
 
 MODELLED = {
@@ -34,7 +34,7 @@ MODELLED = {
 }
 """Kernel -> what it is taken to allocate [and the source]."""
 
-_LIBRARY = torch.library.Library("bft_plan", "DEF")
+_LIBRARY = library.Library("bft_plan", "DEF")
 _OPS = torch.ops.bft_plan
 
 
@@ -42,7 +42,7 @@ def _kernel(schema: str) -> Any:
     """Define an operator of which only shapes are known."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    return lambda shapes: torch.library.impl(_LIBRARY, name, "Meta")(shapes)
+    return lambda shapes: library.impl(_LIBRARY, name, "Meta")(shapes)
 
 
 @_kernel("norm(Tensor x, Tensor weight) -> (Tensor, Tensor)")

@@ -241,8 +241,9 @@ def main() -> None:
     parser.add_argument("--errors", action="store_true", help="also hold every head to float64")
     parser.add_argument("--plot", type=Path, help="PNG to draw")
     options = parser.parse_args()
-    missing = [name for name in ("matplotlib", "liger_kernel", "cut_cross_entropy") if find_spec(name) is None]
-    if missing:
+    asked = [head for head in peers.PACKAGES if options.errors or head.startswith(tuple(options.heads))]
+    needed = [peers.PACKAGES[head] for head in asked] + ["matplotlib"] * bool(options.plot)
+    if missing := [name for name in needed if find_spec(name) is None]:
         parser.error(f"{', '.join(missing)} not installed: pip install --group bench")
     if options.errors:
         print("| | log p, rms | p, rms | hidden gradient | weight gradient |\n| --- | --- | --- | --- | --- |")

@@ -101,6 +101,8 @@ FROM_HIDDEN: dict[str, FromHidden] = {
     "Liger": liger,
     "cut-cross-entropy": cut_cross_entropy,
 }
+PACKAGES = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
+"""What a head is imported from, where that is not here or Megatron's."""
 UNSHARDED = {"definition", "Liger", "cut-cross-entropy"}
 """Run without tensor parallelism alone."""
 TIME_ALONE = {"cut-cross-entropy"}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
 from bft_megatron import cli, launcher
 from tests.world import run_world
 
+ROOT = Path(__file__).parents[1]
+
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Call the command line in this process, its ranks in a forked world -> exit status."""
+    """Call the command line in this process and at the project's root, its ranks in a forked world -> exit status."""
     words = [str(a) for a in arguments]
 
     def launch(given: list[str], processes: int) -> int:
         return max(run_world(processes, _call, given, megatron=True))
 
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(launcher, "launch", launch)
     return _call(words)
 

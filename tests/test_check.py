@@ -13,7 +13,6 @@ from bft_megatron.hf import load
 from bft_megatron.hf.weights import Weight
 from tests.commands import run_command
 from tests.layouts.runs import MODEL, VARIANTS, write_data
-from tests.test_cli import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,6 @@ def check(
     data: Path, out: Path, patch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *words: str
 ) -> tuple[int, str]:
     """-> (status, what it said)."""
-    patch.chdir(ROOT)
     status = run_command(
         patch, "check", "recipes/tiny.yaml", f"data.train={data / 'train.jsonl'}", "device=cpu", f"output={out}", *words
     )

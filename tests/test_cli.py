@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run_command
-
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, run_command
 
 RECIPE = """\
 model: {model}

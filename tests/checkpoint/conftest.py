@@ -8,7 +8,6 @@ import pytest
 
 from tests.checkpoint.runs import arguments
 from tests.commands import run_command
-from tests.test_cli import ROOT
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +15,5 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its folder, with the checkpoints of steps 2, 4 and 6."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
         assert run_command(patch, *arguments(out, "train.save_every=2", "train.keep_last=3")) == 0
     return out

@@ -17,7 +17,6 @@ from bft_megatron.terminal import output_to
 from tests.checkpoint.runs import assert_same_tensors
 from tests.commands import run_command
 from tests.layouts.runs import MODEL, RECIPE, read_metrics
-from tests.test_cli import ROOT
 from tests.world import run_world
 
 STEPS, BATCH = 5, 4
@@ -80,7 +79,6 @@ def test_too_many_in_a_row_end_with_65_and_leave_the_last_good_checkpoint(
 ):
     poisoned = _rows_of(tmp_path, 3, 4)
     words = [*_overrides(tmp_path, poisoned), "train.max_skipped=2", "train.keep_last=1"]
-    monkeypatch.chdir(ROOT)
     assert run_command(monkeypatch, "train", RECIPE, *words) == 65
     lines = capfd.readouterr().out.splitlines()
     said = [line for line in lines if "skipped: " in line or "rank 0: BadSteps" in line]

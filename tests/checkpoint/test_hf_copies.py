@@ -14,14 +14,12 @@ from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.hf.export import export
 from bft_megatron.output import RunFolder
 from tests.commands import run_command
-from tests.test_cli import ROOT
 
 
 def test_every_kept_checkpoint_has_its_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     """The first checkpoint is deleted while it is exported or before: no copy of it stays, and nobody is told of it."""
-    monkeypatch.chdir(ROOT)
     words = (
         "train.iterations=2",
         "train.warmup_iterations=0",

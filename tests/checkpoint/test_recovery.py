@@ -18,7 +18,6 @@ from bft_megatron.output import RunFolder
 from tests.checkpoint.runs import arguments, assert_same_tensors
 from tests.commands import run_command
 from tests.layouts.runs import read_metrics
-from tests.test_cli import ROOT
 from tests.world import run_world
 
 
@@ -171,7 +170,6 @@ def test_a_run_with_damage_goes_on_to_the_same_end(
 ):
     _flip_in_a_tensor(folder.checkpoint(6))
     (folder.root / "done").unlink()
-    monkeypatch.chdir(ROOT)
     assert run_command(monkeypatch, *arguments(folder.root, "train.save_every=2", "train.keep_last=3")) == 0
     assert "6 steps from step 4" in capfd.readouterr().out
     assert read_metrics(folder.metrics) == read_metrics(undisturbed / "metrics.jsonl")

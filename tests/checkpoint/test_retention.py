@@ -13,7 +13,7 @@ from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.output import RunFolder
 from tests.checkpoint.runs import arguments
 from tests.commands import run_command
-from tests.test_cli import ROOT, command
+from tests.test_cli import command
 
 WHOLE = [2, 4, 6, 8, 10]
 SCORES = {2: 0.1, 4: 0.9, 6: 0.5, 10: 0.2}
@@ -93,7 +93,6 @@ def test_a_run_keeps_its_best_by_validation_and_its_last(tmp_path: Path, monkeyp
     out = tmp_path / "run"
     saves = ["parallel.tensor=1", "train.save_every=1", "train.validate_every=1", "train.keep_last=1"]
     words = arguments(out, *saves, "train.keep_best=1", "train.best_metric=lm_loss", "train.lr=1")
-    monkeypatch.chdir(ROOT)
     assert run_command(monkeypatch, *words) == 0
     folder = RunFolder(out)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]

@@ -14,7 +14,6 @@ import pytest
 from tests.checkpoint.runs import STEPS, Run, arguments, assert_same_tensors
 from tests.commands import run_command
 from tests.layouts.runs import read_metrics
-from tests.test_cli import ROOT
 
 
 def _unfinished(out: Path) -> str:
@@ -55,7 +54,6 @@ def test_a_run_killed_between_its_last_save_and_its_mark_gets_the_mark(
     undisturbed: Path, mark: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     (undisturbed / "done").rename(undisturbed / "unfinished") if mark == "unfinished" else None
-    monkeypatch.chdir(ROOT)
     assert run_command(monkeypatch, *arguments(undisturbed, "train.save_every=2", "train.keep_last=3")) == 0
     assert "step" not in capfd.readouterr().out.replace("last step", "")
     assert (undisturbed / "done").exists()

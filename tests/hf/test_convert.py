@@ -18,7 +18,6 @@ from tests.commands import run_command
 from tests.hf import sharded, tiny
 from tests.hf.conftest import SavedModel
 from tests.hf.test_export import assert_same, tensors
-from tests.test_cli import ROOT
 from tests.world import run_world
 
 RECIPE = """\
@@ -99,7 +98,6 @@ def test_stock_megatron_loads_what_was_trained(tmp_path: Path, monkeypatch: pyte
     out = tmp_path / "out"
     words = ["device=cpu", "parallel.tensor=2", "parallel.data=1", "data.valid=null"]
     words += ["train.iterations=1", "train.warmup_iterations=0"]
-    monkeypatch.chdir(ROOT)
     assert run_command(monkeypatch, "train", "recipes/tiny.yaml", f"output={out}", *words) == 0
     export(out / "checkpoints", tmp_path / "hf", out / "model")
     expected = tiny.logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))

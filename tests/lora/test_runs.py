@@ -16,7 +16,6 @@ from bft_megatron.lora.peft import export_adapter, export_merged
 from bft_megatron.output import RunFolder
 from tests.commands import run_command
 from tests.layouts.runs import MODEL, read_metrics
-from tests.test_cli import ROOT
 
 LAYOUTS = {"one": [], "two": ["parallel.tensor=2", "parallel.pipeline=2"]}
 LORA = "lora={rank: 4, alpha: 8}"
@@ -28,7 +27,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
     for name, layout in LAYOUTS.items():
         steps = ["train.iterations=3", "train.lr=1e-2", LORA, f"output={folder / name}"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(ROOT)
             assert run_command(patch, "train", "recipes/tiny.yaml", *steps, *layout) == 0
     return {name: RunFolder(folder / name) for name in LAYOUTS}
 

@@ -95,7 +95,7 @@ def bare(source: Path, model: str) -> dict[str, float]:
 def whole(source: Path, model: str, seq_length: int, folder: str) -> dict[str, float]:
     """`prepare`, from the file to the packed rows on disk."""
     from bft_megatron.data.prepare import prepare
-    from bft_megatron.recipe import DataSettings
+    from bft_megatron.recipe.schema import DataSettings
 
     start = time.perf_counter()
     prepared = prepare(source, model, DataSettings(str(source), seq_length=seq_length), 1, folder)

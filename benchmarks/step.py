@@ -22,17 +22,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import in_processes
-from bft_megatron import recipe as recipes
-from bft_megatron import rows, train
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
 from bft_megatron.objective.view import Rows
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
-from bft_megatron.step import Batch, LossFunction, Step
-from bft_megatron.terminal import output_to
+from bft_megatron.processes.terminal import output_to
+from bft_megatron.recipe import reader
+from bft_megatron.recipe.schema import ObjectiveSettings, Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import prepare_rows
+from bft_megatron.training import loop
+from bft_megatron.training.step import Batch, LossFunction, Step
 
 PLAIN = "Megatron's loss"
 LOSSES = [PLAIN, "sft", "dft", "bft"]
@@ -41,7 +42,7 @@ LOSSES = [PLAIN, "sft", "dft", "bft"]
 class TakingTurns(Step):
     """A step whose loss is another one in every step."""
 
-    def __init__(self, settings: recipes.ObjectiveSettings, *args: Any) -> None:
+    def __init__(self, settings: ObjectiveSettings, *args: Any) -> None:
         super().__init__(replace(settings, name="bft"), *args)
         self.steps = {name: Step(replace(settings, name=name), *args) for name in LOSSES if name != PLAIN}
         self.turn = PLAIN
@@ -89,12 +90,12 @@ def measure(made: Recipe) -> dict[str, float]:
         turns.append(TakingTurns(*args))
         return turns[0]
 
-    training.train_step, train.Step = timed, kept
+    training.train_step, loop.Step = timed, kept
     model = find_model(made.model)
     config = read_config(model)
-    prepared = rows.prepare_rows(made, model, config.vocab_size)
+    prepared = prepare_rows(made, model, config.vocab_size)
     with output_to(RunFolder.of(made).log(0)) as console:
-        train.run(made, config, model, prepared, console)
+        loop.run(made, config, model, prepared, console)
     return {name: min(found[1:]) for name, found in seconds.items()}
 
 
@@ -130,7 +131,7 @@ def main() -> None:
             "train.warmup_iterations=0",
             f"output={folder}/run",
         ]
-        made = recipes.load(options.recipe, options.overrides + fixed)
+        made = reader.load(options.recipe, options.overrides + fixed)
         (found,) = in_processes(1, measure, made)
     print("| loss | seconds a step | |\n| --- | --- | --- |")
     for name, seconds in found.items():

@@ -6,7 +6,7 @@ import os
 def main() -> None:
     """Entry point."""
     if "RANK" in os.environ:
-        from bft_megatron.checkpoint import signals
+        from bft_megatron.processes import signals
 
         signals.listen()
     from bft_megatron import cli

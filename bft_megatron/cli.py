@@ -16,13 +16,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from bft_megatron import checks, launcher
-from bft_megatron import recipe as recipes
 from bft_megatron.checkpoint.hf_copies import HFCopies
+from bft_megatron.commands.request import Request, read
 from bft_megatron.errors import USER_ERROR, UserError
-from bft_megatron.output import RunFolder
-from bft_megatron.request import Request, read
-from bft_megatron.terminal import output_to
+from bft_megatron.processes import launcher
+from bft_megatron.processes.terminal import output_to
+from bft_megatron.recipe import reader, rules
+from bft_megatron.run.folder import RunFolder
 
 app = typer.Typer(
     add_completion=False,
@@ -64,7 +64,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         request.describe_run()
         folder.mark_unfinished("running")
     with output_to(folder.log(rank)) as console:
-        from bft_megatron import train as training
+        from bft_megatron.training import loop as training
 
         training.run(recipe, request.config, request.model_folder, rows, console)
 
@@ -85,7 +85,7 @@ def inspect(
     """Show a row of the training data as it will be trained: its samples' text, and which of it is learned."""
     request = read(recipe_file, overrides)
     from bft_megatron.data import inspect, page, sources, tokenizers
-    from bft_megatron.rows import prepare_rows
+    from bft_megatron.run.prepared import prepare_rows
 
     data = request.recipe.data
     rows = request.check(lambda: prepare_rows(request.recipe, request.model_folder, request.config.vocab_size))
@@ -106,13 +106,13 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Compare the recipe's layout with transformers on real rows, before the long run: green, or red and status 1."""
     request = read(recipe_file, overrides)
     in_rank, processes = request.world()
-    request.check(lambda: checks.check_comparable(request.recipe))
+    request.check(lambda: rules.check_comparable(request.recipe))
     if not in_rank:
         request.prepare()
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
     with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
-        from bft_megatron import check as checking
+        from bft_megatron.commands import compare as checking
 
         good = checking.run(request.recipe, request.config, request.model_folder, rows, console)
     sys.exit(0 if good else 1)
@@ -141,7 +141,7 @@ def score(
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
     with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
-        from bft_megatron import score as scoring
+        from bft_megatron.commands import score as scoring
 
         blend = rows.train if data == "train" else rows.valid
         scoring.run(model.recipe, request.config, model.model_folder, blend, data, file, console)
@@ -161,7 +161,7 @@ def preflight(
     per_node: Annotated[int, typer.Option(help="Ranks on this node.")] = 1,
 ) -> None:
     """What launch/ asks on every node before the ranks start; the first one names the run's folder."""
-    from bft_megatron.preflight import preflight
+    from bft_megatron.commands.preflight import preflight
 
     request = read(recipe_file, overrides)
     request.check(lambda: preflight(request.recipe, request.config, world, per_node))
@@ -213,7 +213,7 @@ def export(
     import torch
 
     source, chosen = RunFolder(run), {"iteration": iteration, "dtype": getattr(torch, dtype or "", None)}
-    recipe = recipes.load(source.config) if source.config.exists() else None
+    recipe = reader.load(source.config) if source.config.exists() else None
     if recipe is not None and recipe.lora is not None:
         from bft_megatron.lora.peft import export_adapter, export_merged
 
@@ -272,7 +272,7 @@ def _convert(request: Request) -> None:
     if rank == 0:
         folder.write_config(recipe, request.model_folder)
     with output_to(folder.log(rank)) as console:
-        from bft_megatron import convert as converting
+        from bft_megatron.commands import convert as converting
 
         converting.run(recipe, request.config, request.model_folder, console)
 

@@ -236,7 +236,7 @@ compose_step() {
 
 # A task of srun: FILE COMMAND.... Megatron and torch read RANK and its like, not Slurm's variables. Slurm signals every
 # process of the step, so this shell ignores what the rank answers; the rank starts with the signals held back until it
-# listens, as `bft_megatron.checkpoint.signals` does before it imports anything. The first failure's status is kept.
+# listens, as `bft_megatron.processes.signals` does before it imports anything. The first failure's status is kept.
 # shellcheck disable=SC2016  # expanded by the task's own shell
 RANK_SCRIPT='
 trap "" USR1 TERM

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bft_megatron import cli, launcher
+from bft_megatron import cli
+from bft_megatron.processes import launcher
 from tests.world import run_world
 
 ROOT = Path(__file__).parents[1]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from benchmarks.traffic import objective
-from bft_megatron.head import Head
-from bft_megatron.meter import Meter
 from bft_megatron.objective import IGNORE_INDEX
-from bft_megatron.recipe import ObjectiveSettings
-from bft_megatron.step import Batch, Step
+from bft_megatron.recipe.schema import ObjectiveSettings
+from bft_megatron.reporting.totals import Meter
+from bft_megatron.training.head import Head
+from bft_megatron.training.step import Batch, Step
 from tests.collectives import Collectives
 from tests.world import run_world
 

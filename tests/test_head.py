@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bft_megatron import head, recipe, train
 from bft_megatron.errors import FieldError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.objective import IGNORE_INDEX
-from bft_megatron.recipe import ObjectiveSettings
+from bft_megatron.recipe import reader
+from bft_megatron.recipe.schema import ObjectiveSettings
+from bft_megatron.training import head, loop
 from tests.layouts.runs import MODEL, RECIPE
 from tests.objective import reference
 from tests.world import run_world
@@ -113,9 +114,9 @@ def test_auto_goes_by_the_size_of_the_logits_and_by_what_can_be_done():
 
 
 def test_triton_is_refused_on_a_cpu(tmp_path: Path):
-    made = recipe.load(RECIPE, ["device=cpu", "objective.kernels=triton", f"output={tmp_path}"])
+    made = reader.load(RECIPE, ["device=cpu", "objective.kernels=triton", f"output={tmp_path}"])
     with pytest.raises(FieldError, match="triton runs on GPUs alone") as error:
-        train.run(made, read_config(MODEL), MODEL, _NoRows(), None)
+        loop.run(made, read_config(MODEL), MODEL, _NoRows(), None)
     assert error.value.field == "objective.kernels"
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bft_megatron.output import RunFolder
-from bft_megatron.peak import report_peak
+from bft_megatron.reporting.peak import report_peak
+from bft_megatron.run.folder import RunFolder
 from tests.world import run_world
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from bft_megatron import recipe as recipes
+from bft_megatron.commands.preflight import preflight
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
-from bft_megatron.preflight import preflight
-from bft_megatron.recipe import Recipe
-from bft_megatron.rows import prepare_rows
+from bft_megatron.recipe import reader
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.prepared import prepare_rows
 from tests.test_cli import ROOT
 
 TINY = ROOT / "recipes/tiny"
@@ -27,7 +27,7 @@ def config() -> ModelConfig:
 @pytest.fixture
 def recipe(tmp_path: Path, config: ModelConfig) -> Recipe:
     """The tiny recipe at TP 2, its data prepared."""
-    made = recipes.load(ROOT / "recipes/tiny.yaml", [f"output={tmp_path}", "device=cpu", "parallel.tensor=2"])
+    made = reader.load(ROOT / "recipes/tiny.yaml", [f"output={tmp_path}", "device=cpu", "parallel.tensor=2"])
     made = replace(made, data=replace(made.data, train=str(ROOT / made.data.train), valid=None, pad_multiple=1))
     prepare_rows(made, TINY, config.vocab_size)
     return made

@@ -7,7 +7,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
-from bft_megatron import recipe
+from bft_megatron.recipe import reader
+from bft_megatron.recipe.schema import Recipe
 from tests.test_cli import ROOT, command
 
 README = (ROOT / "README.md").read_text()
@@ -35,11 +36,11 @@ def test_files_that_it_links_to_exist():
 def test_the_example_is_a_recipe(tmp_path: Path):
     example = re.search(r"```yaml\n(model: .*?)```", README, re.DOTALL).group(1)
     (tmp_path / "my.yaml").write_text(example)
-    assert recipe.load(tmp_path / "my.yaml").objective.name == "bft"
+    assert reader.load(tmp_path / "my.yaml").objective.name == "bft"
 
 
 def test_every_field_of_a_recipe_is_described():
-    for group, kind in get_type_hints(recipe.Recipe).items():
+    for group, kind in get_type_hints(Recipe).items():
         names = [f"{group}.{f.name}" for f in fields(kind)] if is_dataclass(kind) else [group]
         for name in names:
             described = f"`{name}`" in README or f"`{name.partition('.')[2]}`" in README

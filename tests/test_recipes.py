@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bft_megatron import checks, recipe, train
-from bft_megatron.arguments import check_passed_through, megatron_arguments
 from bft_megatron.hf.architectures import ModelConfig, megatron_flags, read_config
 from bft_megatron.plan.known import CONFIGS
+from bft_megatron.recipe import reader
+from bft_megatron.recipe.schema import Recipe, rules
+from bft_megatron.training import initialize
+from bft_megatron.training.arguments import check_passed_through, megatron_arguments
 from tests.world import run_world
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -65,13 +67,13 @@ def test_every_recipe_is_tried():
 def test_recipe(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Our checks and Megatron's own parser and validation, as rank 0 of the real world, accept it."""
     name, gpus, overrides = CASES[case]
-    made = recipe.load(RECIPES / f"{name}.yaml", [*overrides, f"output={tmp_path}"])
+    made = reader.load(RECIPES / f"{name}.yaml", [*overrides, f"output={tmp_path}"])
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[made.model]))
     config = read_config(tmp_path)
-    checks.check_recipe(made, config)
-    checks.check_world(made, gpus)
+    rules.check_recipe(made, config)
+    rules.check_world(made, gpus)
     [seen] = run_world(1, accepted, made, config, gpus)
-    one_copy = checks.model_parallel_size(made)
+    one_copy = rules.model_parallel_size(made)
     assert seen["data_parallel_size"] == gpus // one_copy
     assert seen["grad_reduce_in_bf16"] == bool(made.megatron.get("grad-reduce-in-bf16"))
     assert seen["accumulate_allreduce_grads_in_fp32"] != seen["grad_reduce_in_bf16"]
@@ -81,10 +83,10 @@ def test_recipe(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert seen["bf16"]
 
 
-def accepted(made: recipe.Recipe, config: ModelConfig, gpus: int) -> dict[str, object]:
+def accepted(made: Recipe, config: ModelConfig, gpus: int) -> dict[str, object]:
     """In a process of its own: Megatron's arguments are global."""
     os.environ["WORLD_SIZE"] = str(gpus)
     torch.cuda.get_device_properties = lambda _: SimpleNamespace(major=9)  # the one thing that is asked of the hardware
     check_passed_through(made)
-    flags = megatron_arguments(made, megatron_flags(config), train.GPU_FLAGS, 100, (0, 0))
-    return vars(train.parse(flags))
+    flags = megatron_arguments(made, megatron_flags(config), initialize.GPU_FLAGS, 100, (0, 0))
+    return vars(initialize.parse(flags))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from bft_megatron import recipe as recipes
 from bft_megatron.data.dataset import validation_rows
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.rows import prepare_rows
+from bft_megatron.recipe import reader
+from bft_megatron.run.prepared import prepare_rows
 from tests.commands import run_command
 from tests.layouts import reference
 from tests.layouts.runs import MODEL, Case, Layout, make_recipe, write_data
@@ -37,7 +37,7 @@ def write_recipe(case: Case, layout: Layout, data: Path, out: Path) -> Path:
     """The file of a case on a layout."""
     made = make_recipe(out, data, case, layout, 1, "device=cpu", "train.global_batch_size=8")
     recipe = out.parent / "recipe.yaml"
-    recipe.write_text(recipes.dump(made))
+    recipe.write_text(reader.dump(made))
     return recipe
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 
 _RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 """Variables that would make the process one of the run's ranks."""

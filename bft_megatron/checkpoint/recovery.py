@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from bft_megatron.checkpoint import integrity
 from bft_megatron.errors import UserError
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bft_megatron.checkpoint import integrity
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 
 LOWER_IS_BETTER = {"loss", "lm_loss"}
 

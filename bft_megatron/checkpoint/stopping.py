@@ -12,8 +12,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from bft_megatron.checkpoint import signals
-from bft_megatron.metrics import Reporter
+from bft_megatron.processes import signals
+from bft_megatron.reporting.reporter import Reporter
 
 
 class Stop:

@@ -2,7 +2,7 @@
 
 With `install()` Megatron's GPT model, pipeline schedules, DDP, distributed optimizer, torch_dist checkpoints and
 `pretrain` run on gloo. Nothing of the computation is changed: devices are rewritten, streams and events do nothing,
-counters are zero. What stands in for Transformer Engine's layers is in `cpu.layers`, what torch's Adam needs for a
+counters are zero. What stands in for Transformer Engine's layers is in `layers`, what torch's Adam needs for a
 resume in `cpu.optimizer`.
 """
 

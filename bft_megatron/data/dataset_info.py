@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bft_megatron.errors import FieldError
-from bft_megatron.recipe_sources import SourceSettings
+from bft_megatron.recipe.sources import SourceSettings
 
 NAME = "dataset_info.json"
 

@@ -18,7 +18,7 @@ from bft_megatron.data.readers import Chunk
 from bft_megatron.data.sources import Source
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
-from bft_megatron.recipe import DataSettings
+from bft_megatron.recipe.schema import DataSettings
 
 if TYPE_CHECKING:
     import pyarrow

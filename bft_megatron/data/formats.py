@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bft_megatron.errors import UserError
-from bft_megatron.recipe_sources import COLUMNS, COMMON_COLUMNS, SourceSettings
+from bft_megatron.recipe.sources import COLUMNS, COMMON_COLUMNS, SourceSettings
 
 Messages = list[dict[str, Any]]
 

@@ -30,8 +30,8 @@ from bft_megatron.data.packing import pack
 from bft_megatron.data.sources import Source, open_source
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import UserError
-from bft_megatron.recipe import DataSettings
-from bft_megatron.recipe_sources import SourceSettings
+from bft_megatron.recipe.schema import DataSettings
+from bft_megatron.recipe.sources import SourceSettings
 
 FORMAT = 2
 """Part of the folder's name: to be raised when the same input is written otherwise than before."""

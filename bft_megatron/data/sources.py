@@ -20,7 +20,7 @@ from bft_megatron.data.formats import Conversation, conversation
 from bft_megatron.data.portion import portion
 from bft_megatron.data.readers import READERS, Chunk, count_rows, read_file
 from bft_megatron.errors import FieldError, UserError
-from bft_megatron.recipe_sources import SourceSettings
+from bft_megatron.recipe.sources import SourceSettings
 
 
 @dataclass(frozen=True)

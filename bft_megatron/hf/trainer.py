@@ -10,12 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bft_megatron import defaults
 from bft_megatron.objective import IGNORE_INDEX, records
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Confidence, Objective
 from bft_megatron.objective.view import Rows
+from bft_megatron.recipe import environment
 
 
 def bft_loss_func(
@@ -41,8 +41,8 @@ def bft_loss_func(
     Raises:
         UserError: names the setting that makes no sense.
     """
-    group_size = defaults.group_size() if group_size is None else group_size
-    gamma = defaults.gamma() if gamma is None else gamma
+    group_size = environment.group_size() if group_size is None else group_size
+    gamma = environment.gamma() if gamma is None else gamma
     total = batch_sum(records.balanced(group_size, gamma, confidence), outputs["logits"], labels)
     return total.loss / max(total.count, 1)
 

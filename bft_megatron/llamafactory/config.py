@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bft_megatron.errors import UserError
-from bft_megatron.yaml_file import YamlFile
+from bft_megatron.recipe.yaml_file import YamlFile
 
 
 class Config:

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from bft_megatron.llamafactory.config import Config
-from bft_megatron.recipe import (
+from bft_megatron.recipe.schema import (
     DataSettings,
     LoraSettings,
     ObjectiveSettings,

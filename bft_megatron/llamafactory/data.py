@@ -11,7 +11,7 @@ from bft_megatron.data.packing import padded
 from bft_megatron.errors import FieldError
 from bft_megatron.llamafactory.conversion import Conversion
 from bft_megatron.llamafactory.layout import context_size, tensor_size
-from bft_megatron.recipe_sources import source_settings
+from bft_megatron.recipe.sources import source_settings
 
 
 def carry(to: Conversion) -> None:

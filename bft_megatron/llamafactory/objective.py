@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from bft_megatron import defaults
 from bft_megatron.llamafactory.conversion import Conversion
 from bft_megatron.llamafactory.layout import on_megatron
+from bft_megatron.recipe import environment
 
 
 def carry(to: Conversion) -> None:
@@ -21,8 +21,8 @@ def carry(to: Conversion) -> None:
         to.show("objective", "mean over supervised tokens", "mean over supervised tokens")
         return
     for variable, field, value in (
-        ("BFT_GROUP_SIZE", "objective.group_size", defaults.group_size()),
-        ("BFT_CONF_GAMMA", "objective.gamma", defaults.gamma()),
+        ("BFT_GROUP_SIZE", "objective.group_size", environment.group_size()),
+        ("BFT_CONF_GAMMA", "objective.gamma", environment.gamma()),
     ):
         if os.environ.get(variable, "").strip():
             to.fields[field] = value

@@ -27,7 +27,7 @@ from bft_megatron.hf.load import Source, fill_part
 from bft_megatron.hf.weights import Weight, global_path
 from bft_megatron.lora.factors import Adapted, Fresh, adapted, scale
 from bft_megatron.lora.peft import AdapterFolder
-from bft_megatron.recipe import LoraSettings, Recipe
+from bft_megatron.recipe.schema import LoraSettings, Recipe
 
 
 def install(model: Any, recipe: Recipe, config: ModelConfig, *, on_cpu: bool) -> None:

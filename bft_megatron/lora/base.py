@@ -10,8 +10,8 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf import hub, shards
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.torch_dist import newest_checkpoint
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
 
 SAMPLES, SAMPLE_BYTES = 32, 4096
 """Of each file of weights: so many places, the first and the last included, of so many bytes."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.weights import HFTensor, Weight, weights
-from bft_megatron.recipe import LoraSettings
+from bft_megatron.recipe.schema import LoraSettings
 
 
 @dataclass(frozen=True)

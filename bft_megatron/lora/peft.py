@@ -22,8 +22,8 @@ from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import weights
 from bft_megatron.lora.base import check_base
 from bft_megatron.lora.factors import Factors, adapted, all_factors, scale
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import LoraSettings, Recipe
+from bft_megatron.recipe.schema import LoraSettings, Recipe
+from bft_megatron.run.folder import RunFolder
 
 PREFIX = "base_model.model."
 """What PEFT puts before the base model's own names."""

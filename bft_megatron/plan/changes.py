@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from itertools import batched
 from typing import Any
 
-from bft_megatron import checks
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.plan import processes
 from bft_megatron.plan.budget import Verdict, verdict
 from bft_megatron.plan.hardware import Cluster
 from bft_megatron.plan.layout import Stage, of_each
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe import rules
+from bft_megatron.recipe.schema import Recipe
 
 ENOUGH = 3
 """Changes that a report names."""
@@ -83,8 +83,8 @@ def _with_flags(recipe: Recipe, costs: str, flags: dict[str, Any]) -> tuple[str,
 def possible(recipe: Recipe, config: ModelConfig, world: int) -> bool:
     """Whether our checks accept it; Megatron may refuse it still."""
     try:
-        checks.check_recipe(recipe, config)
-        checks.check_world(recipe, world)
+        rules.check_recipe(recipe, config)
+        rules.check_world(recipe, world)
     except FieldError:
         return False
     return True

@@ -8,12 +8,11 @@ import os
 import warnings
 from pathlib import Path
 
-from bft_megatron import checks
-from bft_megatron import recipe as recipes
+from bft_megatron.commands.request import Request
 from bft_megatron.plan.hardware import Cluster, lookup, share_of_this_machine
 from bft_megatron.plan.known import model_config
-from bft_megatron.recipe import Recipe
-from bft_megatron.request import Request
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
 
 
 def read(file: Path, overrides: list[str] | None) -> Request:
@@ -22,7 +21,7 @@ def read(file: Path, overrides: list[str] | None) -> Request:
     Raises:
         UserError: the first thing that is wrong, with its file, line and field.
     """
-    recipe = recipes.load(file, overrides or [])
+    recipe = reader.load(file, overrides or [])
     request = Request(file, overrides or [], recipe, model_config(recipe.model))
     request.check_fields()
     return request
@@ -34,7 +33,7 @@ def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> 
     Raises:
         UserError: there is no such GPU.
     """
-    one_copy = checks.model_parallel_size(recipe)
+    one_copy = rules.model_parallel_size(recipe)
     if recipe.device == "cpu":
         world = one_copy * recipe.parallel.data
         return Cluster(share_of_this_machine(world), world, world)
@@ -49,7 +48,7 @@ def run(request: Request, on: Cluster, *, as_json: bool, html: Path | None) -> b
         UserError: the recipe does not divide over the cluster, or Megatron refuses it.
     """
     recipe, config = request.recipe, request.config
-    request.check(lambda: checks.check_world(recipe, on.world))
+    request.check(lambda: rules.check_world(recipe, on.world))
     quietly()
     from bft_megatron.plan import report
     from bft_megatron.plan.changes import changes

@@ -16,7 +16,7 @@ from bft_megatron.plan import layout
 from bft_megatron.plan.hardware import Cluster, Gpu
 from bft_megatron.plan.layout import Stage
 from bft_megatron.plan.memory import Collective, Work
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe.schema import Recipe
 
 MATMUL_SHARE = 0.70
 """Of the peak, that large bf16 products get."""

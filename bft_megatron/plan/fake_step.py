@@ -1,9 +1,9 @@
 """Megatron's own training loop on one rank of a cluster that is not there: two steps over tensors without values.
 
-The recipe goes the way of a real run, `arguments` and `train.pretrain` with our step, in a process whose process group
-is torch's fake one. For GPUs the CUDA surface is redirected to torch's meta device, and the layers are `modelled`; for
-a recipe of the CPU the CPU's own layers run under FakeTensorMode, since torch chooses its CPU kernels by device. The
-first step makes the optimizer's state, the second is what is looked at.
+The recipe takes the path of a real run, `training.arguments` and `training.loop.pretrain` with our step, in a process
+whose process group is torch's fake one. For GPUs the CUDA surface is redirected to torch's meta device, and the layers
+are `modelled`; for a recipe of the CPU the CPU's own layers run under FakeTensorMode, since torch chooses its CPU
+kernels by device. The first step makes the optimizer's state, the second is the one that is measured.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bft_megatron import arguments, train
 from bft_megatron.cpu import backend
 from bft_megatron.data.dataset import VIRTUAL_LENGTH
 from bft_megatron.hf import architectures
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.meter import Meter
 from bft_megatron.plan.memory import Ledger
 from bft_megatron.plan.watch import Enough, Trace, Watch
-from bft_megatron.recipe import Recipe
-from bft_megatron.step import Step
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.reporting.totals import Meter
+from bft_megatron.training import arguments, initialize, loop
+from bft_megatron.training.model import model_config
+from bft_megatron.training.step import Step
 
 LEFT_OUT = (
     "--save",
@@ -93,7 +94,7 @@ def run(
     flags = arguments.megatron_arguments(
         recipe,
         architectures.megatron_flags(config),
-        train.device_flags(on_cpu),
+        initialize.device_flags(on_cpu),
         iterations=MANY,
         validation=(0, 0),
     )
@@ -105,9 +106,9 @@ def run(
             from bft_megatron.plan import modelled
 
             modelled.install()
-        margs = train.parse([*_without(flags, LEFT_OUT), *INSTEAD])
+        margs = initialize.parse([*_without(flags, LEFT_OUT), *INSTEAD])
         margs.do_train = True  # which it would read from a tensor
-        model = train.model_config(recipe, config, None, margs, on_cpu, fresh=False)
+        model = model_config(recipe, config, None, margs, on_cpu, fresh=False)
         model.transformer.finalize_model_grads_func = step.finalize_grads
         if not on_cpu:
             model.transformer_layer_spec = modelled.layer_spec
@@ -116,7 +117,7 @@ def run(
         watch = Watch(ledger)
         watch.install()
         with contextlib.suppress(Enough):
-            train.pretrain(margs, model, step, provider)
+            loop.pretrain(margs, model, step, provider)
     return watch.trace(rank)
 
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.output import RunFolder
 from bft_megatron.plan.budget import Verdict, verdict
 from bft_megatron.plan.estimate import Estimate, estimate
 from bft_megatron.plan.hardware import Cluster
 from bft_megatron.plan.layout import Stage, stages
-from bft_megatron.recipe import Recipe
-from bft_megatron.rows import open_rows
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import open_rows
 
 
 @dataclass(frozen=True)

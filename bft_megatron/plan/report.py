@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bft_megatron.announce import layout
 from bft_megatron.plan.budget import PARTS, allowances, parts
 from bft_megatron.plan.changes import Change
 from bft_megatron.plan.memory import gib
 from bft_megatron.plan.plan import Plan
+from bft_megatron.reporting.announce import layout
 
 
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from bft_megatron.plan.estimate import estimate
 from bft_megatron.plan.hardware import Cluster
 from bft_megatron.plan.layout import ends, micro_batches
 from bft_megatron.plan.plan import Plan
-from bft_megatron.recipe import ParallelSettings, Recipe
+from bft_megatron.recipe.schema import ParallelSettings, Recipe
 
 TRACED = 8
 """Layouts that a search traces."""

@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 from tests.checkpoint.runs import WORLD, Run, tensors
 from tests.layouts.runs import read_metrics
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bft_megatron import recipe, rows, train
 from bft_megatron.data.dataset import training_rows
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
-from bft_megatron.terminal import output_to
+from bft_megatron.processes.terminal import output_to
+from bft_megatron.recipe import reader
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import RunRows, prepare_rows
+from bft_megatron.training import datasets, loop
 from tests.checkpoint.runs import assert_same_tensors
 from tests.commands import run_command
 from tests.layouts.runs import MODEL, RECIPE, read_metrics
@@ -35,20 +37,20 @@ def _overrides(tmp_path: Path, poisoned: set[int]) -> list[str]:
     ]
 
 
-def _prepared(made: Recipe) -> rows.RunRows:
-    return rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
+def _prepared(made: Recipe) -> RunRows:
+    return prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
 
 
 def _rows_of(tmp_path: Path, *steps: int) -> set[int]:
     """The rows of these steps: of the same data without poison, in a run of its own."""
-    made = recipe.load(RECIPE, [*_overrides(tmp_path, set()), f"output={tmp_path / 'clean'}"])
-    of = train.rows_of_step(made, _prepared(made))
+    made = reader.load(RECIPE, [*_overrides(tmp_path, set()), f"output={tmp_path / 'clean'}"])
+    of = datasets.rows_of_step(made, _prepared(made))
     return {row for step in steps for row in of(step)}
 
 
-def _train(made: Recipe, prepared: rows.RunRows) -> None:
+def _train(made: Recipe, prepared: RunRows) -> None:
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
-        train.run(made, read_config(MODEL), MODEL, prepared, console)
+        loop.run(made, read_config(MODEL), MODEL, prepared, console)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -56,7 +58,7 @@ def test_one_bad_sample_skips_its_step_on_every_rank_and_nothing_else(tmp_path: 
     bad = 3
     (poisoned, *_) = _rows_of(tmp_path, bad)
     layout = ["parallel.tensor=2", "parallel.pipeline=2", f"train.precision={precision}", "train.keep_last=9"]
-    made = recipe.load(RECIPE, [*_overrides(tmp_path, {poisoned}), *layout])
+    made = reader.load(RECIPE, [*_overrides(tmp_path, {poisoned}), *layout])
     prepared, folder = _prepared(made), RunFolder.of(made)
     run_world(4, _train, made, prepared, megatron=True)
 

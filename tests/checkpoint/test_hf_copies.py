@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.hf.export import export
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 from tests.commands import run_command
 
 

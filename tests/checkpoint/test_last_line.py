@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from bft_megatron.checkpoint import signals
 from bft_megatron.checkpoint.stopping import Stop
-from bft_megatron.meter import Meter
-from bft_megatron.metrics import Reporter
-from bft_megatron.output import RunFolder
+from bft_megatron.processes import signals
+from bft_megatron.reporting.reporter import Reporter
+from bft_megatron.reporting.totals import Meter
+from bft_megatron.run.folder import RunFolder
 from tests.checkpoint.runs import Run
 from tests.world import run_world
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from bft_megatron import recipe, rows, train
 from bft_megatron.errors import FieldError
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
-from bft_megatron.terminal import output_to
+from bft_megatron.processes.terminal import output_to
+from bft_megatron.recipe import reader
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import RunRows, prepare_rows
+from bft_megatron.training import loop
 from tests.layouts.comparing import assert_same
 from tests.layouts.runs import MODEL, RECIPE, Case, Layout, Result, make_recipe, read_metrics, write_data
 from tests.world import run_world
@@ -23,14 +25,14 @@ STEPS, SAVED = 4, 2
 
 
 def _run(made: Recipe, layout: Layout) -> Result:
-    prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
+    prepared = prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
     run_world(layout.world, _train, made, prepared, megatron=True)
     return Result(*read_metrics(RunFolder.of(made).metrics))
 
 
-def _train(made: Recipe, prepared: rows.RunRows) -> None:
+def _train(made: Recipe, prepared: RunRows) -> None:
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
-        train.run(made, read_config(MODEL), MODEL, prepared, console)
+        loop.run(made, read_config(MODEL), MODEL, prepared, console)
 
 
 def _recipe(folder: Path, data: Path, layout: Layout) -> Recipe:
@@ -71,7 +73,7 @@ def _began_with(root: Path, context: int, pad_multiple: int | None = None) -> No
 
 
 def _left_out(root: Path, context: int) -> Recipe:
-    return recipe.load(RECIPE, [f"output={root}", f"model={MODEL}", f"parallel.context={context}"])
+    return reader.load(RECIPE, [f"output={root}", f"model={MODEL}", f"parallel.context={context}"])
 
 
 @pytest.mark.parametrize(("first", "then", "kept"), [(2, 1, 4), (4, 2, 8), (1, 1, 1), (2, 2, 4)])

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from bft_megatron.checkpoint import integrity
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.errors import UserError
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 from tests.checkpoint.runs import arguments, assert_same_tensors
 from tests.commands import run_command
 from tests.layouts.runs import read_metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from megatron.core import dist_checkpointing
 
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 from tests.checkpoint.runs import STEPS, Run, arguments
 from tests.checkpoint.soak import differences, finish, kill_once, overrides
 from tests.test_cli import command

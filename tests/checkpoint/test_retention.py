@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bft_megatron.checkpoint.retention import Retention
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 from tests.checkpoint.runs import arguments
 from tests.commands import run_command
 from tests.test_cli import command

@@ -20,7 +20,7 @@ CP = 2
 
 
 def attention(group: dist.ProcessGroup, window: int | None):
-    from bft_megatron.cpu.layers import CoreAttention
+    from bft_megatron.layers.attention import CoreAttention
 
     config = SimpleNamespace(window_size=None if window is None else (window - 1, 0), attention_dropout=0.0)
     return CoreAttention(config, 1, None, "self", pg_collection=SimpleNamespace(cp=group))

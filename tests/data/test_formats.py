@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict
 from bft_megatron.data import readers, sources
 from bft_megatron.data.formats import Conversation
 from bft_megatron.errors import FieldError, UserError
-from bft_megatron.recipe_sources import SourceSettings, source_settings
+from bft_megatron.recipe.sources import SourceSettings, source_settings
 
 PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SYSTEM = {"role": "system", "content": "Be kind."}

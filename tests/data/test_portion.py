@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from bft_megatron.data import readers, sources
 from bft_megatron.errors import FieldError
-from bft_megatron.recipe_sources import SourceSettings, source_settings
+from bft_megatron.recipe.sources import SourceSettings, source_settings
 
 
 def row(i: int) -> dict[str, list[dict[str, str]]]:

@@ -25,7 +25,7 @@ from bft_megatron.data.prepare import Prepared, load, prepare
 from bft_megatron.data.report import report
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import FieldError, UserError
-from bft_megatron.recipe import DataSettings
+from bft_megatron.recipe.schema import DataSettings
 from tests.data.material import CHATML, TINY, chat_of, unmarked
 
 SETTINGS = DataSettings(train=str(TINY / "train.jsonl"), valid=str(TINY / "valid.jsonl"), seq_length=256)
@@ -45,7 +45,7 @@ PROGRAM = """
 import resource, sys
 from bft_megatron.data.prepare import prepare
 from bft_megatron.errors import UserError
-from bft_megatron.recipe import DataSettings
+from bft_megatron.recipe.schema import DataSettings
 
 source, model, cache, file_size = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_size), -1))

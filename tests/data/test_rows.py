@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from bft_megatron import checks, recipe
+from bft_megatron.commands.request import Request
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
-from bft_megatron.request import Request
-from bft_megatron.rows import RunRows, open_rows, prepare_rows, rows_of_rank
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import RunRows, open_rows, prepare_rows, rows_of_rank
 from tests.data.material import TINY
 
 
 def made(folder: Path, *overrides: str) -> Recipe:
     paths = [f"model={TINY}", f"data.train={TINY / 'train.jsonl'}", f"data.valid={TINY / 'valid.jsonl'}"]
-    return recipe.load(TINY.parent / "tiny.yaml", [*paths, f"output={folder}", *overrides])
+    return reader.load(TINY.parent / "tiny.yaml", [*paths, f"output={folder}", *overrides])
 
 
 def never() -> RunRows:
@@ -77,7 +77,7 @@ def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(tmp_path: Path) -> 
 
 def test_a_row_a_turn_learns_every_answer(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="split makes a sample of each"):
-        checks.check_recipe(made(tmp_path, "data.turns=split", "data.supervise=last"), read_config(TINY))
+        rules.check_recipe(made(tmp_path, "data.turns=split", "data.supervise=last"), read_config(TINY))
 
 
 def test_a_template_of_the_recipes_own_goes_with_the_model(tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ from megatron.training import global_vars
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from bft_megatron import checkpoint, train
+from bft_megatron import checkpoint
 from bft_megatron.cpu.backend import MEGATRON_FLAGS
-from bft_megatron.cpu.layers import layer_spec
 from bft_megatron.hf.architectures import configure, megatron_flags, read_config
 from bft_megatron.hf.load import weights_hook
+from bft_megatron.layers.spec import layer_spec
+from bft_megatron.training import initialize
 from tests.hf import tiny
 
 
@@ -81,7 +82,7 @@ def model(
     """
     config = read_config(folder)
     with contextlib.redirect_stdout(io.StringIO()), _clean_globals():
-        args = train.parse([*RUN_FLAGS, *megatron_flags(config), *layout.flags, *MEGATRON_FLAGS, *flags])
+        args = initialize.parse([*RUN_FLAGS, *megatron_flags(config), *layout.flags, *MEGATRON_FLAGS, *flags])
         parallel_state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         gpt = gpt_config_from_args(args)

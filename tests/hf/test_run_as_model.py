@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from bft_megatron.hf.export import export
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 from tests.layouts.runs import MODEL, Case, Layout, make_recipe, run, write_data
 
 

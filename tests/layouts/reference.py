@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bft_megatron import rows
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import training_rows, validation_rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.load import _Random
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.prepared import prepare_rows
 from tests.layouts.runs import Result
 from tests.objective import reference
 
@@ -46,7 +46,7 @@ def first_step(
     """
     model = adapt(whole_model(made))
     folder = find_model(made.model)
-    run_rows = rows.prepare_rows(made, folder, read_config(folder).vocab_size)
+    run_rows = prepare_rows(made, folder, read_config(folder).vocab_size)
     batch = made.train.global_batch_size
     training = training_rows(run_rows.train, seed=made.train.seed, limit=run_rows.rows(made))
     validation = validation_rows(run_rows.valid, batch=1)

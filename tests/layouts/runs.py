@@ -15,13 +15,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from bft_megatron import checks, recipe, rows, train
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.weights import part, weights
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
-from bft_megatron.terminal import output_to
+from bft_megatron.processes.terminal import output_to
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import RunRows, prepare_rows
+from bft_megatron.training import loop
 from tests.world import run_world
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
@@ -119,7 +121,7 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
     """The tiny recipe for a case on a layout, checked as the command line checks it; 0 steps: by its epochs."""
     objective = [f"objective.name={case.objective}", f"objective.confidence={case.confidence}"]
     objective += [f"objective.reduce={case.reduce}"] if case.reduce else []
-    made = recipe.load(
+    made = reader.load(
         RECIPE,
         [
             f"model={MODEL if case.model == 'tiny' else data / case.model}",
@@ -137,8 +139,8 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
             *overrides,
         ],
     )
-    checks.check_recipe(made, read_config(find_model(made.model)))
-    checks.check_world(made, layout.world)
+    rules.check_recipe(made, read_config(find_model(made.model)))
+    rules.check_world(made, layout.world)
     return made
 
 
@@ -152,17 +154,17 @@ def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None) -> 
     `before` is called in each process first.
     """
     folder, model = RunFolder.of(made), find_model(made.model)
-    prepared = rows.prepare_rows(made, model, read_config(model).vocab_size)
+    prepared = prepare_rows(made, model, read_config(model).vocab_size)
     run_world(world, _train, made, prepared, before, megatron=True)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 
-def _train(made: Recipe, prepared: rows.RunRows, before: Callable[[], None]) -> None:
+def _train(made: Recipe, prepared: RunRows, before: Callable[[], None]) -> None:
     """What the command does in a rank."""
     before()
     model = find_model(made.model)
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
-        train.run(made, read_config(model), model, prepared, console)
+        loop.run(made, read_config(model), model, prepared, console)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bft_megatron import rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.objective.view import Rows
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import prepare_rows
 from examples.objectives import eaft, focal
 from tests.checkpoint.runs import tensors
 from tests.layouts.comparing import TOLERANCE, assert_same
@@ -71,7 +71,7 @@ def test_overlapped_communication_changes_neither_losses_nor_what_is_saved(data:
     for i, more in enumerate(([], overlap)):
         fixed = ("train.lr=1e-2", f"train.save_every={steps}", *CHUNKED)  # a save would gather all parameters itself
         made = make_recipe(data / f"overlap-{i}", data, Case("bft"), Layout(data=2), steps, *fixed, *more)
-        prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
+        prepared = prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
         run_world(2, _train, made, prepared, lambda: None, megatron=True)
         losses.append([line["loss"] for line in read_metrics(RunFolder.of(made).metrics)[0]])
         saved.append(tensors(RunFolder.of(made).checkpoint(steps)))

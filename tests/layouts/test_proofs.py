@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bft_megatron import arguments, step
 from bft_megatron.cpu import layers
 from bft_megatron.objective import view
+from bft_megatron.training import arguments, step
 from tests.layouts.comparing import TOLERANCE, differences
 from tests.layouts.runs import Case, Layout, Result, make_recipe, run
 

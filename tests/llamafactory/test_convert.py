@@ -10,12 +10,13 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bft_megatron import cli, recipe
+from bft_megatron import cli
 from bft_megatron.data import sources
 from bft_megatron.errors import UserError
 from bft_megatron.llamafactory import convert, print_table, recipe_text
-from bft_megatron.recipe import Recipe
-from bft_megatron.recipe_sources import SourceSettings
+from bft_megatron.recipe import reader
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.recipe.sources import SourceSettings
 from tests.test_cli import ROOT
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -42,7 +43,7 @@ def loaded(config: Path, gpus: int | None = None) -> Recipe:
     """The converted recipe as `train` would read it."""
     path = config.with_suffix(".recipe")
     path.write_text(recipe_text(convert(config, gpus)))
-    return recipe.load(path)
+    return reader.load(path)
 
 
 def field(made: Recipe, name: str) -> Any:
@@ -133,7 +134,7 @@ def test_example(name: str, tmp_path: Path):
     gpus, expected = EXAMPLES[name]
     conversion = convert(CONFIGS / f"{name}.yaml", gpus)
     (tmp_path / "recipe.yaml").write_text(recipe_text(conversion))
-    made = recipe.load(tmp_path / "recipe.yaml")
+    made = reader.load(tmp_path / "recipe.yaml")
     assert {key: field(made, key) for key in expected} == expected
     assert not conversion.lost
 
@@ -359,7 +360,7 @@ def test_command(tmp_path: Path):
     out = tmp_path / "recipe.yaml"
     words = ["from-llamafactory", str(CONFIGS / "lora.yaml")]
     assert CliRunner().invoke(cli.app, [*words, str(out), "--gpus", "2"], catch_exceptions=False).exit_code == 0
-    assert recipe.load(out).train.global_batch_size == 6
+    assert reader.load(out).train.global_batch_size == 6
     with pytest.raises(UserError, match="cannot write the recipe: File exists"):
         CliRunner().invoke(cli.app, [*words, str(out)], catch_exceptions=False)
     printed = CliRunner().invoke(cli.app, words, catch_exceptions=False)

@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from bft_megatron import checks, recipe, rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.llamafactory import convert, recipe_text
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import prepare_rows
 from tests.layouts.runs import MODEL, _train, read_metrics
 from tests.test_cli import ROOT
 from tests.world import run_world
@@ -32,7 +33,7 @@ EXAMPLES = {
 def test_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     made = tiny(name, tmp_path)
-    prepared = rows.prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
+    prepared = prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
     run_world(1, _train, made, prepared, lambda: None, megatron=True)
     lines, _ = read_metrics(RunFolder.of(made).metrics)
     steps, warmup, samples, sources = EXAMPLES[name]
@@ -48,8 +49,8 @@ def tiny(name: str, folder: Path) -> Recipe:
     """The converted recipe with the tiny model in place of its own."""
     (folder / "recipe.yaml").write_text(recipe_text(convert(CONFIGS / f"{name}.yaml")))
     overrides = [f"model={MODEL}", "init=random", "train.precision=fp32", f"output={folder / 'run'}"]
-    made = recipe.load(folder / "recipe.yaml", overrides)
-    checks.check_recipe(made, read_config(find_model(made.model)))
+    made = reader.load(folder / "recipe.yaml", overrides)
+    rules.check_recipe(made, read_config(find_model(made.model)))
     return made
 
 

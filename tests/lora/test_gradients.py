@@ -11,12 +11,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from bft_megatron import rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.lora.factors import adapted, all_factors
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import prepare_rows
 from tests.layouts import reference
 from tests.layouts.runs import Case, Layout, _train, make_recipe, read_metrics, write_data
 from tests.world import run_world
@@ -64,7 +64,7 @@ def gradients(made: Recipe) -> dict[str, Tensor]:
 
 
 def run(made: Recipe, world: int) -> dict[str, Tensor]:
-    prepared = rows.prepare_rows(made, find_model(made.model), read_config(find_model(made.model)).vocab_size)
+    prepared = prepare_rows(made, find_model(made.model), read_config(find_model(made.model)).vocab_size)
     run_world(world, _train, made, prepared, lambda: None, megatron=True)
     return gradients(made)
 

@@ -17,8 +17,8 @@ from bft_megatron.hf.torch_dist import Checkpoint
 from bft_megatron.lora.adapters import lora_hook
 from bft_megatron.lora.factors import Fresh, adapted, all_factors
 from bft_megatron.lora.peft import AdapterFolder, export_adapter, export_merged
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import LoraSettings, Recipe
+from bft_megatron.recipe.schema import LoraSettings, Recipe
+from bft_megatron.run.folder import RunFolder
 from tests.hf import sharded, tiny
 from tests.hf.conftest import SavedModel, models  # noqa: F401
 from tests.hf.sharded import Layout

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import _Random
 from bft_megatron.lora.peft import export_adapter, export_merged
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 from tests.commands import run_command
 from tests.layouts.runs import MODEL, read_metrics
 
@@ -45,9 +45,9 @@ def test_the_checkpoint_holds_the_adapters_alone(runs: dict[str, RunFolder]):
 
 
 def test_merging_adds_b_times_a(runs: dict[str, RunFolder], tmp_path: Path):
-    from bft_megatron import recipe
+    from bft_megatron.recipe import reader
 
-    made = recipe.load(runs["two"].config)
+    made = reader.load(runs["two"].config)
     export_adapter(runs["two"], made, tmp_path / "adapter")
     export_merged(runs["two"], made, tmp_path / "merged")
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from bft_megatron import checks, recipe
 from bft_megatron.plan.budget import parts, verdict
 from bft_megatron.plan.changes import changes
 from bft_megatron.plan.estimate import estimate
@@ -13,7 +12,8 @@ from bft_megatron.plan.known import model_config
 from bft_megatron.plan.layout import Stage, of_each, stages
 from bft_megatron.plan.memory import gib
 from bft_megatron.plan.plan import plan
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
 from tests.test_recipes import CASES, RECIPES
 
 H100 = lookup("h100-80g")
@@ -22,8 +22,8 @@ NVIDIA_70B = ["data.seq_length=4096", "parallel.context=1"]
 
 
 def load(name: str, *overrides: str) -> Recipe:
-    made = recipe.load(RECIPES / f"{name}.yaml", list(overrides))
-    checks.check_recipe(made, model_config(made.model))
+    made = reader.load(RECIPES / f"{name}.yaml", list(overrides))
+    rules.check_recipe(made, model_config(made.model))
     return made
 
 

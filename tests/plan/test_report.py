@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from bft_megatron import recipe
 from bft_megatron.plan import report
 from bft_megatron.plan.budget import PARTS, verdict
 from bft_megatron.plan.hardware import Cluster, lookup
 from bft_megatron.plan.known import model_config
 from bft_megatron.plan.page import page
 from bft_megatron.plan.plan import Plan, plan
+from bft_megatron.recipe import reader
 from tests.test_cli import ROOT, command
 
 H100 = lookup("h100-80g")
@@ -24,7 +24,7 @@ H100 = lookup("h100-80g")
 
 @pytest.fixture(scope="module")
 def qwen() -> Plan:
-    made = recipe.load(ROOT / "recipes" / "qwen3_8b.yaml", ["train.iterations=1000", "train.epochs=null"])
+    made = reader.load(ROOT / "recipes" / "qwen3_8b.yaml", ["train.iterations=1000", "train.epochs=null"])
     return plan(made, model_config(made.model), Cluster(H100, 8, 8))
 
 

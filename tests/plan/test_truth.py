@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bft_megatron import rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.prepared import prepare_rows
 from tests.layouts.runs import MODEL, Case, Layout, make_recipe, write_data
 from tests.plan import truth
 
@@ -78,7 +78,7 @@ def check(made: Recipe, world: int, ranks: list[int]) -> None:
     """Hold these ranks' plans to what they really were."""
     model = find_model(made.model)
     config = read_config(model)
-    prepared = rows.prepare_rows(made, model, config.vocab_size)
+    prepared = prepare_rows(made, model, config.vocab_size)
     was = truth.real(made, config, prepared, world)
     for rank, plan in zip(ranks, truth.planned(made, config, prepared, world, ranks), strict=True):
         real = was[rank]

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bft_megatron import train
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.output import RunFolder
 from bft_megatron.plan import fake_step
 from bft_megatron.plan.fake_step import kind_of_group
 from bft_megatron.plan.memory import Collective, Ledger
 from bft_megatron.plan.processes import each
 from bft_megatron.plan.watch import Trace
-from bft_megatron.recipe import Recipe
-from bft_megatron.rows import RunRows
-from bft_megatron.terminal import output_to
+from bft_megatron.processes.terminal import output_to
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import RunRows
+from bft_megatron.training import datasets, loop
 from tests.world import run_world
 
 
@@ -62,7 +62,7 @@ def real(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int) -> list
 
 def planned(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, ranks: list[int]) -> list[Sizes]:
     """The same two steps, planned, of some of the ranks."""
-    calls = [(recipe, config, rank, world, train.datasets(recipe, rows, (0, 0))) for rank in ranks]
+    calls = [(recipe, config, rank, world, datasets.datasets(recipe, rows, (0, 0))) for rank in ranks]
     return [_sizes(trace) for trace in each(fake_step.run, calls)]
 
 
@@ -103,7 +103,7 @@ def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
     with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console, recorder, ledger:
         _mark_moments(ledger)
         with contextlib.suppress(_TwoSteps):
-            train.run(recipe, config, Path(recipe.model), rows, console)
+            loop.run(recipe, config, Path(recipe.model), rows, console)
     moments = _Moments(recorder)
     return Sizes(
         weights=moments.grown("setup", "model"),

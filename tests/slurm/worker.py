@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from bft_megatron.checkpoint import signals
-from bft_megatron.output import RunFolder
+from bft_megatron.processes import signals
+from bft_megatron.run.folder import RunFolder
 
 SAVE_EVERY = 5
 

@@ -13,7 +13,7 @@ from megatron.core.extensions import transformer_engine as te
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.lora.adapters import adapters, lora_hook, unfused_spec
 from bft_megatron.lora.factors import Fresh, adapted
-from bft_megatron.recipe import LoraSettings
+from bft_megatron.recipe.schema import LoraSettings
 from tests.hf import sharded
 from tests.hf.conftest import SavedModel
 from tests.hf.sharded import TRANSFORMER_ENGINE, Layout

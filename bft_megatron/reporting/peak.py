@@ -8,7 +8,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from bft_megatron.output import RunFolder
+from bft_megatron.run.folder import RunFolder
 
 
 def report_peak(folder: RunFolder, console: TextIO) -> None:

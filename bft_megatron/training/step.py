@@ -21,12 +21,12 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from bft_megatron.errors import FieldError
-from bft_megatron.head import Head
-from bft_megatron.meter import Meter
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Objective, lookup, lowest_confidence
 from bft_megatron.objective.view import Rows, View
-from bft_megatron.recipe import ObjectiveSettings
+from bft_megatron.recipe.schema import ObjectiveSettings
+from bft_megatron.reporting.totals import Meter
+from bft_megatron.training.head import Head
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch.distributed as dist
 
 from bft_megatron.errors import BadSteps
-from bft_megatron.meter import Meter
+from bft_megatron.reporting.totals import Meter
 
 BY_SOURCE = ("loss", "mean_p", "samples", "tokens")
 """What a step reports of each source."""

@@ -10,13 +10,13 @@ import os
 import shutil
 from pathlib import Path
 
-from bft_megatron.checks import check_world
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.weights import parameter_count
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
-from bft_megatron.rows import open_rows
+from bft_megatron.recipe.rules import check_world
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import open_rows
 
 CHECKPOINT_BYTES = 14
 """A parameter's in a checkpoint: bf16 weight, fp32 copy and two moments of Adam."""

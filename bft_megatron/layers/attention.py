@@ -1,9 +1,4 @@
-"""Megatron's local layer spec with a norm that knows sequence parallelism and an attention that knows packed rows and
-CP.
-
-Weights, checkpoint names and everything but these two modules are the local spec's, whose `sharded_state_dict_keys_map`
-stores the norms under Transformer Engine's names: a checkpoint is the same with and without a GPU.
-"""
+"""A core attention that knows packed rows and context parallelism, which Megatron's own torch attention refuses."""
 
 from __future__ import annotations
 
@@ -12,38 +7,12 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 
 from bft_megatron.objective.view import zigzag
-
-
-def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder's spec for `GPTModelConfig.transformer_layer_spec`: a whole block, since its final norm is replaced
-    too.
-    """
-    transformer = config.transformer
-    layer = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = CoreAttention
-    if transformer.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layers = get_num_layers_to_build(transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, whose weight gradient `finalize_model_grads` sums over TP under sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class CoreAttention(torch.nn.Module):

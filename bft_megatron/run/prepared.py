@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from bft_megatron.checks import pad_multiple
 from bft_megatron.data import prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, UserError
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
-from bft_megatron.recipe_sources import SourceSettings
+from bft_megatron.recipe.rules import pad_multiple
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.recipe.sources import SourceSettings
+from bft_megatron.run.folder import RunFolder
 
 WAIT_SECONDS = 0.5
 """Between two looks for the file that rank 0 writes."""

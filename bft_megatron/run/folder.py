@@ -15,12 +15,11 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bft_megatron import checks
-from bft_megatron import recipe as recipes
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import hub
 from bft_megatron.hf.architectures import companions
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
 
 # What may differ when a run goes on: the layout and how often it saves, looks and runs, not what is trained on what.
 MAY_CHANGE = {
@@ -153,9 +152,9 @@ class RunFolder:
         """
         if recipe.data.pad_multiple is not None:
             return recipe
-        multiple = checks.pad_multiple(recipe)
+        multiple = rules.pad_multiple(recipe)
         if self._continues():
-            multiple, chunks = recipes.load(self.config).data.pad_multiple or multiple, multiple
+            multiple, chunks = reader.load(self.config).data.pad_multiple or multiple, multiple
             if multiple % chunks:
                 raise FieldError(
                     "parallel.context",
@@ -178,7 +177,7 @@ class RunFolder:
             )
         if not self._continues():
             return
-        before, now = _flat(recipes.load(self.config)), _flat(recipe)
+        before, now = _flat(reader.load(self.config)), _flat(recipe)
         for field in sorted(before.keys() | now.keys()):
             if before.get(field) != now.get(field) and field not in MAY_CHANGE:
                 raise FieldError(
@@ -197,7 +196,7 @@ class RunFolder:
     def write_config(self, recipe: Recipe, model_folder: Path) -> None:
         """Write the resolved recipe, and keep what an export needs beside the weights: config, tokenizer, template."""
         self.root.mkdir(parents=True, exist_ok=True)
-        _write(self.config, recipes.dump(recipe))  # at once: other ranks may be reading it
+        _write(self.config, reader.dump(recipe))  # at once: other ranks may be reading it
         self.model.mkdir(exist_ok=True)
         for file in companions(model_folder):
             shutil.copyfile(file, self.model / file.name)

@@ -19,17 +19,17 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from bft_megatron.build import build, forward
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import RowDataset, validation_rows
 from bft_megatron.data.sources import open_source
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.meter import Meter
 from bft_megatron.objective.loss import LossSum
 from bft_megatron.objective.view import Rows, View
-from bft_megatron.recipe import Recipe
-from bft_megatron.step import Batch, Step
-from bft_megatron.train import validation_shape
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.reporting.totals import Meter
+from bft_megatron.training.datasets import validation_shape
+from bft_megatron.training.model import build, forward
+from bft_megatron.training.step import Batch, Step
 
 NUMBERS = ("tokens", "lm_loss", "mean_p", "accuracy", "confidence", "weight")
 """Of a sample: its supervised tokens, means over them, c_b, and the objective's s_b without the data's own weight."""

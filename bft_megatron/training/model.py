@@ -1,4 +1,7 @@
-"""A recipe's model on its layout without Megatron's `pretrain`, which can only train: for convert, check, score."""
+"""The recipe's model on its layout: its configuration for Megatron, with weights and adapters.
+
+For the commands that do not train, `build` makes the model without Megatron's `pretrain`, and `forward` runs it.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,38 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bft_megatron import arguments, train
+from bft_megatron.hf import architectures, load
 from bft_megatron.hf.architectures import ModelConfig, megatron_flags
-from bft_megatron.recipe import Recipe
+from bft_megatron.lora import adapters
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.training import arguments, initialize
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
+
+
+def model_config(
+    recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fresh: bool
+) -> Any:
+    """Megatron's model configuration, with our layers on the CPU, the weights and the adapters.
+
+    Args:
+        fresh: no checkpoint brings the weights.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    model = gpt_config_from_args(margs)
+    architectures.configure(model, config)
+    if on_cpu:
+        from bft_megatron.layers.spec import layer_spec
+
+        model.transformer_layer_spec = layer_spec
+    if fresh or recipe.lora is not None:  # checkpoints of a LoRA run hold its adapters alone
+        source = model_folder if recipe.init == "pretrained" else None
+        model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
+    if recipe.lora is not None:
+        adapters.install(model, recipe, config, on_cpu=on_cpu)
+    return model
 
 
 def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[str] | None = None) -> list[GPTModel]:
@@ -29,19 +58,19 @@ def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[s
         FieldError: a flag under `megatron:` that Megatron does not have.
         UserError: no whole model in the folder.
     """
-    on_cpu = train.runs_on_cpu(recipe)
-    train.join(recipe, on_cpu)
+    on_cpu = initialize.runs_on_cpu(recipe)
+    initialize.join(recipe, on_cpu)
     arguments.check_passed_through(recipe)
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    all_flags = [*train.device_flags(on_cpu), *(flags or [])]
-    margs = train.parse(arguments.megatron_arguments(recipe, megatron_flags(config), all_flags, 1, (0, 0)))
+    all_flags = [*initialize.device_flags(on_cpu), *(flags or [])]
+    margs = initialize.parse(arguments.megatron_arguments(recipe, megatron_flags(config), all_flags, 1, (0, 0)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         initialize_megatron()
-        model = train.model_config(recipe, config, model_folder, margs, on_cpu, fresh=True)
+        model = model_config(recipe, config, model_folder, margs, on_cpu, fresh=True)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return GPTModelBuilder(model).build_distributed_models(groups, wrap_with_ddp=False)
 

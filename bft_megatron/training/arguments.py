@@ -11,10 +11,10 @@ import difflib
 import importlib.util
 from typing import Any
 
-from bft_megatron.checks import sequence_parallel
 from bft_megatron.errors import FieldError
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe.rules import sequence_parallel
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
 
 REFUSED = {
     "sft": "it makes validation a mean of means",

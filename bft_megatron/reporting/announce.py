@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from bft_megatron.checks import sequence_parallel
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.weights import parameter_count
-from bft_megatron.recipe import Recipe
-from bft_megatron.rows import RunRows
+from bft_megatron.recipe.rules import sequence_parallel
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.prepared import RunRows
 
 TRAINING_SHARE = 0.35
 """Of a device's matrix-multiplication speed, what training at a sensible layout gets."""

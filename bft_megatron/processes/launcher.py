@@ -17,9 +17,9 @@ import sys
 import time
 from collections.abc import Iterator
 
-from bft_megatron.checkpoint import signals
-from bft_megatron.checks import model_parallel_size
-from bft_megatron.recipe import Recipe
+from bft_megatron.processes import signals
+from bft_megatron.recipe.rules import model_parallel_size
+from bft_megatron.recipe.schema import Recipe
 
 GRACE_SECONDS = 3
 """In which the other ranks fail by themselves, with a message, when one is lost, before they are ended."""

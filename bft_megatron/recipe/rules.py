@@ -11,7 +11,7 @@ import importlib.util
 from typing import Protocol
 
 from bft_megatron.errors import FieldError
-from bft_megatron.recipe import LORA_TARGETS, Recipe
+from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 
 
 class ModelShape(Protocol):

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bft_megatron import arguments, checks, launcher
-from bft_megatron import recipe as recipes
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
+from bft_megatron.processes import launcher
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.training import arguments
 
 if TYPE_CHECKING:
-    from bft_megatron.rows import RunRows
+    from bft_megatron.run.prepared import RunRows
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,24 @@ class Request:
         try:
             return check()
         except FieldError as e:
-            raise UserError(e.message, recipes.where(self.file, self.overrides, e.field)) from None
+            raise UserError(e.message, reader.where(self.file, self.overrides, e.field)) from None
 
     def check_fields(self) -> None:
         """Raise UserError, with the place, for a recipe that cannot be run anywhere."""
-        self.check(lambda: checks.check_recipe(self.recipe, self.config))
+        self.check(lambda: rules.check_recipe(self.recipe, self.config))
         self.check(lambda: arguments.passed_through(self.recipe))
 
     def world(self) -> tuple[bool, int]:
         """Whether this process is a rank already, and how many there are or will be. Raises UserError."""
         in_rank = launcher.started_by_launcher()
         processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(self.recipe)
-        self.check(lambda: checks.check_world(self.recipe, processes))
+        self.check(lambda: rules.check_world(self.recipe, processes))
         return in_rank, processes
 
     def prepare(self) -> RunRows:
         """Prepare the rows, or find them prepared, and print what became of the data. Raises UserError."""
         from bft_megatron.data.report import report
-        from bft_megatron.rows import prepare_rows
+        from bft_megatron.run.prepared import prepare_rows
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
         Console().print(report(rows.named))
@@ -72,7 +73,7 @@ class Request:
 
     def rows_of_rank(self) -> RunRows:
         """The prepared rows, on a rank; see `rows.rows_of_rank`."""
-        from bft_megatron.rows import rows_of_rank
+        from bft_megatron.run.prepared import rows_of_rank
 
         return rows_of_rank(self.recipe, self.prepare)
 
@@ -118,7 +119,7 @@ def read(file: Path, overrides: list[str] | None) -> Request:
     Raises:
         UserError: the first thing that is wrong, with its file, line and field.
     """
-    recipe = recipes.load(file, overrides or [])
+    recipe = reader.load(file, overrides or [])
     request = Request(file, overrides or [], recipe, read_config(find_model(recipe.model)))
     request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
     request.check_fields()

@@ -23,17 +23,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from bft_megatron.announce import layout
-from bft_megatron.build import build, forward
 from bft_megatron.data.dataset import validation_rows
 from bft_megatron.hf import reference
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.reference import Row
-from bft_megatron.meter import Meter
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
-from bft_megatron.rows import RunRows
-from bft_megatron.step import Batch, Step
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.reporting.announce import layout
+from bft_megatron.reporting.totals import Meter
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import RunRows
+from bft_megatron.training.model import build, forward
+from bft_megatron.training.step import Batch, Step
 
 ALLOWED = 1e-4
 """Of the largest element of a layer's output, and of a loss: many times what fp32's rounding makes of deep models."""

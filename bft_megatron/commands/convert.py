@@ -8,11 +8,11 @@ from typing import TextIO
 import torch.distributed as dist
 
 from bft_megatron import checkpoint
-from bft_megatron.build import build
 from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.output import RunFolder
-from bft_megatron.recipe import Recipe
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.training.model import build
 
 
 def run(recipe: Recipe, config: ModelConfig, model_folder: Path, console: TextIO) -> None:

@@ -17,7 +17,7 @@ from bft_megatron.errors import FieldError
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.sums import TORCH, Kernels, Statistics
-from bft_megatron.recipe import ObjectiveSettings
+from bft_megatron.recipe.schema import ObjectiveSettings
 
 LOGITS_BYTES = 1 << 30
 """Of a micro-batch's logits on a rank, above which `auto` does without them."""

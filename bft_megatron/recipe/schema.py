@@ -1,24 +1,15 @@
-"""A run as frozen dataclasses: what a recipe's YAML may say, its defaults, and reading it with key=value overrides.
+"""The recipe's schema: one frozen dataclass for each group of fields, with its default and a line on its meaning.
 
-Checks that need more than one field are in `checks`; the translation to Megatron's arguments is in `arguments`. No
-torch here: a recipe is read and refused before anything slow or expensive starts.
+Reading a recipe's YAML is in `reader`, checks of several fields in `rules`. Imports no torch.
 """
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from bft_megatron import defaults
-from bft_megatron.errors import UserError
-from bft_megatron.recipe_sources import SourceSettings, source_settings
-from bft_megatron.yaml_file import YamlFile
+from bft_megatron.recipe import environment
+from bft_megatron.recipe.sources import SourceSettings, source_settings
 
 
 @dataclass(frozen=True)
@@ -27,9 +18,9 @@ class ObjectiveSettings:
 
     name: str = "bft"
     """`sft`, `dft`, `bft`, or a record of your own as `package.module:attribute`."""
-    group_size: int = field(default_factory=defaults.group_size)
+    group_size: int = field(default_factory=environment.group_size)
     """Supervised tokens in a confidence window; left out: BFT_GROUP_SIZE, or 256."""
-    gamma: float = field(default_factory=defaults.gamma)
+    gamma: float = field(default_factory=environment.gamma)
     """Exponent of the confidence in the sample weight 1 - c^gamma; left out: BFT_CONF_GAMMA, or 1."""
     confidence: Literal["geometric", "arithmetic"] = "geometric"
     """Window means of log p (the authors' code) or of p (their prose)."""
@@ -190,102 +181,3 @@ class Recipe:
     train: TrainSettings = field(default_factory=TrainSettings)
     megatron: dict[str, Any] = field(default_factory=dict)
     """Megatron-LM's own flags by name: `recompute-granularity: selective`, `overlap-grad-reduce: true`."""
-
-
-MAY_BE_NULL = {"lora"}
-"""Groups of fields that may be left out as a whole."""
-
-# Fields that people bring from other trainers and that would be wrong here, with the reason.
-REFUSED_FIELDS = {
-    "objective.label_smoothing": "with label smoothing exp(-loss) is no longer the model's probability of the label, "
-    "of which the weights of bft and dft are made; leave it out",
-}
-
-
-def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe's YAML, apply `key=value` overrides, fill in the defaults.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown key or a value of the wrong type, named by file, line and field.
-    """
-    path = Path(path)
-    ObjectiveSettings()  # a bad environment variable is refused as such
-    try:
-        text = path.read_text()
-    except OSError as e:
-        raise UserError(f"cannot read the recipe: {e.strerror}", str(path)) from None
-    source = YamlFile(path, text)
-    layers = [(source.tree, None), *((_override(o), o) for o in overrides or [])]
-    merged = OmegaConf.structured(Recipe)
-    for tree, override in layers:
-        for key in _leaf_keys(tree):
-            if key in MAY_BE_NULL and OmegaConf.select(tree, key) is None:
-                continue
-            _refuse_unknown(key, override or source.where(key))
-        try:
-            merged = OmegaConf.merge(merged, tree)
-        except OmegaConfBaseException as e:
-            key = e.full_key or ""
-            raise UserError(e.msg.splitlines()[0] if e.msg else str(e), override or source.where(key)) from None
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise UserError(f"{', '.join(missing)} must be given", str(path))
-    return OmegaConf.to_object(merged)
-
-
-def where(path: str | Path, overrides: list[str], field_name: str) -> str:
-    """The place that gave a field its value: the last override that names it, else its line in the recipe's file."""
-    for override in reversed(overrides):
-        if override.partition("=")[0] == field_name:
-            return override
-    return YamlFile(Path(path), Path(path).read_text()).where(field_name)
-
-
-def dump(recipe: Recipe) -> str:
-    """The recipe with every default written out, as YAML that `load` reads back to the same recipe."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
-
-
-def _override(text: str) -> DictConfig:
-    key, equals, _ = text.partition("=")
-    if not equals or not key.strip():
-        raise UserError("an override is written key=value, for example train.lr=1e-5", text)
-    try:
-        return OmegaConf.from_dotlist([text])
-    except (yaml.YAMLError, OmegaConfBaseException) as e:
-        raise UserError(f"cannot read the value: {str(e).splitlines()[0]}", text) from None
-
-
-def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:
-    """Dotted keys of a tree, down to what is not a mapping; `megatron` is left whole, its keys are Megatron's."""
-    keys = []
-    for name in tree:
-        value = tree._get_node(name)
-        if isinstance(value, DictConfig) and f"{prefix}{name}" != "megatron" and not value._is_none():
-            keys += _leaf_keys(value, f"{prefix}{name}.")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def _refuse_unknown(key: str, where: str) -> None:
-    if key in REFUSED_FIELDS:
-        raise UserError(REFUSED_FIELDS[key], where)
-    schema: Any = Recipe
-    for i, name in enumerate(parts := key.split(".")):
-        known = {f.name for f in fields(schema)}
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"; did you mean `{'.'.join([*parts[:i], *close])}`?"
-                if close
-                else f"; known here: {', '.join(sorted(known))}"
-            )
-            raise UserError(f"unknown field{hint}", where)
-        declared = get_type_hints(schema)[name]
-        schema = next((t for t in get_args(declared) if is_dataclass(t)), declared)  # `Group | None` is a group
-        if not is_dataclass(schema):
-            if schema is not dict and i + 1 < len(parts) and name != "megatron":
-                raise UserError(f"`{'.'.join(parts[: i + 1])}` takes a value, not fields", where)
-            return
-    raise UserError(f"`{key}` is a group of fields; known here: {', '.join(f.name for f in fields(schema))}", where)

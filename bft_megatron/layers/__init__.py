@@ -1,0 +1,1 @@
+"""Transformer layers of plain torch, for Megatron's layer spec."""

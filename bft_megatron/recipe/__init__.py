@@ -1,0 +1,1 @@
+"""Recipes: schema, reader, rules. Imports no torch."""

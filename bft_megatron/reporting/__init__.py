@@ -1,0 +1,1 @@
+"""What a run reports: totals, metrics.jsonl, the terminal."""

@@ -1,0 +1,1 @@
+"""Training on Megatron's loop: what runs on every rank."""

@@ -12,8 +12,8 @@ import torch
 
 from bft_megatron.hf.architectures import ModelConfig, megatron_flags, read_config
 from bft_megatron.plan.known import CONFIGS
-from bft_megatron.recipe import reader
-from bft_megatron.recipe.schema import Recipe, rules
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import initialize
 from bft_megatron.training.arguments import check_passed_through, megatron_arguments
 from tests.world import run_world

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bft_megatron.cpu import layers
+from bft_megatron.layers import norm
 from bft_megatron.objective import view
 from bft_megatron.training import arguments, step
 from tests.layouts.comparing import TOLERANCE, differences
@@ -40,13 +40,13 @@ def let_windows_cross_samples() -> None:
 
 def keep_norm_gradients_local() -> None:
     """Under sequence parallelism each rank sees a part of the tokens, and its norms' gradients must be summed."""
-    plain = layers.RMSNorm.__init__
+    plain = norm.RMSNorm.__init__
 
-    def init(self: layers.RMSNorm, *args: object, **kwargs: object) -> None:
+    def init(self: norm.RMSNorm, *args: object, **kwargs: object) -> None:
         plain(self, *args, **kwargs)
         self.weight.sequence_parallel = False
 
-    layers.RMSNorm.__init__ = init
+    norm.RMSNorm.__init__ = init
 
 
 @pytest.mark.parametrize(

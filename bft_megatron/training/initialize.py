@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from datetime import timedelta
@@ -10,11 +11,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bft_megatron.cpu import backend
+from bft_megatron.cpu import backend, optimizer
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import arguments
 
 GPU_FLAGS = ["--transformer-impl", "transformer_engine", "--distributed-backend", "nccl", "--num-workers", "1"]
+TORCH_LAYER_FLAGS = [
+    *("--transformer-impl", "local"),
+    "--no-persist-layer-norm",
+    "--no-masked-softmax-fusion",
+    "--no-rope-fusion",  # apex's or Transformer Engine's kernel
+    *("--distributed-backend", "nccl", "--num-workers", "1"),
+]
+"""In place of `GPU_FLAGS` on a GPU without Transformer Engine."""
 
 
 def runs_on_cpu(recipe: Recipe) -> bool:
@@ -23,8 +32,15 @@ def runs_on_cpu(recipe: Recipe) -> bool:
 
 
 def device_flags(on_cpu: bool) -> list[str]:
-    """What only the CPU or only GPUs need of Megatron's flags."""
-    return backend.MEGATRON_FLAGS if on_cpu else GPU_FLAGS
+    """Megatron's flags for this device, and for the layers that it has."""
+    if on_cpu:
+        return backend.MEGATRON_FLAGS
+    return TORCH_LAYER_FLAGS if torch_layers(on_cpu) else GPU_FLAGS
+
+
+def torch_layers(on_cpu: bool) -> bool:
+    """Whether the layers are this package's (`layers`): on the CPU, and on a GPU without Transformer Engine."""
+    return on_cpu or importlib.util.find_spec("transformer_engine") is None
 
 
 def join(recipe: Recipe, on_cpu: bool) -> None:
@@ -42,6 +58,8 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        if torch_layers(on_cpu):
+            optimizer.install()
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
 
 

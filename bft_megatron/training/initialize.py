@@ -48,6 +48,7 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
 
     Ranks that wait for a lost one give up after Megatron's own `distributed-timeout-minutes`, 10 by default.
     """
+    without_compiling()
     if on_cpu:
         backend.install()
     if dist.is_initialized():
@@ -61,6 +62,13 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
         if torch_layers(on_cpu):
             optimizer.install()
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
+
+
+def without_compiling() -> None:
+    """Keep Megatron from compiling its data set helper: its wheel ships the compiled one and not its Makefile."""
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
 
 
 def parse(flags: list[str]) -> Any:

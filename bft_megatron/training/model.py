@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def model_config(
     recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fresh: bool
 ) -> Any:
-    """Megatron's model configuration, with our layers where Transformer Engine's cannot be had, the weights and the adapters.
+    """Megatron's model configuration, with the weights and adapters, and our layers where there is no Transformer Engine.
 
     Args:
         fresh: no checkpoint brings the weights.

@@ -79,7 +79,7 @@ class Case:
         return targets
 
 
-class _Given(torch.autograd.Function):
+class Given(torch.autograd.Function):
     """Logits that something made, as a model does: nothing but the head holds them, and `taken` gets their gradient."""
 
     @staticmethod
@@ -112,7 +112,7 @@ class OverLogits:
     def step(self, head: peers.OverLogits) -> float:
         """-> CPU seconds, without the making of the logits and the release of their gradient."""
         taken: list[Tensor] = []
-        logits = _Given.apply(self.leaf, self.source, taken)
+        logits = Given.apply(self.leaf, self.source, taken)
         start = time.thread_time()
         loss = loss_of(head(logits, self.targets), self.targets)
         del logits

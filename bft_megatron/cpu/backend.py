@@ -45,9 +45,6 @@ def install(device: str = "cpu") -> None:
     _mode.__enter__()
     _redirect_torch(torch.device(device))
     _redirect_megatron()
-    from bft_megatron.cpu import optimizer
-
-    optimizer.install()
 
 
 class _CudaElsewhere(TorchFunctionMode):

@@ -32,8 +32,8 @@ class ObjectiveSettings:
     """With the logits, or a tile at a time without them; `auto`: without where they would take over 1 GiB on a rank."""
     chunk_size: int = 8192
     """Tokens of a tile of the chunked head."""
-    kernels: Literal["torch", "triton"] = "torch"
-    """Of the head's arithmetic on the vocabulary; `triton` on GPUs alone, and not measured on one."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the head's arithmetic on the vocabulary; `auto`: Triton's on GPUs on which they are tested."""
 
 
 @dataclass(frozen=True)

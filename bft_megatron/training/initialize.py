@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from bft_megatron.cpu import backend, optimizer
+from bft_megatron.layers import rotary
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import arguments
 
@@ -51,6 +52,9 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
     without_compiling()
     if on_cpu:
         backend.install()
+    if torch_layers(on_cpu):
+        optimizer.install()
+        rotary.install()
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=arguments.passed_through(recipe).get("distributed-timeout-minutes", 10))
@@ -59,8 +63,6 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
     else:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        if torch_layers(on_cpu):
-            optimizer.install()
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def model_config(
     recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fresh: bool
 ) -> Any:
-    """Megatron's model configuration, with the weights and adapters, and our layers where there is no Transformer Engine.
+    """Megatron's model configuration with weights and adapters, and our layers where Transformer Engine is missing.
 
     Args:
         fresh: no checkpoint brings the weights.

@@ -1,3 +1,5 @@
+"""Skips these tests where there is no GPU, and lets them see whether the host waits for it."""
+
 from __future__ import annotations
 
 import pytest

@@ -2,10 +2,10 @@
 
     python -m benchmarks.traffic
 
-`objective` is held to the collectives of real processes by tests/test_communication.py. The model's share is counted by
-hand, for `recipes/llama31_70b.yaml` on 64 GPUs and the same layout with more data parallelism: Megatron's collectives
-under sequence parallelism, fp32 gradients, weights gathered in bf16, keys and values going round over context
-parallelism. Bytes are those that a GPU of the last stage sends if every collective is a ring.
+`objective` is held to the collectives of real processes by tests/training/test_communication.py. The model's share is
+counted by hand, for `recipes/llama31_70b.yaml` on 64 GPUs and the same layout with more data parallelism: Megatron's
+collectives under sequence parallelism, fp32 gradients, weights gathered in bf16, keys and values going round over
+context parallelism. Bytes are those that a GPU of the last stage sends if every collective is a ring.
 """
 
 from __future__ import annotations

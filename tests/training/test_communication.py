@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.traffic import objective
 from bft_megatron.objective import IGNORE_INDEX
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training.head import Head
 from bft_megatron.training.step import Batch, Step
 from tests.helpers.collectives import Collectives
+from tests.helpers.traffic import objective
 from tests.helpers.world import run_world
 
 S, H, V = 64, 16, 32

@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measuring import Peak, in_processes
+from benchmarks.measuring import in_processes
 from bft_megatron.objective import IGNORE_INDEX
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
 from bft_megatron.objective.view import Rows
+from tests.helpers.memory import Peak
 
 DEFAULT_CASES = [
     f"{shape}:{dtype}{more}"

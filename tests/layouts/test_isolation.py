@@ -19,8 +19,8 @@ from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training import initialize
 from bft_megatron.training.step import Step
-from tests.layouts.runs import MODEL
-from tests.world import run_world
+from tests.helpers.runs import MODEL
+from tests.helpers.world import run_world
 
 EDGES = [0, 40, 44, 108, 112, 128]  # the last one is the row's tail
 CHANGED = 2

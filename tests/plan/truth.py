@@ -32,7 +32,7 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows
 from bft_megatron.training import datasets, loop
-from tests.world import run_world
+from tests.helpers.world import run_world
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def package_tree() -> str:
 def summary(file: Path) -> str:
     """Return the first sentence of a module's docstring, on one line and without its full stop."""
     paragraph = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n\n")[0].replace("\n", " ")
-    return re.split(r"\.(?: |$)", paragraph, maxsplit=1)[0]
+    return re.split(r"\.(?: |$)|(?<=\?) ", paragraph, maxsplit=1)[0]
 
 
 def _files(folder: Path) -> list[Path]:

@@ -103,6 +103,15 @@ def test_files_that_it_names_exist(name: str):
     assert [path for path in read(name).files() if not exists(path)] == []
 
 
+def test_quoted_messages_are_the_codes():
+    code = " ".join(path.read_text() for path in sorted((ROOT / "bft_megatron").rglob("*.py")))
+    quoted = re.findall(r'\*"([^"]+)"\*', read("docs/troubleshooting.md").text)
+    assert quoted
+    for message in quoted:
+        for part in re.split(r"\[\d+\]|\d+|\.\.\.", message):  # the values that a message fills in
+            assert part.strip() in code, message
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) < 1000
 

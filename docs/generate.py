@@ -1,8 +1,8 @@
 """Writes the parts of the pages that are generated from the code: `python -m docs.generate`.
 
-recipe.md gets a table for each group of a recipe's fields: names, types and defaults from the dataclasses, meanings
-from the docstrings under the fields. architecture.md gets the tree of the package, each line the first sentence of a
-docstring. A test holds both pages to the code.
+docs/recipe.md gets a table for each group of a recipe's fields: names, types and defaults from the dataclasses,
+meanings from the docstrings under the fields. docs/architecture.md gets the tree of the package, README.md its rooms,
+each line the first sentence of a docstring. A test holds the pages to the code.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def _values(kind: Any) -> str:
     return names.get(kind, "fields")
 
 
-def package_tree() -> str:
-    """Return the package's rooms and files as a tree, each with the first sentence of its docstring."""
+def package_tree(files: bool) -> str:
+    """Return the package's rooms as a tree, each with the first sentence of its docstring; its files too if asked."""
     rooms = sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
     lines = [("bft_megatron/", summary(PACKAGE / "__init__.py"))]
-    lines += [(f"  {path.name}", summary(path)) for path in _files(PACKAGE)]
+    lines += [(f"  {path.name}", summary(path)) for path in _files(PACKAGE) if files]
     for room in rooms:
         lines.append((f"  {room.name}/", summary(room / "__init__.py")))
-        lines += [(f"    {path.name}", summary(path)) for path in _files(room)]
+        lines += [(f"    {path.name}", summary(path)) for path in _files(room) if files]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(["```text", *(f"{name:<{width}}{text}" for name, text in lines), "```"])
 
@@ -127,9 +127,12 @@ def filled(text: str, parts: dict[str, str]) -> str:
 def pages() -> dict[Path, str]:
     """Return every page with a generated part, as it should be."""
     tables = {f"fields {group or 'recipe'}": field_table(settings) for group, settings in GROUPS.items()}
-    parts = {"recipe.md": tables, "architecture.md": {"tree": package_tree()}}
-    found = {ROOT / "docs" / name: of_page for name, of_page in parts.items()}
-    return {path: filled(path.read_text(), of_page) for path, of_page in found.items()}
+    parts = {
+        "README.md": {"rooms": package_tree(files=False)},
+        "docs/recipe.md": tables,
+        "docs/architecture.md": {"tree": package_tree(files=True)},
+    }
+    return {ROOT / name: filled((ROOT / name).read_text(), of_page) for name, of_page in parts.items()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The loss head, forward and backward, side by side: CPU time of one thread, peak memory, errors; tables and a plot.
 
-    OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.head --errors --plot benchmarks/head.png  # README
+    OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.head --errors --plot docs/images/head.png
     ... python -m benchmarks.head 2048x49152:fp32 2048x576x49152:bf16:0.5:tp2 --heads Megatron ours
 
 A case is rows x vocabulary (over logits that are there) or rows x hidden x vocabulary (the product with the weight is

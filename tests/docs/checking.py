@@ -17,8 +17,8 @@ from torch.distributed.run import get_args_parser
 from bft_megatron.cli import app
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import Recipe
-from tests.commands import ROOT
 from tests.docs.pages import exists
+from tests.helpers.commands import ROOT
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from tests.commands import ROOT
 from tests.docs import checking
 from tests.docs.schemas import KUBERNETES, SKYPILOT, faults
+from tests.helpers.commands import ROOT
 
 JOB = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
 TASK = yaml.safe_load((ROOT / "launch/skypilot.yaml").read_text())

@@ -15,9 +15,9 @@ from bft_megatron.data.formats import conversation
 from bft_megatron.errors import UserError
 from bft_megatron.objective.records import Objective
 from bft_megatron.recipe.sources import SourceSettings
-from tests.commands import ROOT
 from tests.docs import checking
 from tests.docs.pages import NAMES, Page, exists, read
+from tests.helpers.commands import ROOT
 
 every_page = pytest.mark.parametrize("name", NAMES)
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, megatron: bool = False) -> list[Any]:
     """Call `fn(*args)` in n forked processes, each a rank of one gloo world, and return what they return, by rank.
 
-    With `megatron` the CPU backend is installed in them first. A rank that raises fails the call with its traceback and
-    ends the others; so does running past `timeout` seconds. The calling process never holds a process group.
+    With `megatron` they redirect `torch.cuda` to the CPU first. A rank that raises fails the call with its traceback
+    and ends the others; so does running past `timeout` seconds. The calling process never holds a process group.
     """
     gc.freeze()  # what is imported is not looked through again, in each child, at every collection
     with tempfile.TemporaryDirectory() as folder:
@@ -43,9 +43,9 @@ def _fork(rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[A
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
         if megatron:
-            from bft_megatron.cpu import backend
+            from bft_megatron.upstream import cuda_on_cpu
 
-            backend.install()
+            cuda_on_cpu.install()
         store = dist.FileStore(str(folder / "store"), n)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
         (folder / f"{rank}.result").write_bytes(pickle.dumps(fn(*args)))

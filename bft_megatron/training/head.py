@@ -18,6 +18,7 @@ from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statist
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.sums import TORCH, Kernels, Statistics
 from bft_megatron.recipe.schema import ObjectiveSettings
+from bft_megatron.upstream import model_chunk
 
 LOGITS_BYTES = 1 << 30
 """Of a micro-batch's logits on a rank, above which `auto` does without them."""
@@ -87,8 +88,7 @@ class Head:
     def _from_hidden(self, hidden: Tensor, output_layer: Any, weight: Tensor) -> Statistics:
         # With `overlap-param-gather` Megatron waits for a parameter before the module that holds it is called, and
         # nowhere else: without this the weight would be that of the step before.
-        for hook in output_layer._forward_pre_hooks.values():
-            hook(output_layer, ())
+        model_chunk.run_pre_hooks(output_layer)
         return vocab_parallel_linear_statistics(
             hidden,
             weight,
@@ -108,7 +108,7 @@ def _obstacle(output_layer: Any, weight: Tensor) -> str | None:
     config = output_layer.config
     found = {
         f"an output layer of the class {type(output_layer).__name__}": type(output_layer) is not ColumnParallelLinear,
-        "hooks or adapters on the output layer": output_layer._forward_hooks or list(output_layer.children()),
+        "hooks or adapters on the output layer": model_chunk.has_hooks(output_layer) or list(output_layer.children()),
         "a bias of the output layer": output_layer.bias is not None,
         "use-mup, which scales the logits": getattr(config, "use_mup", False),
         "defer-embedding-wgrad-compute": config.defer_embedding_wgrad_compute,

@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 
-from bft_megatron.cpu.backend import MEGATRON_FLAGS
 from bft_megatron.hf.export import export
 from bft_megatron.hf.hub import TRACKER
-from bft_megatron.training import initialize
+from bft_megatron.training.initialize import CPU_FLAGS
+from bft_megatron.upstream import command_line
 from tests.helpers import sharded, tiny_models
 from tests.helpers.commands import run_command
 from tests.helpers.exported import assert_same, tensors
@@ -68,8 +68,8 @@ def _stock(checkpoints: Path, flags: list[str]) -> torch.Tensor | None:
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    args = initialize.parse(
-        ["--load", str(checkpoints), *flags, *sharded.RUN_FLAGS, *MEGATRON_FLAGS, "--no-load-optim", "--no-load-rng"]
+    args = command_line.parse(
+        ["--load", str(checkpoints), *flags, *sharded.RUN_FLAGS, *CPU_FLAGS, "--no-load-optim", "--no-load-rng"]
     )
     initialize_megatron()
     groups = ProcessGroupCollection.use_mpu_process_groups()

@@ -21,12 +21,11 @@ from megatron.training import global_vars
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from bft_megatron import checkpoint
-from bft_megatron.cpu.backend import MEGATRON_FLAGS
 from bft_megatron.hf.architectures import configure, megatron_flags, read_config
 from bft_megatron.hf.load import weights_hook
 from bft_megatron.layers.spec import layer_spec
-from bft_megatron.training import initialize
+from bft_megatron.training.initialize import CPU_FLAGS
+from bft_megatron.upstream import checkpoint_writer, command_line
 from tests.helpers import tiny_models
 
 
@@ -85,7 +84,7 @@ def model(
     """
     config = read_config(folder)
     with contextlib.redirect_stdout(io.StringIO()), _clean_globals():
-        args = initialize.parse([*RUN_FLAGS, *megatron_flags(config), *layout.flags, *MEGATRON_FLAGS, *flags])
+        args = command_line.parse([*RUN_FLAGS, *megatron_flags(config), *layout.flags, *CPU_FLAGS, *flags])
         parallel_state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         gpt = gpt_config_from_args(args)
@@ -133,7 +132,7 @@ def logits(chunks: list[Any]) -> torch.Tensor | None:
 
 def save(chunks: list[Any], folder: Path, metadata: dict[str, Any] | None = None) -> None:
     """A torch_dist checkpoint of the weights as iteration 3, with the file that names it."""
-    checkpoint.without_helper_process()
+    checkpoint_writer.without_helper_process()
     target = folder / "iter_0000003"
     if dist.get_rank() == 0:
         target.mkdir(parents=True)

@@ -48,9 +48,9 @@ def _fork(
     try:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
         if megatron:
-            from bft_megatron.cpu import backend
+            from bft_megatron.upstream import cuda_on_cpu
 
-            backend.install()
+            cuda_on_cpu.install()
         if not gpu:
             store = dist.FileStore(str(folder / "store"), n)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))

@@ -42,7 +42,7 @@ def _asks(folder: Path) -> list[bool]:
     for step, save in ((0, 0), (1, 0), (540, 0), (1, 60), (1, 599.5)):
         reporter.step_seconds = step if dist.get_rank() == 0 else 1  # one rank's answer is all ranks'
         stop.saved(0, save)
-        answers += stop.signals_received()
+        answers.append(stop.asked())
         stop.reason = None
     return answers
 

@@ -16,6 +16,7 @@ from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import initialize
 from bft_megatron.training.arguments import check_passed_through, megatron_arguments
+from bft_megatron.upstream import command_line
 from tests.helpers.shipped import CASES, RECIPES, SHIPPED
 from tests.helpers.world import run_world
 
@@ -50,4 +51,4 @@ def accepted(made: Recipe, config: ModelConfig, gpus: int) -> dict[str, object]:
     torch.cuda.get_device_properties = lambda _: SimpleNamespace(major=9)  # the one thing that is asked of the hardware
     check_passed_through(made)
     flags = megatron_arguments(made, megatron_flags(config), initialize.GPU_FLAGS, 100, (0, 0))
-    return vars(initialize.parse(flags))
+    return vars(command_line.parse(flags))

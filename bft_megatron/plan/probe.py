@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bft_megatron.plan.memory import HEAD, Ledger, Moments
+from bft_megatron.upstream import training_loop
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Enough(Exception):
     """The step that was to be looked at is over."""
 
 
-class Watch:
-    """Tells the ledger what is going on, by replacing functions that Megatron looks up when it calls them."""
+class StepProbe:
+    """Tells the ledger what goes on in Megatron's loop."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.steps, self.forwards, self.backwards = ledger, 0, 0, 0
@@ -44,28 +46,18 @@ class Watch:
         self.optimizer: Any = None
 
     def install(self) -> None:
-        from megatron.core.pipeline_parallel import schedules
-        from megatron.training import training
-
-        training.setup_model_and_optimizer = self._after(training.setup_model_and_optimizer, self._built)
-        training.train_step = self._step(training.train_step)
-        schedules.forward_step = self._pass(schedules.forward_step, "forward", "activations")
-        schedules.backward_step = self._pass(schedules.backward_step, "backward", "backward")
-
-    def _after(self, call: Callable[..., Any], then: Callable[[Any], None]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            result = call(*args, **kwargs)
-            then(result)
-            return result
-
-        return called
+        """Listen to the loop's set-up, its steps and their passes, for the rest of this process."""
+        training_loop.SETUP.after(self._built)
+        training_loop.TRAIN_STEP.around(self._step)
+        training_loop.FORWARD_PASS.around(self._forward)
+        training_loop.BACKWARD_PASS.around(self._backward)
 
     def _built(self, built: Any) -> None:
         self.chunks, self.optimizer, _ = built
         for chunk in self.chunks:
             self._name_parts(chunk)
         self._name_states()
-        self.optimizer.step = self._named(self.optimizer.step, "update")
+        training_loop.UPDATE.around(self._update, on=self.optimizer)
 
     def _name_states(self) -> None:
         """Weights, gradients and optimizer state by what they are, wherever they were made."""
@@ -104,41 +96,44 @@ class Watch:
         if model.post_process:
             model.decoder.register_forward_hook(enter(HEAD))
 
-    def _named(self, call: Callable[..., Any], what: str) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            self.ledger.mark(what)
-            with self.ledger.within(what, what):
-                return call(*args, **kwargs)
+    @contextmanager
+    def _update(self) -> Iterator[None]:
+        self.ledger.mark("update")
+        with self.ledger.within("update", "update"):
+            yield
 
-        return called
+    @contextmanager
+    def _forward(self) -> Iterator[None]:
+        before = self.ledger.now
+        with self._pass("forward", "activations"):
+            yield
+        if not self.after_forward and self.steps == 1:
+            self.after_forward = self.ledger.now - before
 
-    def _pass(self, call: Callable[..., Any], what: str, part: str) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            self.ledger.mark(what)
-            before = self.ledger.now
-            with self.ledger.within(part, what):
-                result = call(*args, **kwargs)
-            if what == "forward" and not self.after_forward and self.steps == 1:
-                self.after_forward = self.ledger.now - before
-            self.ledger.mark("between passes")
-            return result
+    @contextmanager
+    def _backward(self) -> Iterator[None]:
+        with self._pass("backward", "backward"):
+            yield
 
-        return called
+    @contextmanager
+    def _pass(self, name: str, part: str) -> Iterator[None]:
+        self.ledger.mark(name)
+        with self.ledger.within(part, name):
+            yield
+        self.ledger.mark("between passes")
 
-    def _step(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*args: Any, **kwargs: Any) -> Any:
-            gc.collect()  # cycles of what the step before left
-            self._name_states()
-            self.ledger.begin()
-            self.at_rest = +self.ledger.total
-            with self.ledger.within("between passes", "step"):
-                result = train_step(*args, **kwargs)
-            self.steps += 1
-            if self.steps == 2:
-                raise Enough
-            return result
-
-        return called
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """One training step; the second is the one that is measured, and the last."""
+        gc.collect()  # cycles of what the step before left
+        self._name_states()
+        self.ledger.begin()
+        self.at_rest = +self.ledger.total
+        with self.ledger.within("between passes", "step"):
+            yield
+        self.steps += 1
+        if self.steps == 2:
+            raise Enough
 
     def trace(self, rank: int) -> Trace:
         from megatron.core.num_microbatches_calculator import get_num_microbatches

@@ -1,7 +1,6 @@
 """Rotary embedding of packed rows without waiting for the device, on any context-parallel rank.
 
-Megatron's own reads every sample's length on the host in every layer and turns a sample at a time. The values here are
-the same to the bit: each token takes the frequencies of its position in its sample.
+Each token takes the frequencies of its position in its sample, so the values are Megatron's own to the bit.
 """
 
 from __future__ import annotations
@@ -11,6 +10,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from bft_megatron.upstream.change import Change
+
+THD = Change(
+    "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_thd",
+    "replaced",
+    "It reads the samples' lengths on the host in every layer, which waits for a GPU, and rotates a sample at a time.",
+    "Megatron's unfused rotary embedding of packed rows stays on the device",
+    "tests/upstream/test_rotary.py",
+    (
+        "t",
+        "cu_seqlens",
+        "freqs",
+        "rotary_interleaved",
+        "mla_rotary_interleaved",
+        "mscale",
+        "cp_group",
+        "multi_latent_attention",
+    ),
+)
+BSHD = Change(
+    "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
+    "internal",
+    "The rotation itself is Megatron's.",
+    "it is public",
+    "tests/upstream/test_rotary.py",
+    ("t", "freqs", "rotary_interleaved", "mla_rotary_interleaved", "mscale"),
+)
 
 
 def positions(cu_seqlens: Tensor, tokens: int, cp: int, rank: int) -> Tensor:
@@ -45,8 +72,7 @@ def apply_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_group: dist.Pr
 
 
 def install() -> None:
-    """Have Megatron's unfused rotary embedding of packed rows done by `apply_packed`."""
-    from megatron.core.models.common.embeddings import rope_utils
+    """Have Megatron's unfused rotary embedding of packed rows computed by `apply_packed`."""
 
     def thd(
         t: Tensor,
@@ -58,6 +84,7 @@ def install() -> None:
         cp_group: dist.ProcessGroup | None = None,
         multi_latent_attention: bool | None = None,
     ) -> Tensor:
+        assert cp_group is not None, "Megatron passes the group"
         return apply_packed(
             t,
             cu_seqlens,
@@ -68,4 +95,4 @@ def install() -> None:
             mscale=mscale,
         )
 
-    rope_utils._apply_rotary_pos_emb_thd = thd
+    THD.put(thd)

@@ -1,4 +1,4 @@
-"""What the objective sends beside what the model sends: the README's table, from formulas.
+"""What the objective sends beside what the model sends: the table of docs/costs.md, from formulas.
 
     python -m benchmarks.traffic
 

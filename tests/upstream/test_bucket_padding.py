@@ -8,8 +8,8 @@ import pytest
 
 from bft_megatron.upstream import bucket_padding
 from bft_megatron.upstream.bucket_padding import SHARDED_STATE
+from tests.helpers.world import run_world
 from tests.upstream.optimizers import SIZE, build, saved
-from tests.world import run_world
 
 OWN = [[float(i + 1)] * SIZE for i in range(3)]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bft_megatron.upstream import checkpoint_writer
+from tests.helpers.world import run_world
 from tests.upstream.optimizers import build, saved, step
-from tests.world import run_world
 
 
 def _fails(call: Any, *args: Any) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bft_megatron.upstream import cuda_on_cpu
-from tests.world import run_world
+from tests.helpers.world import run_world
 
 
 def test_every_redirection_is_declared_and_made():

@@ -12,8 +12,8 @@ from bft_megatron.recipe import reader
 from bft_megatron.training.arguments import megatron_arguments
 from bft_megatron.training.initialize import CPU_FLAGS
 from bft_megatron.upstream import command_line, model_chunk
-from tests.layouts.runs import MODEL, RECIPE
-from tests.world import run_world
+from tests.helpers.runs import MODEL, RECIPE
+from tests.helpers.world import run_world
 
 
 def _parsed() -> tuple[int, bool]:

@@ -18,8 +18,8 @@ from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
 from bft_megatron.upstream import signal_handler, training_loop
 from bft_megatron.upstream.change import Change
-from tests.layouts.runs import MODEL, Case, Layout, _train, make_recipe, read_metrics, write_data
-from tests.world import run_world
+from tests.helpers.runs import MODEL, Case, Layout, make_recipe, read_metrics, train_rank, write_data
+from tests.helpers.world import run_world
 
 STEPS = 3
 
@@ -55,7 +55,7 @@ def _run(made: Any, prepared: Any) -> Seen:
         seen.count(change)
     for change in (evaluations, asked):
         seen.count(change)
-    _train(made, prepared, lambda: None)
+    train_rank(made, prepared, lambda: None)
     return seen
 
 

@@ -103,7 +103,7 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
 
     Args:
         saved: called with the iteration and the seconds that it took after each save.
-        start: the iteration that the run goes on from.
+        start: the iteration that the run resumes from, or 0.
     """
     # Before the arguments are parsed: with `--exit-signal-handler` Megatron would then take SIGTERM for itself.
     signal_handler.ask(stop.asked)

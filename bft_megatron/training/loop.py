@@ -109,11 +109,11 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
     signal_handler.ask(stop.asked)
     # Before the first save: Megatron starts its helper process there.
     checkpoint_writer.without_helper_process()
-    # Before the first save or load of an optimizer. After the redirection, whose changes to the optimizer it lies over.
+    # Before the first save or load of an optimizer.
     bucket_padding.mend()
-    # Before `pretrain`, which looks up the loop's functions when it calls them. The reporter begins first, as the first
-    # event must not find lines of steps that are run again.
+    # Before the first event, which writes a line: those of steps that are run again must be gone by then.
     reporter.begin(start)
+    # Before `pretrain`, which looks up the loop's functions when it calls them.
     loop = TrainingLoop(start)
     loop.on_start.append(reporter.started)
     loop.on_step.append(reporter.stepped)

@@ -109,17 +109,17 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
 
     Args:
         saved: called with the iteration and the seconds that it took after each save.
-        start: the iteration that the run goes on from.
+        start: the iteration that the run resumes from, or 0.
     """
     # Before the arguments are parsed: with `--exit-signal-handler` Megatron would then take SIGTERM for itself.
     signal_handler.ask(stop.asked)
     # Before the first save: Megatron starts its helper process there.
     checkpoint_writer.without_helper_process()
-    # Before the first save or load of an optimizer. After the redirection, whose changes to the optimizer it lies over.
+    # Before the first save or load of an optimizer.
     bucket_padding.mend()
-    # Before `pretrain`, which looks up the loop's functions when it calls them. The reporter begins first, as the first
-    # event must not find lines of steps that are run again.
+    # Before the first event, which writes a line: those of steps that are run again must be gone by then.
     reporter.begin(start)
+    # Before `pretrain`, which looks up the loop's functions when it calls them.
     loop = TrainingLoop(start)
     loop.on_start.append(reporter.started)
     loop.on_step.append(reporter.stepped)

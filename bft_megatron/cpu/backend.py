@@ -45,9 +45,6 @@ def install(device: str = "cpu") -> None:
     _mode.__enter__()
     _redirect_torch(torch.device(device))
     _redirect_megatron()
-    from bft_megatron.cpu import optimizer
-
-    optimizer.install()
 
 
 class _CudaElsewhere(TorchFunctionMode):
@@ -142,11 +139,9 @@ def _redirect_torch(device: torch.device) -> None:
 
 
 def _redirect_megatron() -> None:
-    import megatron.core.datasets.utils as dataset_utils
     import megatron.core.tensor_parallel.random as tensor_parallel_random
 
     tensor_parallel_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
-    dataset_utils.compile_helpers = lambda: None  # the wheel ships the compiled helper but not its Makefile
 
 
 MEGATRON_FLAGS = [

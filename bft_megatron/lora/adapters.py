@@ -30,7 +30,7 @@ from bft_megatron.lora.peft import AdapterFolder
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 
 
-def install(model: Any, recipe: Recipe, config: ModelConfig, *, on_cpu: bool) -> None:
+def install(model: Any, recipe: Recipe, config: ModelConfig, *, torch_layers: bool) -> None:
     """Make a `GPTModelConfig` build adapters as the recipe's `lora:` says, after the hook that fills the weights.
 
     Raises:
@@ -41,7 +41,7 @@ def install(model: Any, recipe: Recipe, config: ModelConfig, *, on_cpu: bool) ->
         source = Fresh(adapted(config, settings), recipe.train.seed)
     else:
         source = AdapterFolder(Path(settings.adapter), config, settings)
-    if not on_cpu:
+    if not torch_layers:
         model.transformer_layer_spec = unfused_spec
     model.pre_wrap_hooks.append(lora_hook(config, settings, source))
 

@@ -88,6 +88,7 @@ def run(
     on_cpu = recipe.device == "cpu"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
     backend.install("cpu" if on_cpu else "meta")
+    initialize.without_compiling()
     join(rank, world)
     replace_what_needs_values()
     arguments.check_passed_through(recipe)

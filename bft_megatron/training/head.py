@@ -61,19 +61,19 @@ class Head:
                 vocab_size=self.vocab_size,
                 overwrite=True,  # nothing else reads them
                 entropy=self.wants_entropy,
-                kernels=self._kernels,
+                kernels=self._kernels(logits.device),
             )
         self.correct = statistics.correct.transpose(0, 1)
         self.entropy = None if statistics.entropy is None else statistics.entropy.transpose(0, 1)
         return statistics.logp.transpose(0, 1).contiguous()
 
-    @property
-    def _kernels(self) -> Kernels:
-        if self.settings.kernels == "torch":
+    def _kernels(self, device: torch.device) -> Kernels:
+        if self.settings.kernels == "torch" or (self.settings.kernels == "auto" and device.type != "cuda"):
             return TORCH
-        from bft_megatron.objective.triton_tiles import TRITON
+        from bft_megatron.objective.triton_tiles import TESTED, TRITON
 
-        return TRITON
+        tested = self.settings.kernels == "triton" or torch.cuda.get_device_capability(device) in TESTED
+        return TRITON if tested else TORCH
 
     def _without_logits(self, output_layer: Any, weight: Tensor) -> bool:
         if self.settings.head == "logits":
@@ -99,7 +99,7 @@ class Head:
             vocab_size=self.vocab_size,
             entropy=self.wants_entropy,
             fuse_main_grad=True,  # DDP's contract, whoever does the other layers' products
-            kernels=self._kernels,
+            kernels=self._kernels(hidden.device),
         )
 
 

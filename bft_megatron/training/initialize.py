@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from datetime import timedelta
@@ -10,11 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bft_megatron.cpu import backend
+from bft_megatron.cpu import backend, optimizer
+from bft_megatron.layers import rotary
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import arguments
 
 GPU_FLAGS = ["--transformer-impl", "transformer_engine", "--distributed-backend", "nccl", "--num-workers", "1"]
+TORCH_LAYER_FLAGS = [
+    *("--transformer-impl", "local"),
+    "--no-persist-layer-norm",
+    "--no-masked-softmax-fusion",
+    "--no-rope-fusion",  # apex's or Transformer Engine's kernel
+    *("--distributed-backend", "nccl", "--num-workers", "1"),
+]
+"""In place of `GPU_FLAGS` on a GPU without Transformer Engine."""
 
 
 def runs_on_cpu(recipe: Recipe) -> bool:
@@ -23,8 +33,15 @@ def runs_on_cpu(recipe: Recipe) -> bool:
 
 
 def device_flags(on_cpu: bool) -> list[str]:
-    """What only the CPU or only GPUs need of Megatron's flags."""
-    return backend.MEGATRON_FLAGS if on_cpu else GPU_FLAGS
+    """Megatron's flags for this device, and for the layers that it has."""
+    if on_cpu:
+        return backend.MEGATRON_FLAGS
+    return TORCH_LAYER_FLAGS if torch_layers(on_cpu) else GPU_FLAGS
+
+
+def torch_layers(on_cpu: bool) -> bool:
+    """Whether the layers are this package's (`layers`): on the CPU, and on a GPU without Transformer Engine."""
+    return on_cpu or importlib.util.find_spec("transformer_engine") is None
 
 
 def join(recipe: Recipe, on_cpu: bool) -> None:
@@ -32,8 +49,12 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
 
     Ranks that wait for a lost one give up after Megatron's own `distributed-timeout-minutes`, 10 by default.
     """
+    without_compiling()
     if on_cpu:
         backend.install()
+    if torch_layers(on_cpu):
+        optimizer.install()
+        rotary.install()
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=arguments.passed_through(recipe).get("distributed-timeout-minutes", 10))
@@ -43,6 +64,13 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
+
+
+def without_compiling() -> None:
+    """Keep Megatron from compiling its data set helper: its wheel ships the compiled one and not its Makefile."""
+    from megatron.core.datasets import utils
+
+    utils.compile_helpers = lambda: None
 
 
 def parse(flags: list[str]) -> Any:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def model_config(
     recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fresh: bool
 ) -> Any:
-    """Megatron's model configuration, with our layers on the CPU, the weights and the adapters.
+    """Megatron's model configuration with weights and adapters, and our layers where Transformer Engine is missing.
 
     Args:
         fresh: no checkpoint brings the weights.
@@ -34,7 +34,7 @@ def model_config(
 
     model = gpt_config_from_args(margs)
     architectures.configure(model, config)
-    if on_cpu:
+    if initialize.torch_layers(on_cpu):
         from bft_megatron.layers.spec import layer_spec
 
         model.transformer_layer_spec = layer_spec
@@ -42,7 +42,7 @@ def model_config(
         source = model_folder if recipe.init == "pretrained" else None
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
     if recipe.lora is not None:
-        adapters.install(model, recipe, config, on_cpu=on_cpu)
+        adapters.install(model, recipe, config, torch_layers=initialize.torch_layers(on_cpu))
     return model
 
 

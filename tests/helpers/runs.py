@@ -148,14 +148,14 @@ def _sources(data: Path, split: str) -> str:
     return f"[{{path: {data / split}.jsonl, name: long}}, {{path: {data / split}_short.jsonl, name: short}}]"
 
 
-def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None) -> Result:
+def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None, *, gpu: bool = False) -> Result:
     """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left.
 
-    `before` is called in each process first.
+    `before` is called in each process first. With `gpu` they use the machine's GPUs.
     """
     folder, model = RunFolder.of(made), find_model(made.model)
     prepared = prepare_rows(made, model, read_config(model).vocab_size)
-    run_world(world, _train, made, prepared, before, megatron=True)
+    run_world(world, _train, made, prepared, before, megatron=not gpu, gpu=gpu)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 

@@ -18,15 +18,18 @@ from typing import Any
 import torch.distributed as dist
 
 
-def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, megatron: bool = False) -> list[Any]:
+def run_world(
+    n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, megatron: bool = False, gpu: bool = False
+) -> list[Any]:
     """Call `fn(*args)` in n forked processes, each a rank of one gloo world, and return what they return, by rank.
 
-    With `megatron` the CPU backend is installed in them first. A rank that raises fails the call with its traceback and
-    ends the others; so does running past `timeout` seconds. The calling process never holds a process group.
+    With `megatron` the CPU backend is installed in them first; with `gpu` they form no world, which `fn` does. A rank
+    that raises fails the call with its traceback and ends the others; so does running past `timeout` seconds. The
+    calling process never holds a process group.
     """
     gc.freeze()  # what is imported is not looked through again, in each child, at every collection
     with tempfile.TemporaryDirectory() as folder:
-        pids = [_fork(rank, n, Path(folder), fn, args, megatron) for rank in range(n)]
+        pids = [_fork(rank, n, Path(folder), fn, args, megatron, gpu) for rank in range(n)]
         failed = _wait(pids, timeout)
         errors = [p.read_text() for p in sorted(Path(folder).glob("*.error"))]
         assert not errors, "\n".join(errors)
@@ -34,7 +37,9 @@ def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, 
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(n)]
 
 
-def _fork(rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...], megatron: bool) -> int:
+def _fork(
+    rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...], megatron: bool, gpu: bool
+) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -46,8 +51,9 @@ def _fork(rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[A
             from bft_megatron.cpu import backend
 
             backend.install()
-        store = dist.FileStore(str(folder / "store"), n)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
+        if not gpu:
+            store = dist.FileStore(str(folder / "store"), n)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
         (folder / f"{rank}.result").write_bytes(pickle.dumps(fn(*args)))
         if dist.is_initialized():
             dist.destroy_process_group()

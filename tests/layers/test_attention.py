@@ -49,7 +49,7 @@ def run_packed(window: int | None) -> tuple[Tensor, list[Tensor]]:
     group = dist.group.WORLD
     mine = zigzag(torch.tensor(EDGES), dist.get_world_size(group), dist.get_rank(group))
     inputs = tensors()
-    packed = SimpleNamespace(cu_seqlens_q_padded=torch.tensor(EDGES, dtype=torch.int32))
+    packed = SimpleNamespace(cu_seqlens_q_padded=torch.tensor(EDGES, dtype=torch.int32), max_seqlen_q=28)
     out = attention(group, window)(*(x[mine] for x in inputs), None, packed_seq_params=packed)
     upstream = torch.randn(EDGES[-1], HEADS * DIM, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     (out * upstream[mine]).sum().backward()

@@ -6,8 +6,12 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 DOCS_STAMP := $(VENV)/.installed-docs
 TE_STAMP := .venv-te/.installed
+# Of what is drawn at random; SEED=20261127 draws again what was drawn on that day.
+SEED ?= $(shell date +%Y%m%d)
+# What has a target of its own because of what it needs.
+APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te
 
-.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak docs lint format clean
+.PHONY: venv demo test test-slow coverage test-slurm test-te test-image plan-recipes matrix soak docs lint format clean
 
 venv: $(STAMP)
 
@@ -27,7 +31,20 @@ demo: $(DEMO_STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python examples/demo/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/image --ignore=tests/te
+	$(BIN)/python -m pytest $(APART)
+
+# Runs that are killed and resumed, worlds of eight processes, and layouts drawn from the matrix by SEED; some minutes.
+test-slow: $(STAMP)
+	@echo "SEED=$(SEED)"
+	SEED=$(SEED) $(BIN)/python -m pytest -m slow $(APART)
+
+# Which share of the package's lines `make test` runs: in pytest's own process, in the ranks that it forks and in the
+# commands that it starts, not in processes that are killed, nor in compiled or GPU code. Takes longer than `make test`.
+coverage: $(STAMP)
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest $(APART)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 # The launch scripts on a Slurm of three nodes that it starts itself: as root, with Debian's slurmctld, slurmd, slurm-client
 # and munge.
@@ -54,8 +71,9 @@ plan-recipes: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.checkpoint.soak --kills 30
 
+# Every objective on every layout, which takes hours; with N that many of them, drawn by SEED.
 matrix: $(STAMP)
-	$(BIN)/python -m tests.layouts.matrix $(N)
+	SEED=$(SEED) $(BIN)/python -m tests.layouts.matrix $(N)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --group docs
@@ -76,4 +94,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-te runs site .pytest_cache .ruff_cache *.egg-info
+	rm -rf .coverage .coverage.* $(VENV) .venv-te runs site .pytest_cache .ruff_cache *.egg-info

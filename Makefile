@@ -59,6 +59,7 @@ matrix: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)
@@ -66,4 +67,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-te runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-te runs .pytest_cache .ruff_cache .mypy_cache *.egg-info

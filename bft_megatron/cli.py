@@ -144,6 +144,7 @@ def score(
         from bft_megatron.commands import score as scoring
 
         blend = rows.train if data == "train" else rows.valid
+        assert blend is not None, "a recipe with data.valid has validation rows"
         scoring.run(model.recipe, request.config, model.model_folder, blend, data, file, console)
 
 
@@ -212,18 +213,19 @@ def export(
     """
     import torch
 
-    source, chosen = RunFolder(run), {"iteration": iteration, "dtype": getattr(torch, dtype or "", None)}
+    source = RunFolder(run)
+    chosen: torch.dtype | None = getattr(torch, dtype or "", None)
     recipe = reader.load(source.config) if source.config.exists() else None
     if recipe is not None and recipe.lora is not None:
         from bft_megatron.lora.peft import export_adapter, export_merged
 
-        (export_merged if merge else export_adapter)(source, recipe, folder, **chosen)
+        (export_merged if merge else export_adapter)(source, recipe, folder, iteration=iteration, dtype=chosen)
     elif merge:
         raise UserError("is no LoRA run: there is nothing to merge, leave out --merge", str(run))
     else:
         from bft_megatron.hf.export import export
 
-        export(source.checkpoints, folder, source.model, **chosen)
+        export(source.checkpoints, folder, source.model, iteration=iteration, dtype=chosen)
     print(f"wrote {folder}")
 
 

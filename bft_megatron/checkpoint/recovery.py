@@ -75,7 +75,9 @@ def _look(folder: RunFolder) -> _Found:
 def _broadcast(found: _Found | None) -> _Found:
     box = [found]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    (sent,) = box
+    assert sent is not None, "rank 0 has looked"
+    return sent
 
 
 def _agreed(fault: str | None) -> str | None:

@@ -35,7 +35,7 @@ def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
             judged = verdict(found, on.gpu, on.world)
             took = estimate(layout, found, on)
             plans.append(Plan(layout, config, on, found, judged, took))
-    return sorted(plans, key=lambda p: (not p.verdict.fits, p.estimate.seconds))
+    return sorted(plans, key=lambda p: (not p.verdict.fits, p.estimate and p.estimate.seconds))
 
 
 def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Recipe]:

@@ -72,7 +72,7 @@ def launch(arguments: list[str], processes: int) -> int:
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        return int(s.getsockname()[1])
 
 
 def _prepare_child() -> None:

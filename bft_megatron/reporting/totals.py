@@ -72,7 +72,11 @@ class Meter:
         self._sums: Tensor | None = None
         self._minimum: Tensor | None = None
         self.by_source: list[Totals] = []
-        self.totals: Totals | None = None
+
+    @property
+    def totals(self) -> Totals:
+        """Those of all sources, after `reduce`."""
+        return together(self.by_source)
 
     def add(self, sums: dict[str, Tensor], min_confidence: Tensor) -> None:
         """Add one micro-batch: for all of `SUMS` the sum of each source [sources], and the lowest c_b of each (+inf
@@ -94,5 +98,4 @@ class Meter:
             Totals(dict(zip(SUMS, column, strict=True)), minimum)
             for column, minimum in zip(sums.t().tolist(), low.tolist(), strict=True)
         ]
-        self.totals = together(self.by_source)
         self._sums = self._minimum = None

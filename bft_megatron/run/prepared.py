@@ -54,6 +54,7 @@ class RunRows:
         """Rows of the whole run."""
         if recipe.train.iterations is not None:
             return recipe.train.iterations * recipe.train.global_batch_size
+        assert recipe.train.epochs is not None, "rules refuse a recipe without a length"
         return max(1, round(recipe.train.epochs * self.train.rows))
 
 
@@ -78,9 +79,7 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
         ]
         return _blend(sources, made)
 
-    train = blend("train")
-    assert train is not None, "checks refuse a recipe without training data"
-    rows = RunRows(train, blend("valid"))
+    rows = _run_rows(blend)
     highest = max(made.counts.highest_token for made in (rows.train, rows.valid) if made)
     if highest >= vocab_size:  # a sharded embedding would take it for another token, silently
         raise FieldError(
@@ -149,7 +148,13 @@ def open_rows(recipe: Recipe) -> RunRows:
     def blend(field: Literal["train", "valid"]) -> Blend | None:
         return _blend(recipe.data.sources(field), [prepare.load(folder / name) for name in names[field] or ()])
 
-    return RunRows(blend("train"), blend("valid"))
+    return _run_rows(blend)
+
+
+def _run_rows(blend: Callable[[Literal["train", "valid"]], Blend | None]) -> RunRows:
+    train = blend("train")
+    assert train is not None, "rules refuse a recipe without training data"
+    return RunRows(train, blend("valid"))
 
 
 def _blend(sources: tuple[SourceSettings, ...], made: list[Prepared]) -> Blend | None:

@@ -44,8 +44,8 @@ def datasets(recipe: Recipe, rows: RunRows, validation: tuple[int, int]) -> Call
 
     def provide(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
         train = training_rows(rows.train, seed=recipe.train.seed, limit=rows.rows(recipe))
-        valid = validation_rows(rows.valid, batch=validation[0]) if validation[0] else None
+        valid = None if rows.valid is None else validation_rows(rows.valid, batch=validation[0])
         return train, valid, None
 
-    provide.is_distributed = True
+    provide.is_distributed = True  # type: ignore[attr-defined]  # Megatron's mark on a function
     return provide

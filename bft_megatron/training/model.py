@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 def model_config(
-    recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fresh: bool
+    recipe: Recipe, config: ModelConfig, model_folder: Path | None, margs: Any, on_cpu: bool, *, fresh: bool
 ) -> Any:
     """Megatron's model configuration, with our layers on the CPU, the weights and the adapters.
 
     Args:
+        model_folder: the weights'; None where they are drawn or have no values.
         fresh: no checkpoint brings the weights.
     """
     from megatron.training.argument_utils import gpt_config_from_args

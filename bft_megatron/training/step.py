@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -76,14 +76,14 @@ class Batch:
         """[B] int64: the source of each sample."""
         return self.source if self.cu_seqlens is None else self.source.expand(len(self.edges) - 1)
 
-    def rows(self, cp_windows: str) -> Rows:
+    def rows(self, cp_windows: Literal["per_rank", "exact"]) -> Rows:
         """The batch's geometry for the objective, under this rank's context-parallel group."""
         group = parallel_state.get_context_parallel_group()
         return Rows(self.labels.flatten(), self.edges, self.counted, self.weight.flatten(), group, cp_windows)
 
     def packed_seq_params(self) -> PackedSeqParams | None:
         """What rotary embedding and attention need of a packed row, on every pipeline stage; None for padded rows."""
-        if self.cu_seqlens is None:
+        if self.cu_seqlens is None or self.max_seqlen is None:
             return None
         edges, longest = self.edges.cuda(non_blocking=True), int(self.max_seqlen)
         return PackedSeqParams(

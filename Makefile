@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
+DOCS_STAMP := $(VENV)/.installed-docs
 TE_STAMP := .venv-te/.installed
 
-.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak lint format clean
+.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak docs lint format clean
 
 venv: $(STAMP)
 
@@ -56,6 +57,15 @@ soak: $(STAMP)
 matrix: $(STAMP)
 	$(BIN)/python -m tests.layouts.matrix $(N)
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --group docs
+	@touch $@
+
+# The pages of docs/ as a site, in site/; a link that leads nowhere fails. Needs no network once the group is installed.
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m docs.generate
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs site
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -67,4 +77,4 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .venv-te runs .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) .venv-te runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info

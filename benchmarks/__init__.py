@@ -1,4 +1,4 @@
-"""One script for a table of the README; what Megatron's imports say of kernels that a CPU does not have is left out."""
+"""One script for each measured table of docs/; what Megatron says of kernels that a CPU does not have is left out."""
 
 import logging
 import warnings

@@ -1,6 +1,6 @@
 """The loss head, forward and backward, side by side: CPU time of one thread, peak memory, errors; tables and a plot.
 
-    OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.head --errors --plot benchmarks/head.png  # README
+    OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.head --errors --plot docs/images/head.png
     ... python -m benchmarks.head 2048x49152:fp32 2048x576x49152:bf16:0.5:tp2 --heads Megatron ours
 
 A case is rows x vocabulary (over logits that are there) or rows x hidden x vocabulary (the product with the weight is
@@ -26,11 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.measuring import Peak, in_processes
+from benchmarks.measuring import in_processes
 from bft_megatron.objective import IGNORE_INDEX
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
 from bft_megatron.objective.view import Rows
+from tests.helpers.memory import Peak
 
 DEFAULT_CASES = [
     f"{shape}:{dtype}{more}"
@@ -79,7 +80,7 @@ class Case:
         return targets
 
 
-class _Given(torch.autograd.Function):
+class Given(torch.autograd.Function):
     """Logits that something made, as a model does: nothing but the head holds them, and `taken` gets their gradient."""
 
     @staticmethod
@@ -112,7 +113,7 @@ class OverLogits:
     def step(self, head: peers.OverLogits) -> float:
         """-> CPU seconds, without the making of the logits and the release of their gradient."""
         taken: list[Tensor] = []
-        logits = _Given.apply(self.leaf, self.source, taken)
+        logits = Given.apply(self.leaf, self.source, taken)
         start = time.thread_time()
         loss = loss_of(head(logits, self.targets), self.targets)
         del logits

@@ -56,13 +56,13 @@ class TakingTurns(Step):
         batch = Batch(**next(data_iterator))
         labels = batch.labels
         losses = model(
-            batch.tokens,
-            batch.position_ids,
+            batch.tokens.cuda(),
+            batch.position_ids.cuda(),
             None,
-            labels=labels.clamp(min=0),
+            labels=labels.clamp(min=0).cuda(),
             packed_seq_params=batch.packed_seq_params(),
         )
-        return losses, partial(_plain_loss, labels >= 0)
+        return losses, partial(_plain_loss, (labels >= 0).cuda())
 
 
 def _plain_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

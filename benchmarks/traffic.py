@@ -1,43 +1,21 @@
-"""What the objective sends beside what the model sends: the README's table, from formulas.
+"""What the objective sends beside what the model sends: the table of docs/costs.md, from formulas.
 
     python -m benchmarks.traffic
 
-`objective` is held to the collectives of real processes by tests/test_communication.py. The model's share is counted by
-hand, for `recipes/llama31_70b.yaml` on 64 GPUs and the same layout with more data parallelism: Megatron's collectives
-under sequence parallelism, fp32 gradients, weights gathered in bf16, keys and values going round over context
-parallelism. Bytes are those that a GPU of the last stage sends if every collective is a ring.
+tests/training/test_communication.py holds `objective` to the collectives of real processes. The model's share is
+counted by hand, for `recipes/llama31_70b.yaml` on 64 GPUs and the same layout with more data parallelism: Megatron's
+collectives under sequence parallelism, fp32 gradients, weights gathered in bf16, keys and values going round over
+context parallelism. Bytes are those that a GPU of the last stage sends if every collective is a ring.
 """
 
 from __future__ import annotations
+
+from tests.helpers.traffic import objective
 
 TENSOR, PIPELINE, CHUNKS, CONTEXT = 4, 4, 5, 2
 LAYERS, HIDDEN, KV_WIDTH, PARAMETERS = 80, 8192, 1024, 70.6e9
 TOKENS, SAMPLES, MICRO_BATCHES = 8192, 16, 16
 """Of a row, supervised samples in it, rows that a rank works through in a step."""
-
-
-def objective(
-    tokens: int, samples: int, context: int, gathered: int = 0, entropy: bool = False, sources: int = 1
-) -> dict[str, int]:
-    """Bytes that a rank gives to all-reduces of the objective, by group.
-
-    Args:
-        tokens: of a micro-batch on a context-parallel rank; over the head without logits the supervised ones.
-        samples: of a micro-batch, counting a packed row's tail as one.
-        context: ranks of context parallelism.
-        gathered: with `cp_windows: exact`, the most supervised tokens of any rank, which an all-gather brings.
-        sources: of the data, which are reported apart.
-
-    Returns: "tensor": of a micro-batch, a MAX of fp32 and a SUM of two (with the entropy three) fp64 a token;
-        "context": of a micro-batch, a MIN and a SUM of fp64 a sample, and the all-gather's fp32 a token;
-        "step": of a step, over data x context, the report's ten sums and a minimum of a source, in fp64. Megatron adds
-        the divisor and the loss it prints, 12 bytes.
-    """
-    return {
-        "tensor": (4 + 16 + 8 * entropy) * tokens,
-        "context": (16 * samples + 4 * gathered) * (context > 1),
-        "step": 11 * 8 * sources,
-    }
 
 
 def _all_reduce(given: float, ranks: int) -> float:

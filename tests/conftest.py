@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 
+import pytest
+
 os.environ.update(
     OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1", TOKENIZERS_PARALLELISM="false"
 )
@@ -17,5 +19,8 @@ with warnings.catch_warnings():
     import megatron.training
     import megatron.training.arguments  # noqa: F401
     import torch
+
+pytest.register_assert_rewrite("tests.helpers")
+pytest_plugins = ["tests.helpers.fixtures"]
 
 torch.set_num_threads(1)  # a forked child must not inherit a thread pool

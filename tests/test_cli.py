@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT, run_command
+from tests.helpers.commands import ROOT, command, run_command
 
 RECIPE = """\
 model: {model}
@@ -23,13 +23,6 @@ train:
   precision: fp32
 output: {out}
 """
-
-
-def command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """The installed command in a process of its own, without a launcher's environment."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    words = [sys.executable, "-m", "bft_megatron", *map(str, arguments)]
-    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture

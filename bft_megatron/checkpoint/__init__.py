@@ -2,9 +2,5 @@
 
 stopping    all ranks agree, save and stop      integrity   is a checkpoint whole
 recovery    the newest whole one, at a start    retention   which are deleted
-writer      how Megatron saves                  hf_copies   those kept as Hugging Face models
+hf_copies   those kept as Hugging Face models
 """
-
-from bft_megatron.checkpoint.writer import without_helper_process
-
-__all__ = ["without_helper_process"]

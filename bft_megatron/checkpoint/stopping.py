@@ -1,8 +1,4 @@
-"""Saving and stopping when asked: by a signal to any rank, or because `train.exit_after` would be passed.
-
-Megatron has a handler for one signal, which asks by an all-gather of one number and as many device reads as there are
-ranks; this takes its place in Megatron's loop and asks by one MAX all-reduce.
-"""
+"""Saving and stopping when asked: by a signal to any rank, or because `train.exit_after` would be passed."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from bft_megatron.reporting.reporter import Reporter
 
 
 class Stop:
-    """What Megatron's loop asks after every step.
+    """Decides after every step whether the run is saved and ends there.
 
     Args:
         reporter: knows the step and how long it took.
@@ -31,30 +27,21 @@ class Stop:
         """Why this process stops before the last step, once it does; the same on all ranks."""
         self._save_seconds = 0.0
 
-    def install(self) -> None:
-        """Stand in for Megatron's handler. Before its arguments are parsed, when it would take SIGTERM for itself."""
-        from megatron.training import global_vars
-
-        def use_this_one(_: signal.Signals) -> None:
-            global_vars._GLOBAL_SIGNAL_HANDLER = self
-
-        global_vars._set_signal_handler = use_this_one
-
     def saved(self, _: int, seconds: float) -> None:
         """A save took so long; the last one before `exit_after` may take as long again."""
         self._save_seconds = max(self._save_seconds, seconds)
 
-    def signals_received(self) -> list[bool]:
-        """Whether to save and stop now: one answer, the same on all ranks. Collective: MAX of two numbers, over all."""
+    def asked(self) -> bool:
+        """Whether to save and stop now, alike on all ranks. Collective over all: a MAX all-reduce of two numbers."""
         step = self.reporter.iteration
         if step >= self.last:
-            return [False]
+            return False
         asked = torch.tensor([signals.received(), self._late()], device="cuda")
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         number, late = asked.tolist()
         if number or late:
             self.reason = f"{f'signal {signal.Signals(number).name}' if number else 'exit_after'} at step {step}"
-        return [self.reason is not None]
+        return self.reason is not None
 
     def _late(self) -> bool:
         """True where one more step and a save (until one was seen: as long as a step) would end past `exit_after`."""

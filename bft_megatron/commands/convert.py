@@ -7,12 +7,12 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from bft_megatron import checkpoint
 from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.training.model import build
+from bft_megatron.upstream import checkpoint_writer
 
 
 def run(recipe: Recipe, config: ModelConfig, model_folder: Path, console: TextIO) -> None:
@@ -21,7 +21,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, console: TextIO
     Raises:
         UserError, FieldError: as `build`.
     """
-    checkpoint.without_helper_process()
+    checkpoint_writer.without_helper_process()
     chunks = build(recipe, config, model_folder, ["--no-save-optim", "--no-save-rng"])
     from megatron.training.checkpointing import save_checkpoint
 

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from bft_megatron.layers import flash
 from bft_megatron.objective.view import zigzag
 
 
@@ -19,8 +20,9 @@ class CoreAttention(torch.nn.Module):
     """Causal attention within each sample, over packed rows [t, n, d] or padded batches [s, b, n, d], on any CP size.
 
     Under context parallelism a rank holds two chunks of every sample (`zigzag`). Keys and values are all-gathered over
-    CP (backward: a reduce-scatter) and put into sequence order; queries stay. One call of torch's kernel a sample keeps
-    the masks small and a sample's result independent, to the bit, of the others in its row.
+    CP (backward: a reduce-scatter) and put into sequence order; queries stay. On a GPU, in fp16 and bf16, torch's flash
+    kernel runs over all samples at once. Elsewhere one call of `scaled_dot_product_attention` a sample keeps the masks
+    small and a sample's result independent, to the bit, of the others in its row.
     """
 
     def __init__(
@@ -53,24 +55,35 @@ class CoreAttention(torch.nn.Module):
     ) -> Tensor:
         """query [t/cp, n, d], key and value [t/cp, g, d] -> [t/cp, n*d]; padded: [s/cp, b, n, d] -> [s/cp, b, n*d]."""
         if packed_seq_params is not None:
-            return self._attend(query, key, value, packed_seq_params.cu_seqlens_q_padded)
+            edges, longest = packed_seq_params.cu_seqlens_q_padded, packed_seq_params.max_seqlen_q
+            return self._attend(query, key, value, edges, longest)
         s, b = query.shape[0] * self.cp_group.size(), query.shape[1]
         query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))  # [b * s/cp, n, d]
-        out = self._attend(query, key, value, torch.arange(b + 1) * s)
+        edges = torch.arange(b + 1, dtype=torch.int32, device=query.device) * s
+        out = self._attend(query, key, value, edges, s)
         return out.unflatten(0, (b, -1)).transpose(0, 1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         if cp > 1:
             order = torch.cat([zigzag(cu_seqlens, cp, r) for r in range(cp)]).argsort()
             key, value = (self._gather(x)[order] for x in (key, value))
+        dropout = self.dropout if self.training else 0.0
+        if flash.can(query, dropout):
+            if cp > 1:
+                return flash.chunks(query, key, value, cu_seqlens, longest, cp, rank, self.softmax_scale, self.window)
+            return flash.samples(query, key, value, cu_seqlens, longest, self.softmax_scale, self.window)
+        return self._one_by_one(query, key, value, cu_seqlens, dropout)
+
+    def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, dropout: float) -> Tensor:
+        """A sample at a time; waits for the device to know their lengths."""
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
         lengths = cu_seqlens.diff()
-        position = torch.arange(int(cu_seqlens[-1])) - torch.repeat_interleave(
-            cu_seqlens[:-1], lengths
-        )  # in the sample
+        position = torch.arange(int(cu_seqlens[-1]), device=query.device)
+        position = position - torch.repeat_interleave(cu_seqlens[:-1], lengths)  # in the sample
         mine = position[zigzag(cu_seqlens, cp, rank)]
         out = [
-            self._attend_sample(q, k, v, at)
+            self._attend_sample(q, k, v, at, dropout)
             for q, k, v, at in zip(
                 query.split((lengths // cp).tolist()),
                 key.split(lengths.tolist()),
@@ -81,14 +94,13 @@ class CoreAttention(torch.nn.Module):
         ]
         return torch.cat(out)
 
-    def _attend_sample(self, query: Tensor, key: Tensor, value: Tensor, at: Tensor) -> Tensor:
+    def _attend_sample(self, query: Tensor, key: Tensor, value: Tensor, at: Tensor, dropout: float) -> Tensor:
         """query [q, n, d] at positions `at` [q] of a sample with key, value [k, g, d] -> [q, n*d]."""
-        back = at[:, None] - torch.arange(key.shape[0])  # [q, k]: how far the key lies before the query
+        back = at[:, None] - torch.arange(key.shape[0], device=at.device)  # [q, k]: how far the key is behind
         allowed = back >= 0
         if self.window is not None:
             allowed &= back <= self.window[0]
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # [1, n, q, d]
-        dropout = self.dropout if self.training else 0.0
         # Tensor-parallel ranks hold different heads, so each draws from its own stream.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             out = torch.nn.functional.scaled_dot_product_attention(

@@ -28,9 +28,10 @@ from bft_megatron.hf.weights import Weight, global_path
 from bft_megatron.lora.factors import Adapted, Fresh, adapted, scale, settings_of
 from bft_megatron.lora.peft import AdapterFolder
 from bft_megatron.recipe.schema import LoraSettings, Recipe
+from bft_megatron.upstream import model_chunk
 
 
-def install(model: Any, recipe: Recipe, config: ModelConfig, *, on_cpu: bool) -> None:
+def install(model: Any, recipe: Recipe, config: ModelConfig, *, torch_layers: bool) -> None:
     """Make a `GPTModelConfig` build adapters as the recipe's `lora:` says, after the hook that fills the weights.
 
     Raises:
@@ -41,7 +42,7 @@ def install(model: Any, recipe: Recipe, config: ModelConfig, *, on_cpu: bool) ->
         source: Source = Fresh(adapted(config, settings), recipe.train.seed)
     else:
         source = AdapterFolder(Path(settings.adapter), config, settings)
-    if not on_cpu:
+    if not torch_layers:
         model.transformer_layer_spec = unfused_spec
     model.pre_wrap_hooks.append(lora_hook(config, settings, source))
 
@@ -72,8 +73,9 @@ def lora_hook(
             if chunk.pre_process:
                 # Full recompute drops the gradients of a layer whose input needs none: the first one's, silently.
                 chunk.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
-            chunk.sharded_state_dict = partial(_sharded_state_dict, chunk)
-            chunk.load_state_dict = partial(_load_state_dict, chunk)
+            model_chunk.save_and_load_instead(
+                chunk, partial(_sharded_state_dict, chunk), partial(_load_state_dict, chunk)
+            )
         return chunks
 
     return adapt
@@ -207,7 +209,7 @@ def _sharded_state_dict(
 
 @torch.no_grad()
 def _load_state_dict(chunk: GPTModel, state: dict[str, Tensor], strict: bool = True) -> None:
-    """Take the adapters of a checkpoint. Strict always: Megatron tries again without, and would go on with less."""
+    """Take the adapters of a checkpoint; always strictly, whatever `strict` says."""
     own = {
         f"{path}.{name}": adapter.get_parameter(name) for path, adapter in adapters(chunk) for name in adapter.weights
     }

@@ -36,7 +36,9 @@ from bft_megatron.objective.sums import (
 )
 
 TILE_BYTES = 16 << 20
-"""Of the scratch that holds a tile of logits: a CPU's third-level cache, half of a large GPU's second."""
+"""Size of the scratch that holds a tile of logits on a CPU, whose third-level cache holds it."""
+DEVICE_TILE_BYTES = 256 << 20
+"""The same on a GPU: each tile adds a product to the whole chunk's gradient, and narrow tiles do so too often."""
 ROWS = 8192
 """Rows of a chunk: as many, so that reading and writing the whole weight gradient once a chunk is little."""
 CPU_PRODUCT_ROWS = 1024
@@ -86,7 +88,7 @@ def vocab_parallel_linear_statistics(
         targets: [s, b] int64 and `vocab_size`: as in `vocab_parallel_statistics`. The index work runs where they are:
             keep them on the CPU, and a GPU is not waited for.
         group: the tensor-parallel group, None for an unsharded vocabulary.
-        chunk_size: rows of a tile; as many columns as fit into TILE_BYTES go with them.
+        chunk_size: rows of a tile; as many columns as fit into TILE_BYTES (DEVICE_TILE_BYTES on a GPU) go with them.
         entropy: also return the entropy of each labelled row.
         fuse_main_grad: Megatron's gradient accumulation fusion: where the weight has a `main_grad`, its gradient is
             added there, the weight says so in `grad_added_to_main_grad`, and what autograd gets is a placeholder.
@@ -193,8 +195,8 @@ def _tiles(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
     On the CPU in x's dtype, on an accelerator in fp32, whose rounding to bf16 is then not paid.
     """
-    dtype = x.dtype if x.device.type == "cpu" else _FP32
-    width = max(1, min(len(weight), TILE_BYTES // (dtype.itemsize * len(x))))
+    dtype, budget = (x.dtype, TILE_BYTES) if x.device.type == "cpu" else (_FP32, DEVICE_TILE_BYTES)
+    width = max(1, min(len(weight), budget // (dtype.itemsize * len(x))))
     scratch = x.new_empty(len(x) * width, dtype=dtype)
     for first in range(0, len(weight), width):
         columns = slice(first, min(first + width, len(weight)))
@@ -232,7 +234,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         for some, rows in zip(total.split(CPU_PRODUCT_ROWS), a.split(CPU_PRODUCT_ROWS), strict=True):
             some.add_(torch.mm(rows, b))
     else:
-        total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def _merge_into(shard: Sums, part: Sums, rows: slice) -> None:

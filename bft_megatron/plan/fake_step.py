@@ -16,17 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bft_megatron.cpu import backend
 from bft_megatron.data.dataset import VIRTUAL_LENGTH
 from bft_megatron.hf import architectures
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.plan.memory import Ledger
-from bft_megatron.plan.watch import Enough, Trace, Watch
+from bft_megatron.plan.probe import Enough, StepProbe, Trace
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training import arguments, initialize, loop
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
+from bft_megatron.upstream import command_line, cuda_on_cpu, rotary, without_values
 
 LEFT_OUT = (
     "--save",
@@ -40,31 +40,6 @@ LEFT_OUT = (
 INSTEAD = ("--num-workers", "0", "--disable-gloo-process-groups")
 MANY = 1_000_000
 """Iterations of the schedule, of which two are run: more than any warm-up has."""
-
-
-def replace_what_needs_values() -> None:
-    """Functions of torch and Megatron that look at values, or at other ranks', where it cannot be answered by a 0."""
-    from megatron.core.optimizer import clip_grads
-    from megatron.training import training
-
-    def all_gather_object(gathered: list[Any], own: Any, group: dist.ProcessGroup | None = None) -> None:
-        gathered[:] = [own] * len(gathered)  # which parameter groups there are: on every rank the same
-
-    reduce_success = training.logical_and_across_model_parallel_group
-
-    def successful(own: bool, **groups: Any) -> bool:
-        reduce_success(own, **groups)
-        return own
-
-    def one_by_one(messages: list[dist.P2POp]) -> list[Any]:  # together they would ask for the device's back end
-        return [m.op(m.tensor, m.peer, group=m.group, tag=m.tag) for m in messages]
-
-    dist.all_gather_object, dist.batch_isend_irecv = all_gather_object, one_by_one  # type: ignore[assignment]  # ours
-    training.logical_and_across_model_parallel_group = successful
-    clip_grads.multi_tensor_applier = lambda operator, flag, tensors, *args: operator(0, flag, tensors, *args)
-    clip_grads.multi_tensor_scale_tensor_impl = None
-    clip_grads.l2_norm_impl = lambda _, __, gradients, *___: (gradients[0][0].new_zeros(1), None)
-    torch.is_autocast_enabled = lambda *_: False  # the meta device is not among those it knows
 
 
 def run(
@@ -87,14 +62,16 @@ def run(
     """
     on_cpu = recipe.device == "cpu"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
-    backend.install("cpu" if on_cpu else "meta")
-    join(rank, world)
-    replace_what_needs_values()
+    cuda_on_cpu.install("cpu" if on_cpu else "meta")
+    without_values.join(rank, world)
+    without_values.install()
+    if on_cpu:
+        rotary.install()
     arguments.check_passed_through(recipe)
     flags = arguments.megatron_arguments(
         recipe,
         architectures.megatron_flags(config),
-        initialize.device_flags(on_cpu),
+        initialize.CPU_FLAGS if on_cpu else initialize.GPU_FLAGS,
         iterations=MANY,
         validation=(0, 0),
     )
@@ -106,43 +83,34 @@ def run(
             from bft_megatron.plan import modelled
 
             modelled.install()
-        margs = initialize.parse([*_without(flags, LEFT_OUT), *INSTEAD])
+        margs = command_line.parse([*_without(flags, LEFT_OUT), *INSTEAD])
         margs.do_train = True  # which it would read from a tensor
-        model = model_config(recipe, config, None, margs, on_cpu, fresh=False)
+        model = model_config(recipe, config, None, margs, on_cpu, fill=False)  # there are no values to fill it with
         model.transformer.finalize_model_grads_func = step.finalize_grads
         if not on_cpu:
             model.transformer_layer_spec = modelled.layer_spec
-        if recipe.lora is not None:
-            del model.pre_wrap_hooks[0]  # would fill the frozen weights, which have no values here
-        watch = Watch(ledger)
-        watch.install()
+        probe = StepProbe(ledger)
+        probe.install()
         with contextlib.suppress(Enough):
             loop.pretrain(margs, model, step, provider)
-    return watch.trace(rank)
-
-
-def join(rank: int, world: int) -> None:
-    """Form a group of which no other rank exists."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    return probe.trace(rank)
 
 
 def kind_of_group(name: str) -> tuple[str, int]:
     """A process group's name -> tp, cp, pp, dp or world, and its size."""
     from megatron.core import parallel_state as state
 
-    groups = {
-        "tp": state.get_tensor_model_parallel_group,
-        "cp": state.get_context_parallel_group,
-        "pp": state.get_pipeline_model_parallel_group,
-        "dp": lambda: state.get_data_parallel_group(with_context_parallel=True),
-        "dp ": state.get_data_parallel_group,
-    }
-    for kind, of in groups.items():
+    groups: list[tuple[str, Callable[[], dist.ProcessGroup]]] = [
+        ("tp", state.get_tensor_model_parallel_group),
+        ("cp", state.get_context_parallel_group),
+        ("pp", state.get_pipeline_model_parallel_group),
+        ("dp", lambda: state.get_data_parallel_group(with_context_parallel=True)),
+        ("dp", state.get_data_parallel_group),
+    ]
+    for kind, of in groups:
         with contextlib.suppress(AssertionError):
             if of().group_name == name:
-                return kind.strip(), of().size()
+                return kind, of().size()
     return "world", dist.get_world_size()
 
 

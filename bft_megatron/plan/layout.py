@@ -11,7 +11,7 @@ import torch
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.plan import fake_step, processes
-from bft_megatron.plan.watch import Trace
+from bft_megatron.plan.probe import Trace
 from bft_megatron.recipe.rules import model_parallel_size
 from bft_megatron.recipe.schema import Recipe
 

@@ -19,6 +19,8 @@ from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor, library
 from torch.utils.flop_counter import flop_registry
 
+from bft_megatron.upstream import gpu_kernels
+
 MODELLED = {
     "attention": "keeps q, k, v, out and an fp32 log-sum-exp a row; no scores [FlashAttention; Transformer Engine "
     "attention/dot_product_attention/backends.py]",
@@ -265,12 +267,4 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
 
 def install() -> None:
     """Put the modelled kernels in the places where Megatron looks for the GPU's, for the rest of this process."""
-    import megatron.core.optimizer as optimizer
-    from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.transformer import mlp
-
-    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-    rope_utils.fused_apply_rotary_pos_emb = rope_utils.fused_apply_rotary_pos_emb_thd = lambda t, *_, **__: _Rope.apply(
-        t
-    )
-    mlp.bias_swiglu_impl = lambda x, *_, **__: _SwiGLU.apply(x)
+    gpu_kernels.use(FusedAdam, _Rope.apply, _SwiGLU.apply)

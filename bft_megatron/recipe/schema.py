@@ -14,52 +14,52 @@ from bft_megatron.recipe.sources import SourceSettings, source_settings
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """`objective:`, what is minimised."""
+    """`objective:`, the function being minimised."""
 
     name: str = "bft"
     """`sft`, `dft`, `bft`, or a record of your own as `package.module:attribute`."""
     group_size: int = field(default_factory=environment.group_size)
-    """Supervised tokens in a confidence window; left out: BFT_GROUP_SIZE, or 256."""
+    """Supervised tokens in a confidence window. Left out: the environment variable BFT_GROUP_SIZE, else 256."""
     gamma: float = field(default_factory=environment.gamma)
-    """Exponent of the confidence in the sample weight 1 - c^gamma; left out: BFT_CONF_GAMMA, or 1."""
+    """Exponent of the confidence in the sample weight 1 - c^gamma. Left out: BFT_CONF_GAMMA, else 1."""
     confidence: Literal["geometric", "arithmetic"] = "geometric"
-    """Window means of log p (the authors' code) or of p (their prose)."""
+    """`geometric` averages log p over a window (the BFT authors' code), `arithmetic` averages p (their README)."""
     reduce: Literal["tokens", "samples"] | None = None
-    """What the loss is averaged over; left out: the objective's own (`tokens` for sft and dft, `samples` for bft)."""
+    """A mean over supervised tokens or over samples. Left out: `tokens` for sft and dft, `samples` for bft."""
     cp_windows: Literal["per_rank", "exact"] = "per_rank"
-    """Under context parallelism: windows within a rank's contiguous chunks, or those of one process."""
+    """Confidence windows under context parallelism: within a rank's chunks, or exactly those of one process."""
     head: Literal["auto", "logits", "chunked"] = "auto"
-    """With the logits, or a tile at a time without them; `auto`: without where they would take over 1 GiB on a rank."""
+    """`chunked` computes the logits a tile at a time; `auto` does so if all would take over 1 GiB on a rank."""
     chunk_size: int = 8192
     """Tokens of a tile of the chunked head."""
-    kernels: Literal["torch", "triton"] = "torch"
-    """Of the head's arithmetic on the vocabulary; `triton` on GPUs alone, and not measured on one."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Kernels of the head's arithmetic on the vocabulary; `auto`: Triton's on GPUs on which they are tested."""
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`data:`, which conversations, and how they become rows."""
+    """`data:`, the conversations, and how they become rows."""
 
     train: Any
-    """A path, or a list of sources, each a path or the fields of `SourceSettings`."""
+    """A path, a source, or a list of both."""
     valid: Any = None
-    """Held-out sources, as in `train`, read whole at every validation."""
+    """Held-out sources, written like `train`. Every validation reads all of them. Left out: no validation."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What happens at a row that is no conversation; `skip` counts and lists it."""
+    """A row that is not a conversation stops the run, or is skipped, counted and listed."""
     seq_length: int = 4096
-    """Tokens in a row."""
+    """Tokens in a row, the unit of a batch."""
     packing: bool = True
-    """Many samples a row; `false`: one sample a row, padded."""
+    """Packs many samples into a row; none sees another. `false`: one sample a row, padded."""
     pad_multiple: int | None = None
-    """Tokens that a packed sample is padded to a multiple of; left out: 2 x context, or 1 where context is 1."""
+    """Packed samples are padded to a multiple of this many tokens. Left out: 2 x context, or 1 if context is 1."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to samples longer than a row; both are counted."""
+    """Samples longer than a row are dropped or truncated, and counted."""
     supervise: Literal["assistant", "last", "all"] = "assistant"
-    """Which turns are learned: all of the assistant's, its last one, or every token."""
+    """The supervised tokens: all of the assistant's turns, its last turn, or every token."""
     turns: Literal["joined", "split"] = "joined"
-    """`split`: a sample for each of the assistant's turns, which ends with that turn and learns it alone."""
+    """`split` makes a sample of each assistant turn: it ends with that turn, and only that turn is supervised."""
     chat_template: str | None = None
-    """Jinja file, or the name of one of the tokenizer's templates; left out: the tokenizer's own."""
+    """Jinja file, or the name of one of the tokenizer's templates. Left out: the tokenizer's default."""
 
     def sources(self, field_name: Literal["train", "valid"]) -> tuple[SourceSettings, ...]:
         """The items of `train` or `valid`; none where `valid` is left out.
@@ -81,14 +81,17 @@ class ParallelSettings:
     """`parallel:`, the layout."""
 
     tensor: int = 1
+    """Tensor-parallel size: GPUs that share each layer's matrices. Must divide heads and key/value heads."""
     pipeline: int = 1
+    """Pipeline-parallel size: GPUs that hold consecutive groups of layers."""
     virtual_pipeline: int = 1
-    """Model chunks a pipeline rank holds (interleaved schedule above 1)."""
+    """Groups of layers on each pipeline rank; above 1 the pipeline schedule is interleaved."""
     context: int = 1
+    """Context-parallel size: GPUs that share each row's tokens."""
     data: int = 1
-    """Data-parallel size of a run on the CPU; elsewhere the number of GPUs decides."""
+    """Data-parallel size of a run on the CPU. On GPUs it follows from their number and the other sizes."""
     sequence: bool | None = None
-    """Sequence parallelism; left out: on where tensor is above 1."""
+    """Sequence parallelism: tensor ranks share the tokens between matrices. Left out: on if tensor is above 1."""
 
 
 @dataclass(frozen=True)
@@ -96,40 +99,49 @@ class TrainSettings:
     """`train:`, the schedule and the optimizer (AdamW)."""
 
     global_batch_size: int = 32
-    """Rows a step."""
+    """Rows in a step."""
     micro_batch_size: int = 1
-    """Rows a forward pass; always 1 when packing."""
+    """Rows in a forward pass on one data-parallel rank; must be 1 with packing."""
     iterations: int | None = None
-    """Steps; give this or `epochs`."""
+    """Steps. Give either this or `epochs`; 0 converts the model and stops."""
     epochs: float | None = None
+    """Passes over the training data; fractions are allowed. Give either this or `iterations`."""
     lr: float = 5.0e-6
+    """Peak learning rate."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     warmup_iterations: int = 0
+    """Steps of linear warm-up from 0 to `lr`; a cosine to `min_lr` follows."""
     weight_decay: float = 0.0
+    """AdamW's weight decay."""
     adam_beta1: float = 0.9
+    """AdamW's decay of the first moment."""
     adam_beta2: float = 0.95
+    """AdamW's decay of the second moment."""
     adam_eps: float = 1.0e-8
+    """AdamW's epsilon."""
     clip_grad: float = 1.0
+    """The gradient is scaled down to this norm; 0 turns clipping off."""
     seed: int = 1234
-    """Of the data order, dropout and `init: random`."""
+    """Seed of the data order and of `init: random`."""
     precision: Literal["bf16", "fp32"] = "bf16"
+    """Data type of weights and activations; the optimizer keeps fp32 master weights under `bf16`."""
     save_every: int | None = None
-    """Steps between checkpoints; left out: one, at the end."""
+    """Steps between checkpoints. Left out: one checkpoint, at the end."""
     validate_every: int | None = None
-    """Steps between validations; left out: before the first step and after the last."""
+    """Steps between validations. Left out: after the last step. One always runs before the first step."""
     exit_after: float | None = None
-    """Minutes from the start of the process by which it has saved and ended; the same command goes on."""
+    """Minutes after the start by which the run has saved and ended; the same command resumes it."""
     keep_last: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 0
-    """Checkpoints that are kept besides: the best by `best_metric` of the validation at their step."""
+    """Number of best checkpoints to keep besides, by `best_metric` of the validation at their step."""
     best_metric: Literal["loss", "lm_loss", "mean_p", "accuracy"] | None = None
-    """Left out: `lm_loss` for sft, `mean_p` for the others, whose loss is not what they descend."""
+    """Validation metric of `keep_best`. Left out: `lm_loss` for sft, `mean_p` for every other objective."""
     save_hf: bool = False
-    """Write every kept checkpoint as a Hugging Face model too."""
+    """Also writes every kept checkpoint as a Hugging Face model, in `hf/`, by a process beside the run."""
     max_skipped: int = 10
-    """Steps in a row with a gradient that is not finite, each of them skipped, after which the run gives up."""
+    """Steps with a non-finite gradient are skipped; after this many in a row the run gives up."""
 
 
 LORA_TARGETS = {
@@ -143,14 +155,15 @@ class LoraSettings:
     """`lora:`, low-rank adapters in place of the weights themselves."""
 
     rank: int = 16
+    """Rank of the adapters."""
     alpha: float = 32.0
-    """An adapter's product is scaled by alpha / rank."""
+    """An adapter's output is scaled by alpha / rank."""
     dropout: float = 0.0
-    """On the adapters' input; nothing but 0 is the same on every layout, and nothing but 0 is taken."""
+    """Must be 0: dropout in the adapters would make a run depend on its layout."""
     target: Any = "all"
-    """`all`, `attention`, `mlp`, or a list of Hugging Face's module names, `[q_proj, v_proj]`."""
+    """`all`, `attention`, `mlp`, or a list of Hugging Face module names such as `[q_proj, v_proj]`."""
     adapter: str | None = None
-    """PEFT folder to start from; left out: an adapter that changes nothing yet."""
+    """PEFT folder to start from. Left out: fresh adapters, which do not change the model's output."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -167,17 +180,22 @@ class Recipe:
     """A whole run."""
 
     model: str
-    """Hugging Face folder (or the id of a model in the local hub cache): architecture, weights, tokenizer, template."""
+    """Hugging Face folder, id of a model in the local hub cache, folder of an earlier run, or a Megatron checkpoint."""
     data: DataSettings
+    """Training and validation data."""
     output: str
     """Folder of the run: metrics, checkpoints, logs, packed data."""
     init: Literal["pretrained", "random"] = "pretrained"
-    """`random` draws the weights anew, the same on every layout."""
+    """`random` draws new weights, the same on every layout."""
     device: Literal["auto", "cpu"] = "auto"
+    """`auto` uses the machine's GPUs, or the CPU if there is none; `cpu` leaves the GPUs alone."""
     lora: LoraSettings | None = None
-    """Left out: every weight is trained."""
+    """Low-rank adapters. Left out: the run trains every weight."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    """The function being minimised."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    """The layout on processes."""
     train: TrainSettings = field(default_factory=TrainSettings)
+    """The schedule and the optimizer."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Megatron-LM's own flags by name: `recompute-granularity: selective`, `overlap-grad-reduce: true`."""
+    """Megatron-LM's own flags by name, such as `recompute-granularity: selective`."""

@@ -35,21 +35,21 @@ class SourceSettings:
     path: str
     """File, glob, folder, id of a data set in the local hub cache, or LLaMA-Factory's dataset_info.json."""
     name: str | None = None
-    """In the reports; of a dataset_info.json, which of its data sets. Left out: the path's last part."""
+    """Name in reports; with a dataset_info.json, the entry to use. Left out: the last part of the path."""
     weight: float = 1.0
-    """How often an epoch goes through it: 2 takes each row twice, 0.5 every second one, the others an epoch later."""
+    """Passes over the source in an epoch: 2 takes each row twice, 0.5 every second row, the rest an epoch later."""
     split: str = "train"
-    """Of a folder or hub data set that has several."""
+    """Split of a folder or hub data set that has several."""
     subset: str | None = None
-    """Of a hub data set that has several."""
+    """Subset of a hub data set that has several."""
     rows: str | None = None
-    """Which of its rows are taken, as a Python slice: `":1000"` the first thousand, `"1000:"` the others."""
+    """Rows to use, as a Python slice: `":1000"` the first thousand, `"1000:"` the others. Left out: all."""
     format: Format = "auto"
-    """How a row holds a conversation; `auto` tells by its columns."""
+    """How a row holds a conversation; `auto` recognises it by its columns."""
     columns: dict[str, str] = field(default_factory=dict)
-    """What the columns are called where not as the format has it: `{prompt: question, response: answer}`."""
+    """Column names that differ from the format's: `{prompt: question, response: answer}`."""
     roles: dict[str, str] = field(default_factory=dict)
-    """What roles are called where not as is usual: `{person: user, machine: assistant}`."""
+    """Role names that differ from the usual ones: `{person: user, machine: assistant}`."""
 
     @property
     def first_and_end(self) -> tuple[int, int | None]:

@@ -1,8 +1,6 @@
 """Reports: a line for every step and validation, to metrics.jsonl, TensorBoard and the terminal.
 
-Megatron prints for the second step of every start the mean of the first two, and the learning rate of the step to come.
-Here three functions of its training loop, which it looks up at call time, are replaced to hear of its events; the
-numbers are the `meter`'s.
+The events are `upstream.training_loop`'s, the numbers the meter's.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import torch.distributed as dist
 
 from bft_megatron.errors import BadSteps
 from bft_megatron.reporting.totals import Meter
+from bft_megatron.upstream.training_loop import StepEnd
 
 BY_SOURCE = ("loss", "mean_p", "samples", "tokens")
 """What a step reports of each source."""
@@ -41,105 +40,64 @@ class Reporter:
         self.objective, self.iterations, self.sources, self.valid = objective, iterations, sources, valid
         self.iteration = 0
         self.step_seconds = 0.0
-        self._learning_rate: float | None = None
-        """Of the step that runs: Megatron reports that of the step after it."""
         self.skipped_in_a_row = 0
         self._max_skipped: int | None = None
         self._rows_of: Callable[[int], list[int]] | None = None
         self._clock = time.monotonic()
         self._seconds: list[float] = []
-        self._validated: tuple[int, Any] | None = None
 
     def give_up(self, max_skipped: int, rows_of: Callable[[int], list[int]]) -> None:
         """Raise BadSteps, on every rank alike, where so many steps in a row were skipped; name the rows of each."""
         self._max_skipped, self._rows_of = max_skipped, rows_of
 
-    def install(self, start: int) -> None:
-        """Replace `train`, `training_log` and `evaluate` of Megatron's training loop; steps count on from `start`."""
-        from megatron.training import training
-
+    def begin(self, start: int) -> None:
+        """Count steps on from `start`; on the last rank drop the lines of later ones, which will be run again."""
         self.iteration = start
         if _writes():
             self._drop_lines_after(start)
-        training.train = self._after_a_first_validation(training.train, training)
-        training.training_log = self._reported_step(training.training_log)
-        training.evaluate = self._reported(training.evaluate)
 
-    def _after_a_first_validation(self, train: Callable[..., Any], training: Any) -> Callable[..., Any]:
-        """Megatron never validates before the first step; without it nobody sees what the training changed."""
+    def started(self) -> None:
+        """The first step begins now."""
+        self._clock = time.monotonic()
 
-        def validate_and_train(forward_step_func: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-            optimizer, _, _, valid_iterator, process_non_loss, config = args[:6]
-            margs = training.get_args()
-            if margs.iteration == 0 and margs.do_valid:
-                hooks = training.should_disable_forward_pre_hook(margs)
-                if hooks:
-                    training.disable_forward_pre_hook(model, optimizer=optimizer, param_sync=False)
-                training.evaluate(forward_step_func, valid_iterator, model, process_non_loss, config)
-                if hooks:
-                    training.enable_forward_pre_hook(model)
-            self._learning_rate = training.get_canonical_lr_for_logging(optimizer.param_groups)
-            self._clock = time.monotonic()
-            return train(forward_step_func, model, *args, **kwargs)
+    def stepped(self, step: StepEnd) -> None:
+        """Report a step.
 
-        return validate_and_train
-
-    def _reported_step(self, training_log: Callable[..., bool]) -> Callable[..., bool]:
-        """`training_log`, which every rank calls after every step, with a report of its own; Megatron's goes to the
-        logs.
+        Raises:
+            BadSteps: as `give_up` says.
         """
+        seconds, self._clock = step.ended - self._clock, step.ended
+        self.iteration, self.step_seconds = step.iteration, seconds
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
+        if _writes():
+            totals = self.meter.totals
+            rows = self._rows_of(step.iteration) if self._rows_of and step.skipped else []
+            line = {
+                "iteration": step.iteration,
+                **totals.report(),
+                "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
+                "lr": None if step.learning_rate is None else float(step.learning_rate),
+                "step_seconds": round(seconds, 4),
+                "tokens_per_second": round(totals.sums["real_tokens"] / seconds, 1),
+                **self._by_source(),
+                **({"skipped": True, "rows": rows} if step.skipped else {}),
+            }
+            self._write(line, "train")
+            self._print_step(line)
+        if self.skipped_in_a_row == self._max_skipped:
+            raise BadSteps(f"the gradient of {self._max_skipped} steps in a row was not finite; nothing was saved")
 
-        def log_and_report(*args: Any, **kwargs: Any) -> bool:
-            next_rate, iteration, _, _, skipped, grad_norm = args[2:8]
-            now = time.monotonic()
-            seconds, self._clock = now - self._clock, now
-            self.iteration, self.step_seconds = iteration, seconds
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-            if _writes():
-                totals = self.meter.totals
-                line = {
-                    "iteration": iteration,
-                    **totals.report(),
-                    "grad_norm": None if grad_norm is None else float(grad_norm),
-                    "lr": None if self._learning_rate is None else float(self._learning_rate),
-                    "step_seconds": round(seconds, 4),
-                    "tokens_per_second": round(totals.sums["real_tokens"] / seconds, 1),
-                    **self._by_source(),
-                    **({"skipped": True, "rows": self._rows_of(iteration) if self._rows_of else []} if skipped else {}),
-                }
-                self._write(line, "train")
-                self._print_step(line)
-            self._learning_rate = next_rate
-            result = training_log(*args, **kwargs)
-            if self.skipped_in_a_row == self._max_skipped:
-                raise BadSteps(f"the gradient of {self._max_skipped} steps in a row was not finite; nothing was saved")
-            return result
+    def validated(self, iteration: int) -> None:
+        """Report a validation. Collective: the meter's two all-reduces over data x context parallelism."""
+        from megatron.core import parallel_state
 
-        return log_and_report
-
-    def _reported(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
-        """`evaluate` with a report of its own; the one after the last step is not run twice (Megatron does)."""
-
-        def evaluate_and_report(*args: Any, **kwargs: Any) -> Any:
-            from megatron.core import parallel_state
-
-            if self._validated and self._validated[0] == self.iteration:
-                return self._validated[1]
-            result = evaluate(*args, **kwargs)
-            self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
-            self._validated = (self.iteration, result)
-            if _writes():
-                for split, totals in [
-                    ("valid", self.meter.totals),
-                    *zip(self.valid, self.meter.by_source, strict=False),
-                ]:
-                    line = {"iteration": self.iteration, "split": split, **totals.report()}
-                    self._write(line, split)
-                    self._print_validation(line)
-            self._clock = time.monotonic()
-            return result
-
-        return evaluate_and_report
+        self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if _writes():
+            for split, totals in [("valid", self.meter.totals), *zip(self.valid, self.meter.by_source, strict=False)]:
+                line = {"iteration": iteration, "split": split, **totals.report()}
+                self._write(line, split)
+                self._print_validation(line)
+        self._clock = time.monotonic()
 
     def _by_source(self) -> dict[str, dict[str, dict[str, float | int]]]:
         """The report of each source that had samples in the step, where sources are reported apart.
@@ -169,7 +127,7 @@ class Reporter:
         writer.flush()
 
     def _drop_lines_after(self, start: int) -> None:
-        """Steps that a killed run took after its last checkpoint are taken again: their lines must not appear twice."""
+        """A killed run's steps after its last checkpoint are run again: their lines must not appear twice."""
         if not self.path.exists():
             return
         kept = [

@@ -18,6 +18,7 @@ from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statist
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.sums import TORCH, Kernels, Statistics
 from bft_megatron.recipe.schema import ObjectiveSettings
+from bft_megatron.upstream import model_chunk
 
 LOGITS_BYTES = 1 << 30
 """Of a micro-batch's logits on a rank, above which `auto` does without them."""
@@ -61,19 +62,19 @@ class Head:
                 vocab_size=self.vocab_size,
                 overwrite=True,  # nothing else reads them
                 entropy=self.wants_entropy,
-                kernels=self._kernels,
+                kernels=self._kernels(logits.device),
             )
         self.correct = statistics.correct.transpose(0, 1)
         self.entropy = None if statistics.entropy is None else statistics.entropy.transpose(0, 1)
         return statistics.logp.transpose(0, 1).contiguous()
 
-    @property
-    def _kernels(self) -> Kernels:
-        if self.settings.kernels == "torch":
+    def _kernels(self, device: torch.device) -> Kernels:
+        if self.settings.kernels == "torch" or (self.settings.kernels == "auto" and device.type != "cuda"):
             return TORCH
-        from bft_megatron.objective.triton_tiles import TRITON
+        from bft_megatron.objective.triton_tiles import TESTED, TRITON
 
-        return TRITON
+        tested = self.settings.kernels == "triton" or torch.cuda.get_device_capability(device) in TESTED
+        return TRITON if tested else TORCH
 
     def _without_logits(self, output_layer: Any, weight: Tensor) -> bool:
         if self.settings.head == "logits":
@@ -87,8 +88,7 @@ class Head:
     def _from_hidden(self, hidden: Tensor, output_layer: Any, weight: Tensor) -> Statistics:
         # With `overlap-param-gather` Megatron waits for a parameter before the module that holds it is called, and
         # nowhere else: without this the weight would be that of the step before.
-        for hook in output_layer._forward_pre_hooks.values():
-            hook(output_layer, ())
+        model_chunk.run_pre_hooks(output_layer)
         return vocab_parallel_linear_statistics(
             hidden,
             weight,
@@ -99,7 +99,7 @@ class Head:
             vocab_size=self.vocab_size,
             entropy=self.wants_entropy,
             fuse_main_grad=True,  # DDP's contract, whoever does the other layers' products
-            kernels=self._kernels,
+            kernels=self._kernels(hidden.device),
         )
 
 
@@ -108,7 +108,7 @@ def _obstacle(output_layer: Any, weight: Tensor) -> str | None:
     config = output_layer.config
     found = {
         f"an output layer of the class {type(output_layer).__name__}": type(output_layer) is not ColumnParallelLinear,
-        "hooks or adapters on the output layer": output_layer._forward_hooks or list(output_layer.children()),
+        "hooks or adapters on the output layer": model_chunk.has_hooks(output_layer) or list(output_layer.children()),
         "a bias of the output layer": output_layer.bias is not None,
         "use-mup, which scales the logits": getattr(config, "use_mup", False),
         "defer-embedding-wgrad-compute": config.defer_embedding_wgrad_compute,

@@ -1,30 +1,56 @@
-"""Starts a rank: its device, the group of all ranks, and Megatron's parsed arguments."""
+"""Starts a rank: its device and the group of all ranks."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import sys
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from bft_megatron.cpu import backend
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import arguments
+from bft_megatron.upstream import cuda_on_cpu, dataset_helpers, rotary, torch_adam
 
+CPU_FLAGS = [
+    *("--transformer-impl", "local"),
+    *("--distributed-backend", "gloo"),
+    "--use-cpu-initialization",  # only here: on a GPU Megatron would never move the model there
+    *("--num-workers", "0"),
+    "--no-persist-layer-norm",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+    "--no-rope-fusion",
+]
+"""Megatron's arguments where its CUDA kernels are not to be had."""
 GPU_FLAGS = ["--transformer-impl", "transformer_engine", "--distributed-backend", "nccl", "--num-workers", "1"]
+TORCH_LAYER_FLAGS = [
+    *("--transformer-impl", "local"),
+    "--no-persist-layer-norm",
+    "--no-masked-softmax-fusion",
+    "--no-rope-fusion",  # apex's or Transformer Engine's kernel
+    *("--distributed-backend", "nccl", "--num-workers", "1"),
+]
+"""In place of `GPU_FLAGS` on a GPU without Transformer Engine."""
 
 
 def runs_on_cpu(recipe: Recipe) -> bool:
     """Whether this rank computes on the CPU: as the recipe says, or for want of a GPU."""
-    return recipe.device == "cpu" or not backend.gpu_is_visible()
+    return recipe.device == "cpu" or not cuda_on_cpu.gpu_is_visible()
 
 
 def device_flags(on_cpu: bool) -> list[str]:
-    """What only the CPU or only GPUs need of Megatron's flags."""
-    return backend.MEGATRON_FLAGS if on_cpu else GPU_FLAGS
+    """Megatron's flags for this device, and for the layers that it has."""
+    if on_cpu:
+        return CPU_FLAGS
+    return TORCH_LAYER_FLAGS if torch_layers(on_cpu) else GPU_FLAGS
+
+
+def torch_layers(on_cpu: bool) -> bool:
+    """Whether the layers are this package's (`layers`): on the CPU, and on a GPU without Transformer Engine."""
+    return on_cpu or importlib.util.find_spec("transformer_engine") is None
 
 
 def join(recipe: Recipe, on_cpu: bool) -> None:
@@ -33,7 +59,13 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
     Ranks that wait for a lost one give up after Megatron's own `distributed-timeout-minutes`, 10 by default.
     """
     if on_cpu:
-        backend.install()
+        cuda_on_cpu.install()
+    else:
+        dataset_helpers.without_compiling()
+        if torch_adam.in_use():
+            torch_adam.install()
+    if torch_layers(on_cpu):
+        rotary.install()
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=arguments.passed_through(recipe).get("distributed-timeout-minutes", 10))
@@ -43,16 +75,3 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
-
-
-def parse(flags: list[str]) -> Any:
-    """Megatron's parsed and validated arguments, which also become its global ones. It reads `sys.argv` and nothing
-    else.
-    """
-    from megatron.training.arguments import parse_and_validate_args
-
-    before, sys.argv = sys.argv, ["bft-megatron", *flags]
-    try:
-        return parse_and_validate_args()
-    finally:
-        sys.argv = before

@@ -1,7 +1,7 @@
 """One rank of a run: from a checked recipe to Megatron's `pretrain`.
 
-Reads top to bottom as what happens: device, process group, arguments, model, the step, the loop. Starting the ranks is
-`launcher`'s, the recipe's checks are `checks`', all numbers are `metrics`'.
+Reads top to bottom as what happens: device, process group, the step and its reports, what is changed in Megatron
+(`install`), arguments, model, the loop.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from bft_megatron import checkpoint
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.checkpoint.stopping import Stop
-from bft_megatron.checkpoint.writer import after_each_save, mind_padding_between_buckets
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures
 from bft_megatron.hf.architectures import ModelConfig
@@ -36,6 +34,8 @@ from bft_megatron.training import arguments, communicators, initialize
 from bft_megatron.training.datasets import datasets, rows_of_step, validation_shape
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
+from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, signal_handler
+from bft_megatron.upstream.training_loop import TrainingLoop
 
 
 def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, console: TextIO) -> None:
@@ -56,8 +56,6 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     if on_cpu and recipe.objective.kernels == "triton":
         raise FieldError("objective.kernels", "triton runs on GPUs alone, and this run is on the CPU; use torch")
     initialize.join(recipe, on_cpu)
-    checkpoint.without_helper_process()
-    mind_padding_between_buckets()
     arguments.check_passed_through(recipe)
     start = newest_whole(folder, console)
     if start >= steps:  # killed between the last save and its mark
@@ -77,13 +75,12 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     step = Step(recipe.objective, config.vocab_size, meter)
     reporter = Reporter(meter, folder.metrics, console, step.objective.name, steps, *names)
     reporter.give_up(recipe.train.max_skipped, rows_of_step(recipe, rows))
-    reporter.install(start)
     stop = Stop(reporter, steps, recipe.train.exit_after)
-    stop.install()
     copies = HFCopies(folder, console) if recipe.train.save_hf and dist.get_rank() == 0 else None
-    after_each_save(lambda iteration, seconds: saved(recipe, stop, copies, iteration, seconds))
-    margs = initialize.parse(flags)
-    model = model_config(recipe, config, model_folder, margs, on_cpu, fresh=start == 0)
+    install(reporter, stop, lambda iteration, seconds: saved(recipe, stop, copies, iteration, seconds), start)
+    margs = command_line.parse(flags)
+    fill = start == 0 or recipe.lora is not None  # checkpoints of a LoRA run hold its adapters alone
+    model = model_config(recipe, config, model_folder, margs, on_cpu, fill=fill)
     model.pre_wrap_hooks.append(communicators.warm_up)
     model.transformer.finalize_model_grads_func = step.finalize_grads
     with situation(recipe, reporter, step), stops(stop):
@@ -96,6 +93,33 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     dist.destroy_process_group()
     if copies:
         copies.stop() if stop.reason else copies.complete()
+
+
+def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None], start: int) -> None:
+    """Everything that a run changes in Megatron, in the order that it needs. Issues no collective.
+
+    One change comes before all of these: on the CPU `initialize.join` redirects `torch.cuda`, before the group of all
+    ranks is formed and before anything asks for a device.
+
+    Args:
+        saved: called with the iteration and the seconds that it took after each save.
+        start: the iteration that the run goes on from.
+    """
+    # Before the arguments are parsed: with `--exit-signal-handler` Megatron would then take SIGTERM for itself.
+    signal_handler.ask(stop.asked)
+    # Before the first save: Megatron starts its helper process there.
+    checkpoint_writer.without_helper_process()
+    # Before the first save or load of an optimizer. After the redirection, whose changes to the optimizer it lies over.
+    bucket_padding.mend()
+    # Before `pretrain`, which looks up the loop's functions when it calls them. The reporter begins first, as the first
+    # event must not find lines of steps that are run again.
+    reporter.begin(start)
+    loop = TrainingLoop(start)
+    loop.on_start.append(reporter.started)
+    loop.on_step.append(reporter.stepped)
+    loop.on_validation.append(reporter.validated)
+    loop.on_save.append(saved)
+    loop.install()
 
 
 def finish(recipe: Recipe, stopped: str | None) -> None:

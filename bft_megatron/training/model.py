@@ -17,33 +17,34 @@ from bft_megatron.hf.architectures import ModelConfig, megatron_flags
 from bft_megatron.lora import adapters
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import arguments, initialize
+from bft_megatron.upstream import command_line
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 
 def model_config(
-    recipe: Recipe, config: ModelConfig, model_folder: Path | None, margs: Any, on_cpu: bool, *, fresh: bool
+    recipe: Recipe, config: ModelConfig, model_folder: Path | None, margs: Any, on_cpu: bool, *, fill: bool
 ) -> Any:
-    """Megatron's model configuration, with our layers on the CPU, the weights and the adapters.
+    """Megatron's model configuration with weights and adapters, and our layers where Transformer Engine is missing.
 
     Args:
         model_folder: the weights'; None where they are drawn or have no values.
-        fresh: no checkpoint brings the weights.
+        fill: fill the model's weights from the folder, or draw them; False where a checkpoint brings all of them.
     """
     from megatron.training.argument_utils import gpt_config_from_args
 
     model = gpt_config_from_args(margs)
     architectures.configure(model, config)
-    if on_cpu:
+    if initialize.torch_layers(on_cpu):
         from bft_megatron.layers.spec import layer_spec
 
         model.transformer_layer_spec = layer_spec
-    if fresh or recipe.lora is not None:  # checkpoints of a LoRA run hold its adapters alone
+    if fill:
         source = model_folder if recipe.init == "pretrained" else None
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
     if recipe.lora is not None:
-        adapters.install(model, recipe, config, on_cpu=on_cpu)
+        adapters.install(model, recipe, config, torch_layers=initialize.torch_layers(on_cpu))
     return model
 
 
@@ -67,11 +68,11 @@ def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[s
     from megatron.training.models.gpt import GPTModelBuilder
 
     all_flags = [*initialize.device_flags(on_cpu), *(flags or [])]
-    margs = initialize.parse(arguments.megatron_arguments(recipe, megatron_flags(config), all_flags, 1, (0, 0)))
+    margs = command_line.parse(arguments.megatron_arguments(recipe, megatron_flags(config), all_flags, 1, (0, 0)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         initialize_megatron()
-        model = model_config(recipe, config, model_folder, margs, on_cpu, fresh=True)
+        model = model_config(recipe, config, model_folder, margs, on_cpu, fill=True)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         return GPTModelBuilder(model).build_distributed_models(groups, wrap_with_ddp=False)
 

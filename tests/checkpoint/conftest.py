@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.runs import arguments
-from tests.commands import run_command
+from tests.helpers.background import arguments
+from tests.helpers.commands import run_command
 
 
 @pytest.fixture(scope="session")

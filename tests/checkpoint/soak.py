@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bft_megatron.run.folder import RunFolder
-from tests.checkpoint.runs import WORLD, Run, tensors
-from tests.layouts.runs import read_metrics
+from tests.helpers.background import WORLD, Run
+from tests.helpers.checkpoints import tensors
+from tests.helpers.runs import read_metrics
 
 MOMENTS = ("starting", "in a step", "in a step", "in a save", "in a save")
 

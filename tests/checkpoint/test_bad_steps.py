@@ -16,10 +16,10 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
 from bft_megatron.training import datasets, loop
-from tests.checkpoint.runs import assert_same_tensors
-from tests.commands import run_command
-from tests.layouts.runs import MODEL, RECIPE, read_metrics
-from tests.world import run_world
+from tests.helpers.checkpoints import assert_same_tensors
+from tests.helpers.commands import run_command
+from tests.helpers.runs import MODEL, RECIPE, read_metrics
+from tests.helpers.world import run_world
 
 STEPS, BATCH = 5, 4
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.hf.export import export
 from bft_megatron.run.folder import RunFolder
-from tests.commands import run_command
+from tests.helpers.commands import run_command
 
 
 def test_every_kept_checkpoint_has_its_copy(

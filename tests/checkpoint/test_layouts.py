@@ -17,9 +17,9 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
 from bft_megatron.training import loop
-from tests.layouts.comparing import assert_same
-from tests.layouts.runs import MODEL, RECIPE, Case, Layout, Result, make_recipe, read_metrics, write_data
-from tests.world import run_world
+from tests.helpers.comparing import assert_same
+from tests.helpers.runs import MODEL, RECIPE, Case, Layout, Result, make_recipe, read_metrics, write_data
+from tests.helpers.world import run_world
 
 STEPS, SAVED = 4, 2
 

@@ -15,10 +15,11 @@ from bft_megatron.checkpoint import integrity
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.errors import UserError
 from bft_megatron.run.folder import RunFolder
-from tests.checkpoint.runs import arguments, assert_same_tensors
-from tests.commands import run_command
-from tests.layouts.runs import read_metrics
-from tests.world import run_world
+from tests.helpers.background import arguments
+from tests.helpers.checkpoints import assert_same_tensors
+from tests.helpers.commands import run_command
+from tests.helpers.runs import read_metrics
+from tests.helpers.world import run_world
 
 
 def _shard(checkpoint: Path) -> Path:

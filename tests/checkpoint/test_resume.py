@@ -12,9 +12,9 @@ import pytest
 from megatron.core import dist_checkpointing
 
 from bft_megatron.run.folder import RunFolder
-from tests.checkpoint.runs import STEPS, Run, arguments
 from tests.checkpoint.soak import differences, finish, kill_once, overrides
-from tests.test_cli import command
+from tests.helpers.background import STEPS, Run, arguments
+from tests.helpers.commands import command
 
 
 def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path):

@@ -11,9 +11,8 @@ import pytest
 
 from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.run.folder import RunFolder
-from tests.checkpoint.runs import arguments
-from tests.commands import run_command
-from tests.test_cli import command
+from tests.helpers.background import arguments
+from tests.helpers.commands import command, run_command
 
 WHOLE = [2, 4, 6, 8, 10]
 SCORES = {2: 0.1, 4: 0.9, 6: 0.5, 10: 0.2}

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bft_megatron.data import tokenizers
-from tests.data.material import TINY
+from tests.helpers.material import TINY
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from bft_megatron.data import chat, sources, tokenizers
 from bft_megatron.data.chat import encode
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
-from tests.data.material import CHATML, DEFAULT_SYSTEM, LLAMA, MISTRAL, THINKING, TINY, chat_of, unmarked
+from tests.helpers.material import CHATML, DEFAULT_SYSTEM, LLAMA, MISTRAL, THINKING, TINY, chat_of, unmarked
 
 Make = Callable[..., Path]
 

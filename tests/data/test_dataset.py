@@ -19,7 +19,7 @@ from bft_megatron.data.dataset import RowDataset, training_rows, validation_rows
 from bft_megatron.data.order import Shuffled
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.recipe.schema import DataSettings
-from tests.data.material import TINY
+from tests.helpers.material import TINY
 
 SETTINGS = DataSettings(train=str(TINY / "train.jsonl"), seq_length=256)
 

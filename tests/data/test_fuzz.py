@@ -15,7 +15,7 @@ from bft_megatron.data.sources import open_source
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
-from tests.data.material import chat_of
+from tests.helpers.material import chat_of
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<pad>")
 

@@ -21,7 +21,7 @@ from bft_megatron.data.dataset import validation_rows
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
-from tests.data.material import LLAMA, TINY, chat_of
+from tests.helpers.material import LLAMA, TINY, chat_of
 
 ODD = "naïve 漢字 👩‍👩‍👧 \x1b[31m <|im_end|> \u202e&amp; <b>"
 CONVERSATIONS = [

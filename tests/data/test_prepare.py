@@ -26,7 +26,7 @@ from bft_megatron.data.report import report
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe.schema import DataSettings
-from tests.data.material import CHATML, TINY, chat_of, unmarked
+from tests.helpers.material import CHATML, TINY, chat_of, unmarked
 
 SETTINGS = DataSettings(train=str(TINY / "train.jsonl"), valid=str(TINY / "valid.jsonl"), seq_length=256)
 

@@ -14,7 +14,7 @@ from bft_megatron.data import chat, tokenizers
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
-from tests.data.material import chat_of, unmarked
+from tests.helpers.material import chat_of, unmarked
 
 FOLDER = Path(__file__).parent / "templates"
 CONTROL = {

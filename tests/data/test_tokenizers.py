@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from bft_megatron.data import chat, tokenizers
 from bft_megatron.errors import FieldError, UserError
-from tests.data.material import TINY, chat_of
+from tests.helpers.material import TINY, chat_of
 
 
 def test_the_tiny_model_is_what_its_recipe_needs() -> None:

@@ -17,10 +17,10 @@ import transformers
 from bft_megatron.hf.export import export
 from bft_megatron.hf.generate import generate
 from tests import conftest  # noqa: F401  (Megatron, imported once)
-from tests.hf import sharded, tiny
-from tests.hf.sharded import Layout
-from tests.hf.test_export import assert_same, tensors
-from tests.world import run_world
+from tests.helpers import sharded, tiny_models
+from tests.helpers.exported import assert_same, tensors
+from tests.helpers.sharded import Layout
+from tests.helpers.world import run_world
 
 LAYOUTS = [Layout(tp=3), Layout(pp=2), Layout(pp=2, first=10)]  # three key/value heads
 QUESTIONS = ["What is arachnodactyly?", "Name three prime numbers.", "Write a sentence about the sea."]
@@ -30,7 +30,7 @@ def main() -> None:
     """Check, and say what was found."""
     folder = Path(sys.argv[1])
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    expected, prompt = tiny.logits(model), tiny.prompts()[1].bool()
+    expected, prompt = tiny_models.logits(model), tiny_models.prompts()[1].bool()
     v = expected.shape[-1]
     for layout in LAYOUTS:
         outputs = run_world(layout.world, _logits, folder, layout, megatron=True, timeout=600)

@@ -16,8 +16,8 @@ from megatron.training.arguments import add_megatron_arguments
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig, companions, megatron_flags, read_config
-from tests.hf import tiny
-from tests.hf.conftest import SavedModel
+from tests.helpers import tiny_models
+from tests.helpers.tiny_models import SavedModel
 
 
 def _write(folder: Path, raw: dict[str, Any]) -> Path:
@@ -63,7 +63,7 @@ LLAMA_2 = {
 LLAMA_32 = LLAMA_2 | {
     "num_key_value_heads": 8,
     "rope_theta": 500000.0,
-    "rope_scaling": {k: v for k, v in tiny.LLAMA3.items() if k != "rope_theta"},
+    "rope_scaling": {k: v for k, v in tiny_models.LLAMA3.items() if k != "rope_theta"},
     "tie_word_embeddings": True,
 }
 MISTRAL = LLAMA_2 | {"architectures": ["MistralForCausalLM"], "num_key_value_heads": 8}
@@ -133,8 +133,11 @@ def test_megatron_parses_the_flags(models: list[SavedModel]) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of type 'linear' .llama3 is."),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling of type 'yarn'"),
-        ({"rope_scaling": tiny.LLAMA3 | {"low_freq_factor": 2.0}}, "llama3 rope scaling with low_freq_factor 2.0"),
-        ({"rope_scaling": tiny.LLAMA3 | {"factor": None}}, "llama3 rope scaling without a factor"),
+        (
+            {"rope_scaling": tiny_models.LLAMA3 | {"low_freq_factor": 2.0}},
+            "llama3 rope scaling with low_freq_factor 2.0",
+        ),
+        ({"rope_scaling": tiny_models.LLAMA3 | {"factor": None}}, "llama3 rope scaling without a factor"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rotary embeddings that differ by layer"),
         ({"hidden_size": None}, "config.json: hidden_size: must be a positive whole number, not None"),
         ({"num_hidden_layers": "32"}, "num_hidden_layers: must be a positive whole number, not '32'"),

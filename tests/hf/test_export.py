@@ -16,25 +16,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf.export import export, written_whole
-from tests.hf import sharded, tiny
-from tests.hf.conftest import SavedModel
-from tests.hf.sharded import Layout
-from tests.world import run_world
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype
-        assert torch.equal(tensor, after[name]), name
+from tests.helpers import sharded, tiny_models
+from tests.helpers.exported import assert_same, tensors
+from tests.helpers.sharded import Layout
+from tests.helpers.tiny_models import SavedModel
+from tests.helpers.world import run_world
 
 
 def _save(checkpoints: dict[Path, Path], layout: Layout, **build: Any) -> None:
@@ -80,7 +69,7 @@ def test_transformers_reads_it(models: list[SavedModel], checkpoints: Path, tmp_
     export(checkpoints / model.name, tmp_path / "out", model.folder)
     assert [f.name for f in (tmp_path / "out").glob("*safetensors*")] == ["model.safetensors"]
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(tiny.logits(again), model.logits)
+    assert torch.equal(tiny_models.logits(again), model.logits)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +89,7 @@ def test_other_layouts(
 
 def test_bfloat16_is_kept_and_chosen(tmp_path: Path) -> None:
     model, bf16 = tmp_path / "model", torch.bfloat16
-    tiny.save("qwen2", model, dtype=bf16)
+    tiny_models.save("qwen2", model, dtype=bf16)
     _save({model: tmp_path / "ck"}, Layout(tp=2), flags=("--bf16",))
     before = tensors(model)
     assert {t.dtype for t in before.values()} == {bf16}
@@ -212,9 +201,9 @@ def test_chunk_that_no_file_holds(models: list[SavedModel], checkpoints: Path, t
 def test_checkpoint_of_another_model(
     other: str, message: str, models: list[SavedModel], checkpoints: Path, tmp_path: Path
 ) -> None:
-    tiny.config(other, hidden_size=40 if other == "qwen3" else 48, architectures=["Qwen2ForCausalLM"]).save_pretrained(
-        tmp_path
-    )
+    tiny_models.config(
+        other, hidden_size=40 if other == "qwen3" else 48, architectures=["Qwen2ForCausalLM"]
+    ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=re.escape(message)):
         export(checkpoints / "llama", tmp_path / "out", tmp_path)
 

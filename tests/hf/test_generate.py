@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf.generate import generate
-from tests.hf import tiny
+from tests.helpers import tiny_models
 
 TEMPLATE = "{% for m in messages %}w3 {{ m['content'] }} w4 {% endfor %}{% if add_generation_prompt %}w5{% endif %}"
 
@@ -19,8 +19,8 @@ TEMPLATE = "{% for m in messages %}w3 {{ m['content'] }} w4 {% endfor %}{% if ad
 def _save(
     folder: Path, template: str | None
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
-    model = tiny.save("llama", folder)
-    vocabulary = {f"w{i}": i for i in range(tiny.VOCABULARY)}
+    model = tiny_models.save("llama", folder)
+    vocabulary = {f"w{i}": i for i in range(tiny_models.VOCABULARY)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", chat_template=template)
@@ -46,6 +46,6 @@ def test_answer_is_greedy(template: str | None, prompt: list[int], tmp_path: Pat
 def test_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it has no config\.json"):
         generate(tmp_path, "hello")
-    tiny.config("llama").save_pretrained(tmp_path)
+    tiny_models.config("llama").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="transformers cannot load it"):
         generate(tmp_path, "hello")

@@ -17,10 +17,10 @@ from bft_megatron.hf import shards
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import check_weights
 from bft_megatron.hf.weights import global_path, join, part, weights
-from tests.hf import sharded, tiny
-from tests.hf.conftest import SavedModel
-from tests.hf.sharded import Layout
-from tests.world import run_world
+from tests.helpers import sharded, tiny_models
+from tests.helpers.sharded import Layout
+from tests.helpers.tiny_models import SavedModel
+from tests.helpers.world import run_world
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(pp=2, first=1), Layout(pp=2, vpp=2)]
 
@@ -46,12 +46,12 @@ def test_logits_tied_and_untied(layout: Layout, models_tied_otherwise: list[Save
 
 def _check_logits(layout: Layout, models: list[SavedModel]) -> None:
     ranks = run_world(layout.world, _logits, [m.folder for m in models], layout, megatron=True)
-    prompt = tiny.prompts()[1].bool()
+    prompt = tiny_models.prompts()[1].bool()
     for model, *outputs in zip(models, *ranks, strict=True):
         last_stage = [x for x in outputs if x is not None]
         assert len(last_stage) == layout.tp
         for x in last_stage:
-            error = (x[..., : tiny.VOCABULARY] - model.logits)[prompt].abs().max()
+            error = (x[..., : tiny_models.VOCABULARY] - model.logits)[prompt].abs().max()
             assert error < 1e-5 * model.logits.abs().max(), (model.name, error)
 
 
@@ -88,7 +88,7 @@ def _vocabulary_rows(folder: Path, layout: Layout) -> tuple[torch.Tensor, torch.
 
 def test_padded_vocabulary_is_zero(tmp_path: Path) -> None:
     """100 tokens are padded to 256, so that one of two ranks holds nothing but padding."""
-    expected = tiny.save("llama", tmp_path, vocab_size=100).state_dict()
+    expected = tiny_models.save("llama", tmp_path, vocab_size=100).state_dict()
     ranks = run_world(2, _vocabulary_rows, tmp_path, Layout(tp=2), megatron=True)
     for i, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
         rows = torch.cat([rank[i] for rank in ranks])
@@ -104,7 +104,7 @@ def _error_of_loading(folder: Path, layout: Layout) -> str:
 
 
 def test_more_tensor_parallel_ranks_than_key_value_heads(tmp_path: Path) -> None:
-    tiny.save("llama", tmp_path, num_key_value_heads=1)
+    tiny_models.save("llama", tmp_path, num_key_value_heads=1)
     messages = run_world(2, _error_of_loading, tmp_path, Layout(tp=2), megatron=True)
     assert messages == ["tensor parallelism 2 does not divide the model's 1 key/value heads"] * 2
 

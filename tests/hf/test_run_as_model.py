@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from bft_megatron.hf.export import export
 from bft_megatron.run.folder import RunFolder
-from tests.layouts.runs import MODEL, Case, Layout, make_recipe, run, write_data
+from tests.helpers.runs import MODEL, Case, Layout, make_recipe, run, write_data
 
 
 def test_a_run_starts_from_the_weights_that_another_one_ended_with(tmp_path: Path):

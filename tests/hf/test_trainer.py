@@ -16,7 +16,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf.trainer import bft_loss_func, dft_loss_func
 from bft_megatron.objective.records import lowest_confidence
 from bft_megatron.objective.view import Rows
-from tests.objective import reference
+from tests.helpers import objective_reference as reference
 
 GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("*.npz"))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import ROOT
+from tests.helpers.commands import ROOT
 
 BASE, IMAGE = "localhost/bft-test-base", "localhost/bft-test"
 PYTHON = Path(sys.base_prefix)

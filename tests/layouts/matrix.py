@@ -19,10 +19,10 @@ from rich.progress import track
 from rich.table import Table
 
 import tests.conftest  # noqa: F401  torch and Megatron, once, before any fork
-from tests.layouts import reference
-from tests.layouts.cases import every_case
-from tests.layouts.comparing import TOLERANCE, differences
-from tests.layouts.runs import Case, Layout, Result, make_recipe, run, write_data
+from tests.helpers import model_reference as reference
+from tests.helpers.cases import every_case
+from tests.helpers.comparing import TOLERANCE, differences
+from tests.helpers.runs import Case, Layout, Result, make_recipe, run, write_data
 
 console = Console()
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.layouts import reference
-from tests.layouts.comparing import assert_same
-from tests.layouts.runs import Case, Layout, make_recipe, run
+from tests.helpers import model_reference as reference
+from tests.helpers.comparing import assert_same
+from tests.helpers.runs import Case, Layout, make_recipe, run
 
 ROW = 256
 

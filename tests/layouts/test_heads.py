@@ -18,10 +18,10 @@ from bft_megatron.objective.view import Rows
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
 from examples.objectives import eaft, focal
-from tests.checkpoint.runs import tensors
-from tests.layouts.comparing import TOLERANCE, assert_same
-from tests.layouts.runs import MODEL, Case, Layout, Result, _train, make_recipe, read_metrics, run
-from tests.world import run_world
+from tests.helpers.checkpoints import tensors
+from tests.helpers.comparing import TOLERANCE, assert_same
+from tests.helpers.runs import MODEL, Case, Layout, Result, _train, make_recipe, read_metrics, run
+from tests.helpers.world import run_world
 
 CHUNKED = ("objective.head=chunked", "objective.chunk_size=24")
 EAFT, FOCAL = Case("examples.objectives.eaft:record"), Case("examples.objectives.focal:record")

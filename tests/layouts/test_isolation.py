@@ -10,17 +10,17 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from bft_megatron.cpu.backend import MEGATRON_FLAGS
 from bft_megatron.hf.architectures import megatron_flags, read_config
 from bft_megatron.hf.load import weights_hook
 from bft_megatron.layers.spec import layer_spec
 from bft_megatron.objective.view import zigzag
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
-from bft_megatron.training import initialize
+from bft_megatron.training.initialize import CPU_FLAGS
 from bft_megatron.training.step import Step
-from tests.layouts.runs import MODEL
-from tests.world import run_world
+from bft_megatron.upstream import command_line
+from tests.helpers.runs import MODEL
+from tests.helpers.world import run_world
 
 EDGES = [0, 40, 44, 108, 112, 128]  # the last one is the row's tail
 CHANGED = 2
@@ -58,7 +58,7 @@ def log_probs(tensor: int, context: int) -> list[Tensor]:
     flags = ["--tensor-model-parallel-size", str(tensor), "--context-parallel-size", str(context)]
     flags += ["--seq-length", str(EDGES[-1]), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
     flags += ["--no-gradient-accumulation-fusion", "--attention-dropout", "0", "--hidden-dropout", "0"]
-    margs = initialize.parse([*flags, *megatron_flags(config), *MEGATRON_FLAGS])
+    margs = command_line.parse([*flags, *megatron_flags(config), *CPU_FLAGS])
     parallel_state.initialize_model_parallel(tensor, 1, context_parallel_size=context)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     gpt = gpt_config_from_args(margs)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
-from tests.world import run_world
+from tests.helpers.world import run_world
 
 SMOOTHING = 0.1
 

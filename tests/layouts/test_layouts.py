@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.layouts.cases import CHOSEN, OBJECTIVES, drawn
-from tests.layouts.comparing import assert_same
-from tests.layouts.runs import Case, Layout, Result, make_recipe, run
+from tests.helpers.cases import CHOSEN, OBJECTIVES, drawn
+from tests.helpers.comparing import assert_same
+from tests.helpers.runs import Case, Layout, Result, make_recipe, run
 
 STEPS = 2
 

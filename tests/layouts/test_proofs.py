@@ -12,8 +12,8 @@ import torch
 from bft_megatron.layers import norm
 from bft_megatron.objective import view
 from bft_megatron.training import arguments, step
-from tests.layouts.comparing import TOLERANCE, differences
-from tests.layouts.runs import Case, Layout, Result, make_recipe, run
+from tests.helpers.comparing import TOLERANCE, differences
+from tests.helpers.runs import Case, Layout, Result, make_recipe, run
 
 
 def drop_edges_on_the_middle_stage() -> None:

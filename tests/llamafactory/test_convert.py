@@ -17,7 +17,7 @@ from bft_megatron.llamafactory import convert, print_table, recipe_text
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
-from tests.test_cli import ROOT
+from tests.helpers.commands import ROOT
 
 CONFIGS = Path(__file__).parent / "configs"
 INFO = "tests/llamafactory/configs/data/dataset_info.json"

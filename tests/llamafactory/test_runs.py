@@ -15,9 +15,9 @@ from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
-from tests.layouts.runs import MODEL, _train, read_metrics
-from tests.test_cli import ROOT
-from tests.world import run_world
+from tests.helpers.commands import ROOT
+from tests.helpers.runs import MODEL, _train, read_metrics
+from tests.helpers.world import run_world
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -17,18 +17,11 @@ from bft_megatron.lora.factors import adapted, all_factors
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
-from tests.layouts import reference
-from tests.layouts.runs import Case, Layout, _train, make_recipe, read_metrics, write_data
-from tests.world import run_world
+from tests.helpers import model_reference as reference
+from tests.helpers.runs import Case, Layout, _train, make_recipe, read_metrics
+from tests.helpers.world import run_world
 
 SETTINGS = {"r": 4, "lora_alpha": 8}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
 
 
 def make(folder: Path, data: Path, model: str, layout: Layout, *words: str) -> Recipe:

@@ -19,10 +19,10 @@ from bft_megatron.lora.factors import Fresh, adapted, all_factors
 from bft_megatron.lora.peft import AdapterFolder, export_adapter, export_merged
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
-from tests.hf import sharded, tiny
-from tests.hf.conftest import SavedModel, models  # noqa: F401
-from tests.hf.sharded import Layout
-from tests.world import run_world
+from tests.helpers import sharded, tiny_models
+from tests.helpers.sharded import Layout
+from tests.helpers.tiny_models import SavedModel
+from tests.helpers.world import run_world
 
 SETTINGS = LoraSettings(rank=3, alpha=6)
 ON_TP2_PP2 = Layout(tp=2, pp=2)
@@ -50,17 +50,17 @@ def _logits(
 
 def _peft_logits(base: Path, adapter: Path) -> Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    return tiny.logits(peft.PeftModel.from_pretrained(model, adapter).eval())
+    return tiny_models.logits(peft.PeftModel.from_pretrained(model, adapter).eval())
 
 
 def _assert_close(found: Tensor, expected: Tensor) -> None:
-    prompt = tiny.prompts()[1].bool()
-    difference = (found[..., : tiny.VOCABULARY] - expected)[prompt].abs().max()
+    prompt = tiny_models.prompts()[1].bool()
+    difference = (found[..., : tiny_models.VOCABULARY] - expected)[prompt].abs().max()
     assert difference <= 1e-5 * expected[prompt].abs().max()
 
 
 @pytest.fixture(scope="module")
-def adapters(models: list[SavedModel], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
+def adapters(models: list[SavedModel], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A random adapter of each model, made and saved by peft."""
     folders = []
     for model in models:
@@ -77,7 +77,7 @@ def adapters(models: list[SavedModel], tmp_path_factory: pytest.TempPathFactory)
     return folders
 
 
-def test_in_and_out_and_merged(models: list[SavedModel], adapters: list[Path], tmp_path: Path):  # noqa: F811
+def test_in_and_out_and_merged(models: list[SavedModel], adapters: list[Path], tmp_path: Path):
     """peft's adapter on TP 2 x PP 2 with SP; saved there, exported, back in peft; merged, in transformers alone."""
     folders = [m.folder for m in models]
     runs = [RunFolder(tmp_path / m.name) for m in models]
@@ -95,11 +95,11 @@ def test_in_and_out_and_merged(models: list[SavedModel], adapters: list[Path], t
         assert torch.equal(_peft_logits(model.folder, run.root / "adapter"), expected)
         export_merged(run, made, run.root / "merged")
         merged = transformers.AutoModelForCausalLM.from_pretrained(run.root / "merged").eval()
-        _assert_close(tiny.logits(merged), expected)
+        _assert_close(tiny_models.logits(merged), expected)
 
 
 def test_a_fresh_adapter_is_the_same_on_every_layout_and_changes_nothing(
-    models: list[SavedModel],  # noqa: F811
+    models: list[SavedModel],
     tmp_path: Path,
 ):
     """Not a bit of the logits: zeros are added."""

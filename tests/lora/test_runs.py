@@ -14,8 +14,8 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import _Random
 from bft_megatron.lora.peft import export_adapter, export_merged
 from bft_megatron.run.folder import RunFolder
-from tests.commands import run_command
-from tests.layouts.runs import MODEL, read_metrics
+from tests.helpers.commands import run_command
+from tests.helpers.runs import MODEL, read_metrics
 
 LAYOUTS = {"one": [], "two": ["parallel.tensor=2", "parallel.pipeline=2"]}
 LORA = "lora={rank: 4, alpha: 8}"

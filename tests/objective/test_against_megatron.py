@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.measuring import Peak
 from bft_megatron.objective import linear_logprobs
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_logprobs, vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
-from tests.objective import reference
-from tests.world import run_world
+from tests.helpers import objective_reference as reference
+from tests.helpers.memory import Peak
+from tests.helpers.world import run_world
 
 N, H, V = 192, 64, 4096
 

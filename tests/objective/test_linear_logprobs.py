@@ -12,9 +12,9 @@ from torch import Tensor
 from bft_megatron.objective import linear_logprobs
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_logprobs, vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
-from tests.collectives import Collectives
-from tests.objective import reference
-from tests.world import run_world
+from tests.helpers import objective_reference as reference
+from tests.helpers.collectives import Collectives
+from tests.helpers.world import run_world
 
 CASES = {  # s, b, v, vocabulary, supervised rows of s
     "uneven mask": (16, 3, 64, 61, range(5, 13)),

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bft_megatron.objective import sums
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs, vocab_parallel_statistics
-from tests.collectives import Collectives
-from tests.objective import reference
-from tests.world import run_world
+from tests.helpers import objective_reference as reference
+from tests.helpers.collectives import Collectives
+from tests.helpers.world import run_world
 
 CASES = {  # s, b, v, vocabulary, share masked, scale of the logits
     "plain": (7, 3, 48, 48, 0.5, 3.0),

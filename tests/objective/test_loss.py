@@ -14,9 +14,9 @@ from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import Objective
 from bft_megatron.objective.view import Rows
-from tests.objective import reference
-from tests.objective.reference import Setting
-from tests.world import run_world
+from tests.helpers import objective_reference as reference
+from tests.helpers.objective_reference import Setting
+from tests.helpers.world import run_world
 
 LENGTHS, VOCABULARY = [40, 16, 24, 64, 8, 32], 26  # packed; the third sample has no label, the last is the tail
 GRID = [

@@ -14,7 +14,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.objective import records
 from bft_megatron.objective.records import Objective, lowest_confidence
 from bft_megatron.objective.view import Rows, View
-from tests.objective import reference
+from tests.helpers import objective_reference as reference
 
 SETTINGS = {"group_size": 3, "gamma": 2.0, "confidence": "arithmetic"}
 

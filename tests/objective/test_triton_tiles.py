@@ -17,8 +17,8 @@ from torch import Tensor
 from bft_megatron.objective import linear_logprobs
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
-from tests.objective import reference
-from tests.world import run_world
+from tests.helpers import objective_reference as reference
+from tests.helpers.world import run_world
 
 CASES = {  # rows, v, vocabulary, rows without a label, scale of the logits
     "uneven mask": (9, 700, 650, (0, 1, 5), 3.0),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bft_megatron.objective.view import Rows, View, zigzag
-from tests.objective import reference
-from tests.world import run_world
+from tests.helpers import objective_reference as reference
+from tests.helpers.world import run_world
 
 LAYOUTS = {  # lengths of samples, multiples of 8 to split over 4 ranks; the last of a packed row is its tail
     "padded": [48, 48, 48, 48],

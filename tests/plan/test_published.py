@@ -14,7 +14,7 @@ from bft_megatron.plan.memory import gib
 from bft_megatron.plan.plan import plan
 from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
-from tests.test_recipes import CASES, RECIPES
+from tests.helpers.shipped import CASES, RECIPES
 
 H100 = lookup("h100-80g")
 NVIDIA_70B = ["data.seq_length=4096", "parallel.context=1"]

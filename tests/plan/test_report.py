@@ -17,7 +17,7 @@ from bft_megatron.plan.known import model_config
 from bft_megatron.plan.page import page
 from bft_megatron.plan.plan import Plan, plan
 from bft_megatron.recipe import reader
-from tests.test_cli import ROOT, command
+from tests.helpers.commands import ROOT, command
 
 H100 = lookup("h100-80g")
 

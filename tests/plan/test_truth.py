@@ -12,7 +12,7 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.prepared import prepare_rows
-from tests.layouts.runs import MODEL, Case, Layout, make_recipe, write_data
+from tests.helpers.runs import MODEL, Case, Layout, make_recipe
 from tests.plan import truth
 
 LAYOUTS = {
@@ -34,13 +34,6 @@ LAYOUTS = {
 ROW_BYTES = 5 * 8
 """Of a row's arrays, a token: they come from numpy, whose memory torch's allocator does not know. Each virtual stage
 reads its own."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())

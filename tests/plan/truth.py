@@ -25,14 +25,14 @@ from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.plan import fake_step
 from bft_megatron.plan.fake_step import kind_of_group
 from bft_megatron.plan.memory import Collective, Ledger
+from bft_megatron.plan.probe import Trace
 from bft_megatron.plan.processes import each
-from bft_megatron.plan.watch import Trace
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows
 from bft_megatron.training import datasets, loop
-from tests.world import run_world
+from tests.helpers.world import run_world
 
 
 @dataclass(frozen=True)

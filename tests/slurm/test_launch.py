@@ -11,8 +11,9 @@ import sys
 
 import pytest
 
+from tests.helpers.commands import ROOT
 from tests.slurm.cluster import Cluster, ranks, wait_for
-from tests.slurm.conftest import ROOT, Run
+from tests.slurm.submitting import Run
 
 SECONDS = 240
 LONG = 40

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.runs import assert_same_tensors
-from tests.layouts.runs import read_metrics
+from tests.helpers.checkpoints import assert_same_tensors
+from tests.helpers.commands import ROOT
+from tests.helpers.runs import read_metrics
 from tests.slurm.cluster import Cluster, ranks, wait_for
-from tests.slurm.conftest import ROOT
 
 STEPS = 6
 FIELDS = (

@@ -4,6 +4,4 @@ from __future__ import annotations
 
 import importlib.util
 
-from tests.hf.conftest import models  # noqa: F401
-
 collect_ignore_glob = [] if importlib.util.find_spec("transformer_engine") else ["test_*.py"]

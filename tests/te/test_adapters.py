@@ -14,11 +14,10 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.lora.adapters import adapters, lora_hook, unfused_spec
 from bft_megatron.lora.factors import Fresh, adapted
 from bft_megatron.recipe.schema import LoraSettings
-from tests.hf import sharded
-from tests.hf.conftest import SavedModel
-from tests.hf.sharded import TRANSFORMER_ENGINE, Layout
-from tests.te.test_layer_spec import stored_tensors
-from tests.world import run_world
+from tests.helpers import sharded
+from tests.helpers.sharded import TRANSFORMER_ENGINE, Layout, stored_tensors
+from tests.helpers.tiny_models import SavedModel
+from tests.helpers.world import run_world
 
 SETTINGS = LoraSettings(rank=3)
 

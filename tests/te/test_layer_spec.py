@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
 from megatron.core.extensions import transformer_engine as te
 
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.export import export
 from bft_megatron.hf.weights import global_path, weights
-from tests.hf import sharded
-from tests.hf.conftest import SavedModel
-from tests.hf.sharded import TRANSFORMER_ENGINE, Layout
-from tests.hf.test_export import assert_same, tensors
-from tests.world import run_world
+from tests.helpers import sharded
+from tests.helpers.exported import assert_same, tensors
+from tests.helpers.sharded import TRANSFORMER_ENGINE, Layout, stored_tensors
+from tests.helpers.tiny_models import SavedModel
+from tests.helpers.world import run_world
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=2, pp=2), Layout(pp=2, vpp=2)]
 SPECS = {"cpu": (), "te": TRANSFORMER_ENGINE}
@@ -38,15 +34,6 @@ def _contents(folders: list[Path], layout: Layout, flags: tuple[str, ...]) -> li
                 stored |= stored_tensors(chunk)
             found.append({"parameters": parameters, "stored": stored})
     return found
-
-
-def stored_tensors(chunk: torch.nn.Module) -> set[tuple[Any, ...]]:
-    """What a chunk puts into a checkpoint: key, shape over all ranks, place and shape of this rank's part."""
-    state = chunk.sharded_state_dict()
-    apply_factories(state)
-    tensors, _ = extract_sharded_tensors(state)
-    found = nested_values(tensors)
-    return {(t.key, t.global_shape, t.global_offset, t.local_shape, t.dtype) for t in found}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

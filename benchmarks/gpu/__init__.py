@@ -1,0 +1,1 @@
+"""Benchmarks on one GPU: `make bench-gpu`. Every table names the card; rows are compared within one run."""

@@ -1,1 +1,0 @@
-"""Megatron on a machine without a GPU: the only place that knows that there is none."""

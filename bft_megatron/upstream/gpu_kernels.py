@@ -1,0 +1,43 @@
+"""Where Megatron looks for a GPU's fused kernels; `plan` puts kernels there of which only shapes are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from bft_megatron.upstream.change import Change
+
+_WHY = "A plan without a GPU must allocate what the fused kernel would; the one found here allocates more."
+_UNTIL = "never: the kernel needs a GPU"
+_TEST = "tests/plan/test_published.py"
+_ROPE = "megatron.core.models.common.embeddings.rope_utils"
+
+ADAM = Change("megatron.core.optimizer:Adam", "replaced", _WHY, _UNTIL, _TEST)
+IS_TORCHS = Change("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", "replaced", _WHY, _UNTIL, _TEST)
+ROPE = Change(f"{_ROPE}:fused_apply_rotary_pos_emb", "replaced", _WHY, _UNTIL, _TEST)
+ROPE_PACKED = Change(f"{_ROPE}:fused_apply_rotary_pos_emb_thd", "replaced", _WHY, _UNTIL, _TEST)
+SWIGLU = Change("megatron.core.transformer.mlp:bias_swiglu_impl", "replaced", _WHY, _UNTIL, _TEST)
+
+
+def use(adam: type, rope: Callable[[Tensor], Tensor], swiglu: Callable[[Tensor], Tensor]) -> None:
+    """Have Megatron use these for the rest of this process.
+
+    Args:
+        adam: the optimizer class, with the settings of a fused one.
+        rope: rotary embedding of a tensor, packed or padded; shape in = shape out.
+        swiglu: [..., 2 f] -> [..., f].
+    """
+
+    def first_argument(kernel: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        def call(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            return kernel(x)
+
+        return call
+
+    ADAM.put(adam)
+    IS_TORCHS.put(False)
+    ROPE.put(first_argument(rope))
+    ROPE_PACKED.put(first_argument(rope))
+    SWIGLU.put(first_argument(swiglu))

@@ -1,0 +1,226 @@
+"""Events of Megatron's training loop, which has no callbacks: it looks its functions up by name, so they are wrapped.
+
+`TrainingLoop` is what a run subscribes to. The passes and the set-up below it are wrapped by `plan` alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from bft_megatron.upstream.change import Change
+
+_MODULE = "megatron.training.training"
+_UNTIL = "Megatron's loop calls back"
+_TEST = "tests/upstream/test_training_loop.py"
+
+TRAIN = Change(
+    f"{_MODULE}:train",
+    "wrapped",
+    "Validates before the first step, which Megatron never does: the first numbers show what training changed.",
+    "Megatron validates before the first step",
+    _TEST,
+    ("forward_step_func", "model", "optimizer", "valid_data_iterator", "process_non_loss_data_func", "config"),
+)
+TRAINING_LOG = Change(
+    f"{_MODULE}:training_log",
+    "wrapped",
+    "Tells of the end of a step, on every rank. Megatron prints for the second step of every start the mean of the "
+    "first two, and for each step the learning rate of the step after it.",
+    _UNTIL,
+    _TEST,
+    ("learning_rate", "iteration", "skipped_iter", "grad_norm"),
+)
+EVALUATE = Change(
+    f"{_MODULE}:evaluate",
+    "wrapped",
+    "Tells of a validation, and runs it once a step: Megatron validates again after the last step.",
+    _UNTIL,
+    _TEST,
+    ("forward_step_func", "data_iterator", "model", "process_non_loss_data_func", "config"),
+)
+SAVE = Change(
+    f"{_MODULE}:save_checkpoint_and_time",
+    "wrapped",
+    "Tells of a save and how long it took.",
+    _UNTIL,
+    _TEST,
+    ("iteration",),
+)
+GET_ARGS = Change(
+    f"{_MODULE}:get_args",
+    "internal",
+    "Says at which iteration training starts and whether there is a validation set.",
+    _UNTIL,
+    _TEST,
+    (),
+)
+LEARNING_RATE = Change(
+    f"{_MODULE}:get_canonical_lr_for_logging",
+    "internal",
+    "The learning rate of the first step, as Megatron reports it.",
+    _UNTIL,
+    _TEST,
+    ("param_groups",),
+)
+HAS_PRE_HOOKS = Change(
+    f"{_MODULE}:should_disable_forward_pre_hook",
+    "internal",
+    "A validation under `overlap-param-gather` must run without the hooks that wait for parameters, as Megatron's own.",
+    "Megatron validates before the first step",
+    "tests/layouts/test_heads.py",
+    ("args",),
+)
+DISABLE_PRE_HOOKS = Change(
+    f"{_MODULE}:disable_forward_pre_hook",
+    "internal",
+    HAS_PRE_HOOKS.why,
+    HAS_PRE_HOOKS.until,
+    HAS_PRE_HOOKS.test,
+    ("model_chunks", "optimizer", "param_sync"),
+)
+ENABLE_PRE_HOOKS = Change(
+    f"{_MODULE}:enable_forward_pre_hook",
+    "internal",
+    HAS_PRE_HOOKS.why,
+    HAS_PRE_HOOKS.until,
+    HAS_PRE_HOOKS.test,
+    ("model_chunks",),
+)
+
+_PLANNED = "The plan names what is alive and ends after the second step."
+SETUP = Change(
+    f"{_MODULE}:setup_model_and_optimizer",
+    "wrapped",
+    f"{_PLANNED} Here it learns of the chunks and the optimizer.",
+    _UNTIL,
+    "tests/plan/test_truth.py",
+)
+TRAIN_STEP = Change(f"{_MODULE}:train_step", "wrapped", _PLANNED, _UNTIL, "tests/plan/test_truth.py")
+FORWARD_PASS = Change(
+    "megatron.core.pipeline_parallel.schedules:forward_step", "wrapped", _PLANNED, _UNTIL, "tests/plan/test_truth.py"
+)
+BACKWARD_PASS = Change(
+    "megatron.core.pipeline_parallel.schedules:backward_step", "wrapped", _PLANNED, _UNTIL, "tests/plan/test_truth.py"
+)
+UPDATE = Change(
+    "megatron.core.optimizer.optimizer:MegatronOptimizer.step",
+    "wrapped",
+    f"{_PLANNED} Of the one optimizer, not of the class.",
+    _UNTIL,
+    "tests/plan/test_truth.py",
+)
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """A step that is over."""
+
+    iteration: int
+    skipped: bool
+    """The gradient was not finite and nothing was updated."""
+    grad_norm: Any
+    """Before clipping; a number or a tensor of one, None for a skipped step."""
+    learning_rate: float | None
+    """The rate of this step."""
+    ended: float
+    """`time.monotonic()`, before Megatron's own report."""
+
+
+class TrainingLoop:
+    """Calls its subscribers at the events of Megatron's loop. All are called on every rank, in the order of the lists.
+
+    Args:
+        iteration: the step that the run starts from.
+    """
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+        """The last finished step."""
+        self.on_start: list[Callable[[], None]] = []
+        """Called right before the first step."""
+        self.on_step: list[Callable[[StepEnd], None]] = []
+        """Called after each step."""
+        self.on_validation: list[Callable[[int], None]] = []
+        """Called with the iteration after each validation."""
+        self.on_save: list[Callable[[int, float], None]] = []
+        """Called with the iteration and the seconds that it took after each save."""
+        self._learning_rate: float | None = None
+        self._validated: tuple[int, Any] | None = None
+
+    def install(self) -> None:
+        """Wrap the loop's functions for the rest of this process."""
+        TRAIN.wrap(self._with_a_first_validation)
+        TRAINING_LOG.wrap(self._telling_of_steps)
+        EVALUATE.wrap(self._once_a_step)
+        SAVE.wrap(self._telling_of_saves)
+
+    def _with_a_first_validation(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        def validate_and_train(*args: Any, **kwargs: Any) -> Any:
+            from megatron.training import training
+
+            given, margs = TRAIN.read(train, args, kwargs), training.get_args()
+            if margs.iteration == 0 and margs.do_valid:
+                _validate(given, margs)
+            self._learning_rate = training.get_canonical_lr_for_logging(given["optimizer"].param_groups)
+            for hear in self.on_start:
+                hear()
+            return train(*args, **kwargs)
+
+        return validate_and_train
+
+    def _telling_of_steps(self, training_log: Callable[..., bool]) -> Callable[..., bool]:
+        def log_and_tell(*args: Any, **kwargs: Any) -> bool:
+            ended, given = time.monotonic(), TRAINING_LOG.read(training_log, args, kwargs)
+            result = training_log(*args, **kwargs)
+            self.iteration = given["iteration"]
+            step = StepEnd(self.iteration, bool(given["skipped_iter"]), given["grad_norm"], self._learning_rate, ended)
+            self._learning_rate = given["learning_rate"]  # which is the next step's
+            for hear in self.on_step:
+                hear(step)
+            return result
+
+        return log_and_tell
+
+    def _once_a_step(self, evaluate: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate_once(*args: Any, **kwargs: Any) -> Any:
+            if self._validated and self._validated[0] == self.iteration:
+                return self._validated[1]
+            result = evaluate(*args, **kwargs)
+            self._validated = (self.iteration, result)
+            for hear in self.on_validation:
+                hear(self.iteration)
+            return result
+
+        return evaluate_once
+
+    def _telling_of_saves(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        def save_and_tell(*args: Any, **kwargs: Any) -> Any:
+            start = time.monotonic()
+            result = save(*args, **kwargs)
+            seconds = time.monotonic() - start
+            for hear in self.on_save:
+                hear(SAVE.read(save, args, kwargs)["iteration"], seconds)
+            return result
+
+        return save_and_tell
+
+
+def _validate(given: dict[str, Any], margs: Any) -> None:
+    """One validation as Megatron's loop would do it, by the arguments of `train`."""
+    from megatron.training import training
+
+    hooks = training.should_disable_forward_pre_hook(margs)
+    if hooks:
+        training.disable_forward_pre_hook(given["model"], optimizer=given["optimizer"], param_sync=False)
+    training.evaluate(
+        forward_step_func=given["forward_step_func"],
+        data_iterator=given["valid_data_iterator"],
+        model=given["model"],
+        process_non_loss_data_func=given["process_non_loss_data_func"],
+        config=given["config"],
+    )
+    if hooks:
+        training.enable_forward_pre_hook(given["model"])

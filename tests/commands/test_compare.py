@@ -1,0 +1,90 @@
+"""`bft-megatron check`: green on any layout of any architecture; red, by name, where a layer is not the model's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bft_megatron.hf import load
+from bft_megatron.hf.weights import Weight
+from tests.helpers.commands import run_command
+from tests.helpers.runs import MODEL, VARIANTS
+
+
+def check(
+    data: Path, out: Path, patch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *words: str
+) -> tuple[int, str]:
+    """-> (status, what it said)."""
+    status = run_command(
+        patch, "check", "recipes/tiny.yaml", f"data.train={data / 'train.jsonl'}", "device=cpu", f"output={out}", *words
+    )
+    assert not (out / "check.safetensors").exists()
+    return status, capfd.readouterr().out
+
+
+LAYOUTS = {
+    "tp2-pp2": ["parallel.tensor=2", "parallel.pipeline=2", "objective.head=chunked"],
+    "vpp2-padded": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "data.packing=false", "objective.name=dft"],
+    "cp2-dp2": ["parallel.context=2", "parallel.data=2", "objective.reduce=tokens"],
+    "padded-mb2-tp2": ["parallel.tensor=2", "data.packing=false", "train.micro_batch_size=2", "objective.name=sft"],
+}
+
+
+@pytest.mark.parametrize(("layout", "model"), list(zip(LAYOUTS, ["tiny", *VARIANTS], strict=True)))
+def test_green(
+    layout: str,
+    model: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    folder = MODEL if model == "tiny" else data / model
+    status, said = check(data, tmp_path, monkeypatch, capfd, f"model={folder}", *LAYOUTS[layout])
+    assert status == 0
+    assert said.splitlines()[-1] == "green"
+    losses = re.findall(r"loss +│ +([\d.e-]+) +│ +([\d.e-]+)", said)
+    assert len(losses) == 2
+    for transformers, here in losses:
+        assert float(here) == pytest.approx(float(transformers), rel=1e-5)
+
+
+def test_bf16_is_held_to_what_bf16_does_to_transformers(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    status, said = check(data, tmp_path, monkeypatch, capfd, "train.precision=bf16", "parallel.tensor=2")
+    assert status == 0
+    assert "bf16, TP 2" in said
+
+
+@pytest.mark.parametrize(
+    ("broken", "name", "words"),
+    [
+        ("decoder.layers.2.mlp.linear_fc2.weight", "layer 3", ["parallel.tensor=2", "parallel.pipeline=2"]),
+        ("decoder.final_layernorm.weight", "final norm", ["parallel.context=2"]),
+    ],
+)
+def test_red_names_the_first_layer_that_differs(
+    broken: str,
+    name: str,
+    words: list[str],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    fill = load.fill_part
+
+    def fill_wrongly(parameter: torch.nn.Parameter, weight: Weight, source: Any) -> None:
+        fill(parameter, weight, source)
+        if weight.path == broken:
+            parameter *= 1.01
+
+    monkeypatch.setattr(load, "fill_part", fill_wrongly)
+    status, said = check(data, tmp_path, monkeypatch, capfd, *words)
+    assert status == 1
+    assert said.splitlines()[-1] == f"red: the first that differs from transformers is the {name}"

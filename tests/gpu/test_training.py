@@ -1,0 +1,87 @@
+"""Training on one card against the same run on the CPU: every reported number, every gradient; and a resume.
+
+The processes are forked, so this session must not touch the card itself: `make test-gpu` runs this file by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from bft_megatron.recipe.schema import Recipe
+from tests.helpers.cases import OWN
+from tests.helpers.comparing import differences
+from tests.helpers.runs import Case, Layout, Result, make_recipe, run, write_data
+
+FP32 = 5e-5
+"""Relative: a GPU adds in another order than a CPU."""
+BF16 = 0.05
+TRITON = ("objective.head=chunked", "objective.kernels=triton")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+def run_on_card(made: Recipe) -> Result:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    return run(made, 1, gpu=True)
+
+
+def worst(result: Result, expected: Result) -> tuple[str, float]:
+    assert result.gradients.keys() == expected.gradients.keys()
+    found = differences(result, expected)
+    name = max(found, key=lambda name: found[name])
+    return name, found[name]
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "overrides"),
+    [
+        pytest.param(Case(), 1, (), id="packed"),
+        pytest.param(Case(packing=False), 2, (), id="padded"),
+        pytest.param(Case("sft"), 1, TRITON, id="sft-chunked-triton"),
+        pytest.param(Case(OWN), 1, ("objective.kernels=triton",), id="own-triton"),
+        pytest.param(Case(model="qwen3"), 1, (), id="qwen3"),
+        pytest.param(Case(model="mistral"), 1, (), id="mistral"),
+    ],
+)
+def test_fp32_is_the_cpus(case: Case, rows: int, overrides: tuple[str, ...], data: Path, tmp_path: Path):
+    layout = Layout(micro_batch_size=rows)
+    plain = [field for field in overrides if "triton" not in field]
+    expected = run(make_recipe(tmp_path / "cpu", data, case, layout, 2, "device=cpu", *plain), 1)
+    name, difference = worst(run_on_card(make_recipe(tmp_path / "gpu", data, case, layout, 2, *overrides)), expected)
+    assert difference < FP32, name
+
+
+@pytest.mark.parametrize(("case", "overrides"), [(Case(), ()), (Case(model="mistral"), TRITON)])
+def test_bf16_is_near_it(case: Case, overrides: tuple[str, ...], data: Path, tmp_path: Path):
+    expected = run(make_recipe(tmp_path / "cpu", data, case, Layout(), 2, "device=cpu"), 1)
+    made = make_recipe(tmp_path / "gpu", data, case, Layout(), 2, "train.precision=bf16", *overrides)
+    found = run_on_card(made)
+    for mine, cpus in zip(found.train + found.valid, expected.train + expected.valid, strict=True):
+        for name in ("loss", "lm_loss", "mean_p", "mean_confidence", "min_confidence"):
+            assert mine[name] == pytest.approx(cpus[name], rel=BF16), name
+    for name, gradient in expected.gradients.items():
+        distance = (found.gradients[name] - gradient).norm() / gradient.norm()
+        assert distance < BF16, name
+
+
+def test_a_resumed_run_goes_the_same_way(data: Path, tmp_path: Path):
+    def made(output: str, steps: int) -> Recipe:
+        fields = ("train.precision=bf16", "train.min_lr=1e-3")  # a constant rate, which does not know the steps
+        return make_recipe(tmp_path / output, data, Case(), Layout(), steps, *fields)
+
+    whole = run_on_card(made("whole", 4))
+    run_on_card(made("cut", 2))
+    joined = run_on_card(made("cut", 4))
+    name, difference = worst(joined, whole)
+    assert difference < 1e-3, name

@@ -1,0 +1,78 @@
+"""Which layouts and objectives are run: some by hand, the rest drawn from all that eight processes can hold."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+from tests.helpers.runs import Case, Layout
+
+OWN = "examples.objectives.group_normalised:record"
+MOST_PROCESSES = 8
+
+OBJECTIVES = [
+    Case("bft"),
+    Case("sft"),
+    Case("dft"),
+    Case(OWN),
+    Case("bft", "tokens", "arithmetic"),
+    Case("sft", "samples"),
+    Case("dft", "samples"),
+]
+"""The list of records, ours and one of a user's, with both divisors: whoever adds one is held to it on every layout."""
+
+CHOSEN = [
+    # Padded rows: every dimension alone and together, one and two rows a micro-batch.
+    (Case("bft", packing=False), Layout(tensor=2, sequence=True, micro_batch_size=2)),
+    (Case("sft", packing=False), Layout(pipeline=2)),
+    (Case("dft", packing=False), Layout(tensor=2, pipeline=2, micro_batch_size=2)),
+    (Case("bft", "tokens", packing=False), Layout(data=2)),
+    (Case("sft", "samples", packing=False), Layout(tensor=2, data=2, sequence=True)),
+    (Case(OWN, packing=False), Layout(tensor=2, pipeline=2, data=2, sequence=True)),
+    (Case("bft", packing=False), Layout(pipeline=2, virtual_pipeline=2, micro_batch_size=2)),
+    (Case("bft", packing=False), Layout(context=2, data=2)),
+    # Packed rows with true middle stages, which need the samples' edges too.
+    (Case("bft"), Layout(pipeline=4)),
+    (Case("bft"), Layout(pipeline=4, context=2)),
+    (Case("dft", "samples"), Layout(pipeline=2, virtual_pipeline=2)),
+    (Case(OWN), Layout(context=4)),
+    # Windows that stay within a rank's chunks.
+    (Case("bft", cp_windows="per_rank"), Layout(tensor=2, context=2, sequence=True)),
+    (Case("bft", confidence="arithmetic", cp_windows="per_rank"), Layout(context=4, data=2)),
+    (Case(OWN, cp_windows="per_rank"), Layout(pipeline=2, context=2)),
+    # Biases, norms of heads, tied embeddings on two stages, a sliding window: what the tiny Llama has not.
+    (Case(model="qwen2"), Layout(tensor=2, sequence=True)),
+    (Case(model="qwen3"), Layout(tensor=2, pipeline=2, sequence=True)),
+    (Case(model="qwen3", packing=False), Layout(pipeline=2, virtual_pipeline=2)),
+    (Case(model="mistral"), Layout(tensor=2, context=2)),
+]
+
+
+def every_layout() -> list[Layout]:
+    """All layouts of the tiny model (four layers, four heads, two KV heads) over at most eight processes."""
+    found = []
+    for tensor, pipeline, virtual, context, data in product((1, 2), (1, 2, 4), (1, 2), (1, 2, 4), (1, 2, 4)):
+        layout = Layout(tensor, pipeline, virtual, context, data)
+        if layout.world > MOST_PROCESSES or pipeline * virtual > 4 or (virtual > 1 and pipeline == 1):
+            continue
+        if 8 // data % pipeline and virtual > 1:
+            continue
+        for sequence in (False, True) if tensor > 1 else (False,):
+            found.append(Layout(tensor, pipeline, virtual, context, data, sequence))
+    return found
+
+
+def every_case() -> list[tuple[Case, Layout]]:
+    """Every layout with every objective, packed and padded, and both kinds of windows where they differ."""
+    found = []
+    for layout, objective, packing in product(every_layout(), OBJECTIVES, (True, False)):
+        for windows in ("exact", "per_rank") if layout.context > 1 else ("exact",):
+            case = Case(objective.objective, objective.reduce, objective.confidence, windows, packing)
+            found.append((case, layout))
+    return found
+
+
+def drawn(count: int, seed: int) -> list[tuple[Case, Layout]]:
+    """`count` of them at random, those of fewer processes likelier, so that a run of the tests stays short."""
+    rng, pool = random.Random(seed), every_case()
+    return rng.choices(pool, [1 / layout.world for _, layout in pool], k=count)

@@ -1,0 +1,190 @@
+"""Whole runs of the tiny model on a layout, and what they leave: metrics by step, every parameter's first gradient."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.hub import find_model
+from bft_megatron.hf.weights import part, weights
+from bft_megatron.processes.terminal import output_to
+from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import RunRows, prepare_rows
+from bft_megatron.training import loop
+from tests.helpers.world import run_world
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
+MODEL = RECIPE.parent / "tiny"
+CHANGING = {"step_seconds", "tokens_per_second"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the parallel groups, and what else must not change a number."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    sequence: bool = False
+    micro_batch_size: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.tensor * self.pipeline * self.context * self.data
+
+    def __str__(self) -> str:
+        names = {"tensor": "tp", "pipeline": "pp", "virtual_pipeline": "vpp", "context": "cp", "data": "dp"}
+        sizes = [f"{short}{getattr(self, name)}" for name, short in names.items() if getattr(self, name) > 1]
+        sizes += ["sp"] * self.sequence + [f"mb{self.micro_batch_size}"] * (self.micro_batch_size > 1)
+        return "-".join(sizes) or "one"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective over rows of a model, whatever the layout."""
+
+    objective: str = "bft"
+    reduce: str | None = None
+    confidence: str = "geometric"
+    cp_windows: str = "exact"
+    packing: bool = True
+    pad_multiple: int = 8
+    model: str = "tiny"
+    """The tiny Llama, or one of VARIANTS."""
+
+    def __str__(self) -> str:
+        name = self.objective.rpartition(".")[2].partition(":")[0]
+        windows = [] if self.cp_windows == "exact" else [self.cp_windows]
+        kind = [] if self.confidence == "geometric" else [self.confidence]
+        model = [] if self.model == "tiny" else [self.model]
+        packing = "packed" if self.packing else "padded"
+        return "-".join([*model, name, *([self.reduce] if self.reduce else []), *kind, *windows, packing])
+
+
+VARIANTS = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 32,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 24},
+}
+"""What the tiny Llama has not: QKV biases, a norm of each head with tied embeddings, a sliding window."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left."""
+
+    train: list[dict[str, Any]]
+    valid: list[dict[str, Any]]
+    gradients: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    """By Hugging Face name, of the first step."""
+
+
+def write_data(folder: Path) -> None:
+    """The tiny conversations with weights of their own, and as a second source a few answers of one token; a model
+    folder a variant.
+    """
+    random.seed(5)
+    for split in ("train", "valid"):
+        lines = [json.loads(line) for line in (MODEL / f"{split}.jsonl").read_text().splitlines()]
+        short = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "A"}]} for q in "BCDEF"]
+        for name, found in ((split, lines), (f"{split}_short", short)):
+            with (folder / f"{name}.jsonl").open("w") as file:
+                for row in found:
+                    file.write(json.dumps(row | {"weight": round(random.uniform(0.2, 2), 3)}) + "\n")
+    config = json.loads((MODEL / "config.json").read_text())
+    for name, changes in VARIANTS.items():
+        shutil.copytree(MODEL, folder / name)
+        (folder / name / "config.json").write_text(json.dumps(config | changes))
+
+
+def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int, *overrides: str) -> Recipe:
+    """The tiny recipe for a case on a layout, checked as the command line checks it; 0 steps: by its epochs."""
+    objective = [f"objective.name={case.objective}", f"objective.confidence={case.confidence}"]
+    objective += [f"objective.reduce={case.reduce}"] if case.reduce else []
+    made = reader.load(
+        RECIPE,
+        [
+            f"model={MODEL if case.model == 'tiny' else data / case.model}",
+            *(f"data.{split}={_sources(data, split)}" for split in ("train", "valid")),
+            *(f"data.{name}={getattr(case, name)}" for name in ("packing", "pad_multiple")),
+            *(f"parallel.{n}={getattr(layout, n)}" for n in vars(layout) if n != "micro_batch_size"),
+            *objective,
+            f"objective.cp_windows={case.cp_windows}",
+            f"train.micro_batch_size={layout.micro_batch_size}",
+            f"train.iterations={steps}" if steps else "train.iterations=null",
+            "train.warmup_iterations=0",
+            "train.save_every=1",
+            "train.clip_grad=1e6",  # Adam's first moment then holds the gradient itself
+            f"output={folder}",
+            *overrides,
+        ],
+    )
+    rules.check_recipe(made, read_config(find_model(made.model)))
+    rules.check_world(made, layout.world)
+    return made
+
+
+def _sources(data: Path, split: str) -> str:
+    return f"[{{path: {data / split}.jsonl, name: long}}, {{path: {data / split}_short.jsonl, name: short}}]"
+
+
+def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None, *, gpu: bool = False) -> Result:
+    """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left.
+
+    `before` is called in each process first. With `gpu` they use the machine's GPUs.
+    """
+    folder, model = RunFolder.of(made), find_model(made.model)
+    prepared = prepare_rows(made, model, read_config(model).vocab_size)
+    run_world(world, _train, made, prepared, before, megatron=not gpu, gpu=gpu)
+    return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
+
+
+def _train(made: Recipe, prepared: RunRows, before: Callable[[], None]) -> None:
+    """What the command does in a rank."""
+    before()
+    model = find_model(made.model)
+    with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
+        loop.run(made, read_config(model), model, prepared, console)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of metrics.jsonl, training and validation apart, without the times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if k not in CHANGING} for line in lines]
+    return [k for k in kept if "split" not in k], [k for k in kept if "split" in k]
+
+
+def gradients(checkpoint: Path, made: Recipe) -> dict[str, Tensor]:
+    """Every parameter's gradient of step 1, whole, out of Adam's first moment: exp_avg = (1 - beta1) * gradient."""
+    reader, prefix = dcp.FileSystemReader(checkpoint), "optimizer.state.exp_avg."
+    metadata = reader.read_metadata().state_dict_metadata
+    moments = {key: torch.empty(stored.size) for key, stored in metadata.items() if key.startswith(prefix)}
+    dcp.load(moments, storage_reader=reader, no_dist=True)
+    found = {}
+    for weight in weights(read_config(find_model(made.model))):
+        stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
+        whole = moments[prefix + stacked]
+        whole = whole if weight.layer is None else whole[weight.layer]
+        whole = whole[: sum(t.shape[0] for t in weight.tensors)] / (1 - made.train.adam_beta1)
+        found |= {tensor.name: part(weight, i, whole) for i, tensor in enumerate(weight.tensors)}
+    return found

@@ -1,0 +1,1 @@
+"""Tests of `bft_megatron.training`."""

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bft_megatron import __version__
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.commands.request import Request, read
 from bft_megatron.errors import USER_ERROR, UserError
@@ -35,6 +36,21 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The run
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Fields to set, for example train.lr=1e-5")
 ]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bft-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command's name."""
 
 
 @app.command()

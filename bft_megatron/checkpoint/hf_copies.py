@@ -6,17 +6,14 @@ gone on with.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import TextIO
 
+from bft_megatron.processes import ranks
 from bft_megatron.run.folder import RunFolder
-
-_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-"""Variables that would make the process one of the run's ranks."""
 
 
 class HFCopies:
@@ -64,7 +61,7 @@ class HFCopies:
         return [i for i in self._kept() if not self.folder.hf_copy(i).exists()]
 
     def _begin(self, iteration: int) -> subprocess.Popen[bytes]:
-        environment = {k: v for k, v in os.environ.items() if k not in _RANKS} | {"CUDA_VISIBLE_DEVICES": ""}
+        environment = ranks.as_no_rank() | {"CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "bft_megatron", "export", str(self.folder.root)]
         command += [str(self.folder.hf_copy(iteration)), "--iteration", str(iteration)]
         with self._log.open("w") as log:

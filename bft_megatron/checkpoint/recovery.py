@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from bft_megatron.checkpoint import integrity
 from bft_megatron.errors import UserError
+from bft_megatron.processes.device import current_device
 from bft_megatron.run.folder import RunFolder
 
 
@@ -82,7 +83,7 @@ def _broadcast(found: _Found | None) -> _Found:
 
 def _agreed(fault: str | None) -> str | None:
     """The fault that any rank found, the lowest rank's where there are several."""
-    bad = torch.tensor(int(fault is not None), device="cuda")
+    bad = torch.tensor(int(fault is not None), device=current_device())
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if not bad.item():
         return None

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bft_megatron.processes.device import current_device
+
 SUMS = (
     "loss",  # the objective, before the division
     "divisor",  # samples or supervised tokens, by the objective's `reduce`
@@ -89,7 +91,7 @@ class Meter:
 
     def reduce(self, group: dist.ProcessGroup) -> None:
         """All-reduce (SUM [10, sources], MIN [sources], fp64) over `group`, data x context parallel, and start anew."""
-        empty = torch.zeros(len(SUMS), self.sources, dtype=torch.float64, device="cuda")
+        empty = torch.zeros(len(SUMS), self.sources, dtype=torch.float64, device=current_device())
         sums = empty if self._sums is None else self._sums
         low = torch.full_like(empty[0], torch.inf) if self._minimum is None else self._minimum
         dist.all_reduce(sums, group=group)

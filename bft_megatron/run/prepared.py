@@ -21,6 +21,7 @@ from bft_megatron.data import prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
@@ -108,11 +109,11 @@ def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
     try:
         return open_rows(recipe)
     except UserError:
-        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        if ranks.local_world_size() != ranks.world_size():
             raise
-    if os.environ["RANK"] == "0":
+    if ranks.rank() == 0:
         return make()
-    print(f"rank {os.environ['RANK']}: waiting for rank 0 to prepare the data", flush=True)
+    print(f"rank {ranks.rank()}: waiting for rank 0 to prepare the data", flush=True)
     launcher = os.getppid()
     while True:
         time.sleep(WAIT_SECONDS)

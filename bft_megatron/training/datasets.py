@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import training_order, training_rows, validation_rows
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.rules import model_parallel_size
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.prepared import RunRows
@@ -31,7 +31,7 @@ def validation_shape(recipe: Recipe, rows: Blend | None) -> tuple[int, int]:
     """
     if rows is None:
         return 0, 0
-    count, data_parallel = sum(rows.sizes), int(os.environ["WORLD_SIZE"]) // model_parallel_size(recipe)
+    count, data_parallel = sum(rows.sizes), ranks.world_size() // model_parallel_size(recipe)
     unit = recipe.train.micro_batch_size * data_parallel
     if recipe.parallel.virtual_pipeline > 1:
         unit *= recipe.parallel.pipeline  # the interleaved schedule wants whole rounds

@@ -7,7 +7,6 @@ Reads top to bottom as what happens: device, process group, the step and its rep
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from bft_megatron.checkpoint.stopping import Stop
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures
 from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.announce import sentence
 from bft_megatron.reporting.peak import report_peak
@@ -60,7 +60,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     start = newest_whole(folder, console)
     if start >= steps:  # killed between the last save and its mark
         return finish(recipe, None)
-    if os.environ["RANK"] == "0":
+    if ranks.rank() == 0:
         print(sentence(recipe, config, rows, dist.get_world_size(), start), file=console, flush=True)
     validation = validation_shape(recipe, rows.valid)
     flags = arguments.megatron_arguments(

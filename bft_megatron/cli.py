@@ -16,10 +16,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bft_megatron import __version__
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.commands.request import Request, read
 from bft_megatron.errors import USER_ERROR, UserError
-from bft_megatron.processes import launcher
+from bft_megatron.processes import launcher, ranks
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe import reader, rules
 from bft_megatron.run.folder import RunFolder
@@ -37,6 +38,21 @@ Overrides = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bft-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command's name."""
+
+
 @app.command()
 def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Fine-tune as the recipe says; the same command again goes on where the run stopped.
@@ -51,7 +67,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         return _convert(request)
     rows = request.rows_of_rank() if in_rank else request.prepare()
     if folder.is_done(rows.steps):
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.rank() == 0:
             print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps}")
             if recipe.train.save_hf:
                 HFCopies(folder, sys.stdout).complete()
@@ -59,11 +75,10 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     request.check_adapters()
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
-    rank = int(os.environ["RANK"])
-    if rank == 0:
+    if ranks.rank() == 0:
         request.describe_run()
         folder.mark_unfinished("running")
-    with output_to(folder.log(rank)) as console:
+    with output_to(folder.log(ranks.rank())) as console:
         from bft_megatron.run.resolved import Run
         from bft_megatron.training import loop
 
@@ -112,7 +127,7 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         request.prepare()
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
-    with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
+    with output_to(request.folder.log(ranks.rank())) as console:
         from bft_megatron.commands import compare as checking
 
         good = checking.run(request.recipe, request.config, request.model_folder, rows, console)
@@ -141,10 +156,11 @@ def score(
         _make_folder(file)
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
-    with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
+    with output_to(request.folder.log(ranks.rank())) as console:
         from bft_megatron.commands import score as scoring
 
         blend = rows.train if data == "train" else rows.valid
+        assert blend is not None, "a recipe with data.valid has validation rows"
         scoring.run(model.recipe, request.config, model.model_folder, blend, data, file, console)
 
 
@@ -213,18 +229,19 @@ def export(
     """
     import torch
 
-    source, chosen = RunFolder(run), {"iteration": iteration, "dtype": getattr(torch, dtype or "", None)}
+    source = RunFolder(run)
+    chosen: torch.dtype | None = getattr(torch, dtype or "", None)
     recipe = reader.load(source.config) if source.config.exists() else None
     if recipe is not None and recipe.lora is not None:
         from bft_megatron.lora.peft import export_adapter, export_merged
 
-        (export_merged if merge else export_adapter)(source, recipe, folder, **chosen)
+        (export_merged if merge else export_adapter)(source, recipe, folder, iteration=iteration, dtype=chosen)
     elif merge:
         raise UserError("is no LoRA run: there is nothing to merge, leave out --merge", str(run))
     else:
         from bft_megatron.hf.export import export
 
-        export(source.checkpoints, folder, source.model, **chosen)
+        export(source.checkpoints, folder, source.model, iteration=iteration, dtype=chosen)
     print(f"wrote {folder}")
 
 
@@ -269,10 +286,9 @@ def _convert(request: Request) -> None:
     request.check(lambda: folder.check_converts(recipe))
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
-    rank = int(os.environ["RANK"])
-    if rank == 0:
+    if ranks.rank() == 0:
         folder.write_config(recipe, request.model_folder)
-    with output_to(folder.log(rank)) as console:
+    with output_to(folder.log(ranks.rank())) as console:
         from bft_megatron.commands import convert as converting
 
         converting.run(recipe, request.config, request.model_folder, console)
@@ -294,6 +310,6 @@ def main() -> None:
     try:
         app()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.rank() == 0:
             Console(stderr=True).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
         sys.exit(USER_ERROR)

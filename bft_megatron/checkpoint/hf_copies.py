@@ -6,17 +6,14 @@ gone on with.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import TextIO
 
+from bft_megatron.processes import ranks
 from bft_megatron.run.folder import RunFolder
-
-_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-"""Variables that would make the process one of the run's ranks."""
 
 
 class HFCopies:
@@ -29,7 +26,8 @@ class HFCopies:
 
     def __init__(self, folder: RunFolder, console: TextIO) -> None:
         self.folder, self.console = folder, console
-        self._iteration, self._export = 0, None
+        self._iteration = 0
+        self._export: subprocess.Popen[bytes] | None = None
 
     def follow(self) -> None:
         """After a save: remove copies of checkpoints that are gone, and begin one of the newest that has none."""
@@ -43,10 +41,9 @@ class HFCopies:
         """At the end of the run: wait until every checkpoint has its copy, or has failed to get one."""
         tried: set[int] = set()
         while self._export is not None or (missing := [i for i in self._missing() if i not in tried]):
-            if self._export is None:
-                self._begin(missing[0])
+            export = self._export or self._begin(missing[0])
             tried.add(self._iteration)
-            self._export.wait()
+            export.wait()
             self._reap()
         self._remove_others()
 
@@ -63,13 +60,14 @@ class HFCopies:
     def _missing(self) -> list[int]:
         return [i for i in self._kept() if not self.folder.hf_copy(i).exists()]
 
-    def _begin(self, iteration: int) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in _RANKS} | {"CUDA_VISIBLE_DEVICES": ""}
+    def _begin(self, iteration: int) -> subprocess.Popen[bytes]:
+        environment = ranks.as_no_rank() | {"CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "bft_megatron", "export", str(self.folder.root)]
         command += [str(self.folder.hf_copy(iteration)), "--iteration", str(iteration)]
         with self._log.open("w") as log:
-            self._export = subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
-        self._iteration = iteration
+            export = subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
+        self._iteration, self._export = iteration, export
+        return export
 
     def _reap(self) -> None:
         """Forget an export that has ended; say so where it failed and its checkpoint is still there."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from bft_megatron.checkpoint import integrity
 from bft_megatron.errors import UserError
+from bft_megatron.processes.device import current_device
 from bft_megatron.run.folder import RunFolder
 
 
@@ -75,12 +76,14 @@ def _look(folder: RunFolder) -> _Found:
 def _broadcast(found: _Found | None) -> _Found:
     box = [found]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    (sent,) = box
+    assert sent is not None, "rank 0 has looked"
+    return sent
 
 
 def _agreed(fault: str | None) -> str | None:
     """The fault that any rank found, the lowest rank's where there are several."""
-    bad = torch.tensor(int(fault is not None), device="cuda")
+    bad = torch.tensor(int(fault is not None), device=current_device())
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if not bad.item():
         return None

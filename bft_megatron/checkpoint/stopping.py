@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from bft_megatron.processes import signals
+from bft_megatron.processes.device import current_device
 from bft_megatron.reporting.reporter import Reporter
 
 
@@ -36,7 +37,7 @@ class Stop:
         step = self.reporter.iteration
         if step >= self.last:
             return False
-        asked = torch.tensor([signals.received(), self._late()], device="cuda")
+        asked = torch.tensor([signals.received(), self._late()], device=current_device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         number, late = asked.tolist()
         if number or late:

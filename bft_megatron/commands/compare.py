@@ -27,6 +27,8 @@ from bft_megatron.data.dataset import validation_rows
 from bft_megatron.hf import reference
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.reference import Row
+from bft_megatron.processes import ranks
+from bft_megatron.processes.device import current_device
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.announce import layout
 from bft_megatron.reporting.totals import Meter
@@ -54,7 +56,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     file = RunFolder.of(recipe).root / "check.safetensors"
     step = Step(recipe.objective, config.vocab_size, Meter(recipe.data.most_sources))
     batches = _batches(recipe, rows)
-    first = os.environ["RANK"] == "0"
+    first = ranks.rank() == 0
     try:
         if first:  # before Megatron's model takes its memory; the others wait where the group is formed
             _write_reference(file, batches, recipe, config, model_folder, step)
@@ -117,7 +119,7 @@ class Watch:
         self.vocab_size = config.vocab_size
         self._file = safe_open(file, "pt")
         self.scale = self._file.get_tensor("scale")
-        self.error = torch.zeros(len(self.stages), device="cuda")
+        self.error = torch.zeros(len(self.stages), device=current_device())
         """[stages]: the largest difference so far, by the reference's largest element."""
 
     def install(self, chunks: list[Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from rich.console import Console
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
-from bft_megatron.processes import launcher
+from bft_megatron.processes import launcher, ranks
 from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
@@ -57,8 +56,8 @@ class Request:
 
     def world(self) -> tuple[bool, int]:
         """Whether this process is a rank already, and how many there are or will be. Raises UserError."""
-        in_rank = launcher.started_by_launcher()
-        processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(self.recipe)
+        in_rank = ranks.in_rank()
+        processes = ranks.world_size() if in_rank else launcher.local_processes(self.recipe)
         self.check(lambda: rules.check_world(self.recipe, processes))
         return in_rank, processes
 

@@ -7,7 +7,6 @@ would weigh it by.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -26,6 +25,7 @@ from bft_megatron.data.sources import open_source
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.objective.loss import LossSum
 from bft_megatron.objective.view import Rows, View
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.resolved import WholePass
@@ -78,7 +78,7 @@ def run(
     Raises:
         UserError, FieldError: as `build`.
     """
-    whole = WholePass.over(blend, recipe, int(os.environ["WORLD_SIZE"]))
+    whole = WholePass.over(blend, recipe, ranks.world_size())
     dataset, scorer = validation_rows(blend, batch=whole.batch), Scorer(recipe, config)
     chunks = [chunk.eval() for chunk in build(recipe, config, model_folder)]
     for first in _progress(whole.iterations, console):

@@ -184,7 +184,7 @@ def _mask(encoding: Encoding, rendered: Rendered) -> np.ndarray:
         after = _token_at(encoding, end, len(rendered.text))
         if after is None:
             after = len(mask)
-        elif encoding.token_to_chars(after)[0] < end:
+        elif (chars := encoding.token_to_chars(after)) is not None and chars[0] < end:
             after += 1
         mask[first:after] = True
     return mask
@@ -200,8 +200,8 @@ def _without(broken: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> tuple[np.
     """Tokens and mask without those that spell `BREAK`."""
     if broken[0] not in ids:
         return ids, mask
-    begins = np.flatnonzero(ids == broken[0])
-    begins = [at for at in begins if np.array_equal(ids[at : at + len(broken)], broken)]
+    maybe = np.flatnonzero(ids == broken[0])
+    begins = [at for at in maybe if np.array_equal(ids[at : at + len(broken)], broken)]
     kept = np.ones(len(ids), bool)
     kept[np.add.outer(np.array(begins, int), np.arange(len(broken)))] = False
     return ids[kept], mask[kept]

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset as Table
 
 from bft_megatron.data.blend import Blend
+from bft_megatron.data.columns import Columns
 from bft_megatron.data.order import Order, Repeated, Shuffled
 from bft_megatron.data.packing import padded
 from bft_megatron.data.prepare import Prepared
@@ -25,26 +26,7 @@ PADDING = 0
 
 
 class RowDataset(torch.utils.data.Dataset):
-    """The rows of prepared sources, in an order.
-
-    A row is cut into k segments: its samples, each with its padding, then what is left, if anything. A padded row is
-    one segment, a row past the end one without a sample. An item is a dict of CPU tensors, int64 unless it says fp32
-    or int32:
-
-        tokens [s]        s is `blend.seq_length`
-        labels [s]        the sample's next token where that is learned, else -100
-        position_ids [s]  from 0 in each segment
-        weight [k]        fp32, the data's weight of each sample; 0 for a segment that is none
-        samples []        how many the row holds; 0 past the end
-        real_tokens []    places that hold a sample's tokens
-        row []            the row's number, counted through the sources; -1 past the end
-        source []         which source it is from; 0 past the end
-
-    and if packed:
-
-        cu_seqlens [k + 1]  int32, edges of the segments, which cover the row
-        max_seqlen []       the longest segment; the row's length only where one fills it, which rotary embedding needs
-    """
+    """The rows of prepared sources, in an order: each item the `Columns` of one row, as a dict of CPU tensors."""
 
     def __init__(self, blend: Blend | Prepared, order: Order, length: int = VIRTUAL_LENGTH) -> None:
         self.blend, self.order, self.length = Blend.of(blend), order, length
@@ -57,9 +39,7 @@ class RowDataset(torch.utils.data.Dataset):
         row = self.order.row(place)
         source, within = (0, None) if row is None else self.blend.find(row)
         samples = [] if within is None else self._read(source, within)
-        item = _row(samples, self.blend)
-        numbers = {"samples": len(samples), "row": -1 if row is None else row, "source": source}
-        return item | {name: torch.tensor(number) for name, number in numbers.items()}
+        return _row(samples, self.blend, -1 if row is None else row, source).item()
 
     def origins(self, row: int) -> list[tuple[int, int, int]]:
         """Source, file and line of each sample of a row, by the row's number; a file by its place in its source."""
@@ -100,8 +80,25 @@ def validation_rows(blend: Blend | Prepared, *, batch: int) -> RowDataset:
 _Sample = tuple[np.ndarray, np.ndarray, float]  # tokens [n + 1] int32, learned [n + 1] bool, weight
 
 
-def _row(samples: list[_Sample], shape: Blend) -> dict[str, torch.Tensor]:
-    """The tensors of a row but for its numbers; a padded row is one whose only sample takes all of it."""
+def full_row(seq_length: int, *, packing: bool) -> Columns:
+    """A row that a single sample fills, all of it supervised: what needs the most of everything."""
+    zeros, size = torch.zeros(seq_length, dtype=torch.int64), torch.tensor(seq_length)
+    return Columns(
+        tokens=zeros,
+        labels=zeros,
+        position_ids=torch.arange(seq_length),
+        samples=torch.tensor(1),
+        weight=torch.ones(1),
+        real_tokens=size,
+        row=torch.tensor(0),
+        source=torch.tensor(0),
+        cu_seqlens=torch.tensor([0, seq_length], dtype=torch.int32) if packing else None,
+        max_seqlen=size if packing else None,
+    )
+
+
+def _row(samples: list[_Sample], shape: Blend, number: int, source: int) -> Columns:
+    """A padded row is one whose only sample takes all of it."""
     size = shape.seq_length
     edges = _edges([len(tokens) - 1 for tokens, _, _ in samples], shape)
     tokens, labels = np.full(size, PADDING), np.full(size, IGNORED)
@@ -114,10 +111,18 @@ def _row(samples: list[_Sample], shape: Blend) -> dict[str, torch.Tensor]:
     lengths = np.diff(edges)
     positions = np.arange(size) - np.repeat(edges[:-1], lengths)
     real = sum(len(text) - 1 for text, _, _ in samples)
-    row = {"tokens": tokens, "labels": labels, "position_ids": positions, "weight": weight, "real_tokens": real}
-    if shape.packing:
-        row |= {"cu_seqlens": edges.astype(np.int32), "max_seqlen": lengths.max()}
-    return {name: torch.as_tensor(value) for name, value in row.items()}
+    return Columns(
+        tokens=torch.as_tensor(tokens),
+        labels=torch.as_tensor(labels),
+        position_ids=torch.as_tensor(positions),
+        samples=torch.tensor(len(samples)),
+        weight=torch.as_tensor(weight),
+        real_tokens=torch.tensor(real),
+        row=torch.tensor(number),
+        source=torch.tensor(source),
+        cu_seqlens=torch.as_tensor(edges.astype(np.int32)) if shape.packing else None,
+        max_seqlen=torch.as_tensor(lengths.max()) if shape.packing else None,
+    )
 
 
 def _edges(lengths: list[int], shape: Blend) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from bft_megatron.data.readers import Chunk
@@ -16,7 +16,7 @@ def portion(chunks: Iterator[Chunk], first: int, end: int | None) -> Iterator[Ch
             return
         wanted = slice(max(0, first - at), None if end is None else end - at)
         if isinstance(chunk.rows, list):
-            filled = [i for i, row in enumerate(chunk.rows) if not isinstance(row, bytes) or row.strip()]
+            filled: Sequence[int] = [i for i, row in enumerate(chunk.rows) if not isinstance(row, bytes) or row.strip()]
             kept = filled[wanted]
             rows = [chunk.rows[i] for i in kept]
         else:

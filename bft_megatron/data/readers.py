@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bft_megatron.errors import UserError
 
@@ -105,7 +105,9 @@ def _items(path: str) -> Iterator[tuple[int, Any]]:
             """Pass white space, reading on where the text ends; the next character, none at the end of the file."""
             nonlocal text, at, line
             while True:
-                end = space.match(text, at).end()
+                passed = space.match(text, at)
+                assert passed is not None, "the pattern matches no characters too"
+                end = passed.end()
                 line += text.count("\n", at, end)
                 at = end
                 if at < len(text) or not (more := _read(file, BLOCK, path, line)):
@@ -115,6 +117,7 @@ def _items(path: str) -> Iterator[tuple[int, Any]]:
         skip()
         at += 1  # the list's bracket
         while (found := skip()) != "]":
+            fault: ValueError | None = None
             try:
                 value, end = decoder.raw_decode(text, at)
                 cut = end == len(text)  # a number may go on
@@ -122,8 +125,6 @@ def _items(path: str) -> Iterator[tuple[int, Any]]:
                 raise UserError(f"not JSON that can be read: {e}", f"{path}:{line}") from None
             except ValueError as e:
                 cut, fault = True, e
-            else:
-                fault = None
             if cut:
                 more = _read(file, wanted, path, line)
                 text, at, wanted = text[at:] + more, 0, wanted * 2
@@ -142,7 +143,7 @@ def _items(path: str) -> Iterator[tuple[int, Any]]:
                 raise UserError("not JSON: a comma or the list's end is missing", f"{path}:{line}")
 
 
-def _read(file: Any, size: int, path: str, line: int) -> str:
+def _read(file: TextIO, size: int, path: str, line: int) -> str:
     try:
         return file.read(size)
     except UnicodeDecodeError:
@@ -169,7 +170,10 @@ def read_csv(path: str, file: int) -> Iterator[Chunk]:
                 first, last = last + 1, reader.line_num
                 where = f"{path}:{first}"
                 if "\0rest" in row or None in row.values():
-                    yield first, UserError(f"must have {len(reader.fieldnames)} cells, as the first line has", where)
+                    yield (
+                        first,
+                        UserError(f"must have {len(reader.fieldnames or ())} cells, as the first line has", where),
+                    )
                 else:
                     yield first, {name: cell for name, cell in row.items() if cell != ""}
         except csv.Error as e:
@@ -197,7 +201,7 @@ def _parquet_rows(path: str) -> int:
     from pyarrow import ArrowException, parquet
 
     try:
-        return parquet.read_metadata(path).num_rows
+        return int(parquet.read_metadata(path).num_rows)
     except ArrowException:  # said when it is read
         return 0
 

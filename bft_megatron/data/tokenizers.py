@@ -68,7 +68,7 @@ class ChatTokenizer:
         self,
         messages: list[dict[str, Any]],
         prompt: bool = False,
-        tools: list[dict[str, Any]] | None = None,
+        tools: list[Any] | None = None,
         variables: dict[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
         """A conversation as text.
@@ -89,7 +89,7 @@ class ChatTokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # annotated as text, it returns two lists
                 [messages],
                 tools=tools,
                 chat_template=self.template,
@@ -97,6 +97,7 @@ class ChatTokenizer:
                 return_assistant_tokens_mask=self.has_markers,
                 **self.variables | (variables or {}),
             )
+            texts, spans = rendered
             texts[0].encode()
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -160,9 +161,11 @@ def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
 
     by_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in BREAK.encode()]
     if backend.encode(BREAK, add_special_tokens=False).ids[-len(by_bytes) :] == by_bytes:
-        return tuple(by_bytes)
+        return tuple(token for token in by_bytes if token is not None)
     backend.add_special_tokens([AddedToken(BREAK, special=True, normalized=False)])
-    return (backend.token_to_id(BREAK),)
+    added = backend.token_to_id(BREAK)
+    assert added is not None, "it has just been added"
+    return (added,)
 
 
 def _template(loaded: PreTrainedTokenizerFast, folder: str | Path, chosen: str | None) -> str:

@@ -62,7 +62,8 @@ class Architecture:
 
 
 def _mistral_window(raw: _Json) -> int | None:
-    return raw.values.get("sliding_window", 4096)  # null, as Mistral has it since its second release, means none
+    window: int | None = raw.values.get("sliding_window", 4096)  # null, as since Mistral's second release, means none
+    return window
 
 
 def _qwen_window(raw: _Json) -> int | None:

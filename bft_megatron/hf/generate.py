@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,7 +24,10 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
         raise UserError("no model folder: it has no config.json", str(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
+        # Any: the decorators of its methods hide what they take.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype="auto"
+        )
     except (OSError, ValueError) as e:
         raise UserError(f"transformers cannot load it: {e}", str(folder)) from e
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,4 +42,5 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
     # None for what the model's own generation config may have and what a greedy search warns of.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    (answer,) = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,10 +85,12 @@ def load(folder: Path, config: ModelConfig, *, pretrained: bool, seed: int) -> t
 
     logging.disable_progress_bar()
     if pretrained and not hub.checkpoints_of(folder):
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        ).eval()
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True)).float().eval()
+        )
+        return loaded.eval()
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    model = model.float().eval()
     source = open_source(folder if pretrained else None, config, seed)
     state = {t.name: source(t.name, None, 0, 0).float() for w in weights(config) for t in w.tensors}
     if config.tied:
@@ -105,7 +108,8 @@ def _samples(row: Row) -> Iterator[tuple[slice, float]]:
 
 def _outputs(model: torch.nn.Module, tokens: Tensor) -> list[Tensor]:
     """tokens [n] -> by stage [n, h], at last [n, v], fp32."""
-    inner, found = model.model, []
+    inner: Any = model.model  # the decoder that transformers' causal models keep under this name
+    found: list[Tensor] = []
 
     def keep(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         found.append((output if isinstance(output, Tensor) else output[0])[0].float())

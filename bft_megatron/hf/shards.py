@@ -57,10 +57,9 @@ class Reader:
         file = self._entries[name].file
         if file != self._file:
             self._file, self._mapped = file, safe_open(file, framework="pt")
-        tensor = self._mapped.get_slice(name)
-        if axis is None:
-            return tensor[:]
-        return tensor[start:stop] if axis == 0 else tensor[:, start:stop]
+        tensor, wanted = self._mapped.get_slice(name), slice(None) if axis is None else slice(start, stop)
+        view: Tensor = tensor[:, wanted] if axis == 1 else tensor[wanted]
+        return view
 
 
 @dataclass(frozen=True)

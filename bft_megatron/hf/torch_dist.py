@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -65,7 +65,7 @@ class Checkpoint:
             UserError: a file of the checkpoint is missing or broken, or a part of the tensor in none of them.
         """
         key, stored = self._find(weight)
-        lead = [weight.layer] if self._stacked(weight, key) else []
+        lead = [weight.layer] if weight.layer is not None and self._stacked(weight, key) else []
         size = [rows, *self.shape(weight)[1:]]
         offsets = [*lead, first, *(0 for _ in size[1:])]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size([1] * len(lead) + size))
@@ -115,16 +115,16 @@ class Checkpoint:
         return weight.layer is not None and key != weight.path
 
 
-class _Into:
+class _Into(DefaultLoadPlanner):
     """The smallest of torch's load planners: every piece that was read lands in one tensor."""
 
     def __init__(self, out: Tensor) -> None:
+        super().__init__()
         self._out = out
 
-    def resolve_tensor(self, item: ReadItem) -> Tensor:
-        return self._out[tuple(slice(o, o + n) for o, n in zip(item.dest_offsets, item.lengths, strict=True))]
-
-    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None: ...
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        places = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._out[tuple(slice(o, o + n) for o, n in places)]
 
 
 def newest_checkpoint(checkpoints: Path, iteration: int | None = None) -> Checkpoint:

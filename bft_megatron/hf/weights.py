@@ -122,4 +122,5 @@ def part(weight: Weight, index: int, joined: Tensor) -> Tensor:
     """The Hugging Face tensor number `index` of a whole joined parameter: `join` undone."""
     rows = [t.shape[0] // weight.blocks for t in weight.tensors]
     first = sum(rows[:index])
-    return joined.unflatten(0, (weight.blocks, -1))[:, first : first + rows[index]].flatten(0, 1)
+    blocks: Tensor = joined.unflatten(0, (weight.blocks, -1))
+    return blocks[:, first : first + rows[index]].flatten(0, 1)

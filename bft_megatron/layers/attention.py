@@ -37,6 +37,7 @@ class CoreAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
+        assert pg_collection is not None, "Megatron's layers pass their groups"
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self.window = config.window_size

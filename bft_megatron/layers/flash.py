@@ -7,14 +7,19 @@ of a sample is a sequence of its own, whose keys are the sample's up to the chun
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+varlen_attn: Callable[..., Any] | None  # whose signature differs from release to release
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 except ImportError:  # torch before 2.10
     varlen_attn = None
+else:
+    varlen_attn = varlen.varlen_attn
 
 _NAMES = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else frozenset()
 
@@ -94,7 +99,8 @@ def _call(
     window: tuple[int, int] | None,
 ) -> Tensor:
     """By the signature that the installed torch has: `enable_gqa` came after grouped heads, `is_causal` went away."""
-    options = {"scale": scale} | ({"enable_gqa": True} if "enable_gqa" in _NAMES else {})
+    assert varlen_attn is not None, "`can` is asked first"
+    options: dict[str, Any] = {"scale": scale} | ({"enable_gqa": True} if "enable_gqa" in _NAMES else {})
     if "is_causal" in _NAMES:
         if window is not None:
             raise NotImplementedError("this torch's flash attention has no sliding window")
@@ -104,5 +110,7 @@ def _call(
     if "scale" not in _NAMES:
         del options["scale"]
         query = query if scale is None else query * (scale * query.shape[-1] ** 0.5)
-    out = varlen_attn(*(x.contiguous() for x in (query, key, value)), edges_q, edges_k, longest_q, longest_k, **options)
+    out: Tensor = varlen_attn(
+        *(x.contiguous() for x in (query, key, value)), edges_q, edges_k, longest_q, longest_k, **options
+    )
     return out.flatten(1)

@@ -31,7 +31,9 @@ class Config:
         self._file = YamlFile(path, text.expandtabs() if path.suffix == ".json" else text)  # JSON is YAML but for tabs
         self.path = path
         self.asked: set[str] = set()
-        self._values = {str(name): value for name, value in OmegaConf.to_container(self._file.tree).items()}
+        values = OmegaConf.to_container(self._file.tree)
+        assert isinstance(values, dict), "YamlFile refuses whatever is no mapping"
+        self._values = {str(name): value for name, value in values.items()}
 
     @property
     def names(self) -> list[str]:

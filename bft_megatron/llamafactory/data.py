@@ -31,15 +31,16 @@ def _carry_sources(to: Conversion) -> None:
     train, held_out = _sources(to, "dataset"), []
     limit = f", max_samples {config.integer('max_samples', 1)} of each" if config.given("max_samples") else ""
     counts = [_count(source) for source in train]
+    known = [count for count in counts if count is not None]
     share = config.number("val_size", 0.0)
-    if share and None in counts:
+    if share and len(known) < len(train):
         to.lose("val_size", "the data are not here to be counted: give data.valid, or `rows` of each source")
     elif share:
         if config.given("eval_dataset"):
             raise config.wrong("val_size", "and eval_dataset both name held-out data: give one of them")
-        held_out = [_split(to, source, count, sum(counts)) for source, count in zip(train, counts, strict=True)]
-        counts = [int(source["rows"].removeprefix(":")) for source in train]
-    to.samples = None if None in counts else sum(counts)
+        held_out = [_split(to, source, count, sum(known)) for source, count in zip(train, known, strict=True)]
+        known = [int(source["rows"].removeprefix(":")) for source in train]
+    to.samples = sum(known) if len(known) == len(train) else None
     to.carry("data", f"dataset {','.join(config.texts('dataset'))}{limit}", "data.train", train, _listed(train))
     if config.given("eval_dataset"):
         held_out = _sources(to, "eval_dataset")

@@ -55,7 +55,8 @@ def _carry_validation(to: Conversion) -> None:
 
 def _carry_interval(to: Conversion, strategy: str, usual: str, name: str, default: int) -> int | None:
     """Steps between two saves or validations; None for none but the last, or where they cannot be told."""
-    config, steps = to.config, to.fields.get("train.iterations")
+    config = to.config
+    steps: int | None = to.fields.get("train.iterations")
     chosen = usual if config.raw(strategy) is None else config.raw(strategy)
     if chosen in ("no", False):  # as which YAML reads a bare `no`
         config.raw(name)
@@ -64,7 +65,9 @@ def _carry_interval(to: Conversion, strategy: str, usual: str, name: str, defaul
         to.lose(strategy, "saves and validations are some steps apart: train.save_every, train.validate_every")
         return None
     every = config.number(name, default)
-    if 0 < every < 1 and steps is None:
+    if not 0 < every < 1:
+        return config.integer(name, default)
+    if steps is None:
         to.lose(name, "is a share of the steps, whose number depends on the data: give it in steps")
         return None
-    return math.ceil(every * steps) if 0 < every < 1 else config.integer(name, default)
+    return math.ceil(every * steps)

@@ -59,7 +59,7 @@ def _carry_length(to: Conversion) -> int | None:
         to.carry("length", f"max_steps {steps}", "train.iterations", steps)
         return steps
     theirs, ours = f"num_train_epochs {epochs:g}", f"train.epochs {epochs:g}"
-    if steps_there := _steps_there(to):
+    if to.samples is not None and (steps_there := _steps_there(to)):
         batch = to.fields["train.global_batch_size"]
         theirs += f" of {to.samples:,} samples = {_steps(steps_there)}"
         ours += f" = {_steps(math.ceil(round(epochs * to.samples) / batch))}"
@@ -124,8 +124,8 @@ def _carry_warmup(to: Conversion, kind: str, steps: int | None) -> None:
     warmup = int(length) or (math.ceil(ratio * steps) if steps else None)
     if warmup is None:
         there = _steps_there(to)
-        there = f" = {_steps(math.ceil(ratio * there))}" if there else " of the steps"
-        to.carry("warm-up", f"{theirs}{there}", "megatron.lr-warmup-fraction", ratio, f"{ratio:g} of the steps")
+        share = f" = {_steps(math.ceil(ratio * there))}" if there else " of the steps"
+        to.carry("warm-up", f"{theirs}{share}", "megatron.lr-warmup-fraction", ratio, f"{ratio:g} of the steps")
     elif steps and warmup >= steps:
         name = "warmup_steps" if config.given("warmup_steps") else "warmup_ratio"
         to.lose(name, f"a warm-up of {warmup} steps would not end within max_steps: the recipe has none")

@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.load import Source, fill_part
 from bft_megatron.hf.weights import Weight, global_path
-from bft_megatron.lora.factors import Adapted, Fresh, adapted, scale
+from bft_megatron.lora.factors import Adapted, Fresh, adapted, scale, settings_of
 from bft_megatron.lora.peft import AdapterFolder
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.upstream import model_chunk
@@ -37,9 +37,9 @@ def install(model: Any, recipe: Recipe, config: ModelConfig, *, torch_layers: bo
     Raises:
         UserError: `lora.adapter` is none, or does not fit.
     """
-    settings = recipe.lora
+    settings = settings_of(recipe)
     if settings.adapter is None:
-        source = Fresh(adapted(config, settings), recipe.train.seed)
+        source: Source = Fresh(adapted(config, settings), recipe.train.seed)
     else:
         source = AdapterFolder(Path(settings.adapter), config, settings)
     if not torch_layers:
@@ -103,7 +103,7 @@ class Adapter(torch.nn.Module):
         self.rank, self.scale = settings.rank, scale(settings)
         self.blocks = max(entry.weight.blocks // tp, 1)
         self.rows = [t.shape[0] // (tp if self.column else 1) for t in entry.weight.tensors]
-        self.modules_adapted = [f and f.module for f in entry.factors]
+        self.modules_adapted = [None if f is None else f.module for f in entry.factors]
         self.weights: dict[str, Weight] = {}
         for f in entry.factors:
             if f is not None:
@@ -118,7 +118,7 @@ class Adapter(torch.nn.Module):
             shape[weight.axis] //= parallel_state.get_tensor_model_parallel_world_size()
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
         if weight.axis is None:
-            parameter.sequence_parallel = self.sequence_parallel
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
         else:  # counts in the gradient norm on every TP rank
             set_tensor_model_parallel_attributes(parameter, True, weight.axis, 1)
         self.register_parameter(name, parameter)

@@ -16,7 +16,7 @@ from torch import Tensor
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.weights import HFTensor, Weight, weights
-from bft_megatron.recipe.schema import LoraSettings
+from bft_megatron.recipe.schema import LoraSettings, Recipe
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ class Adapted:
     weight: Weight
     factors: tuple[Factors | None, ...]
     """One for each of the weight's matrices; None: that one is left as it is."""
+
+
+def settings_of(recipe: Recipe) -> LoraSettings:
+    """The `lora:` of a recipe that has one."""
+    assert recipe.lora is not None, "callers ask whether a run has adapters first"
+    return recipe.lora
 
 
 def adapted(config: ModelConfig, settings: LoraSettings) -> list[Adapted]:

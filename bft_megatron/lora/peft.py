@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import weights
 from bft_megatron.lora.base import check_base
-from bft_megatron.lora.factors import Factors, adapted, all_factors, scale
+from bft_megatron.lora.factors import Factors, adapted, all_factors, scale, settings_of
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 
@@ -73,7 +74,8 @@ def export_adapter(
         UserError: as `hf.export.export`.
     """
     refuse_used(out)
-    checkpoint, table = newest_checkpoint(run.checkpoints, iteration), adapted(read_config(run.model), recipe.lora)
+    settings = settings_of(recipe)
+    checkpoint, table = newest_checkpoint(run.checkpoints, iteration), adapted(read_config(run.model), settings)
     factors = all_factors(table)
     for weight in factors:
         checkpoint.check_shape(weight)
@@ -82,18 +84,18 @@ def export_adapter(
             PREFIX + weight.name,
             dtype or checkpoint.dtype(weight),
             t.shape,
-            lambda w=weight: checkpoint.read_tensor(w, 0),
+            partial(checkpoint.read_tensor, weight, 0),
         )
         for weight in factors
         for t in weight.tensors
     ]
-    with written_whole(out) as partial:
+    with written_whole(out) as unfinished:
         for file in companions(run.model):
             if file.name not in ("config.json", "generation_config.json"):  # the base model's, not the adapter's
-                shutil.copyfile(file, partial / file.name)
-        text = json.dumps(_peft_config(recipe), indent=2, sort_keys=True)
-        (partial / CONFIG).write_text(text + "\n")
-        shards.write(partial / WEIGHTS, tensors, lambda _: None)
+                shutil.copyfile(file, unfinished / file.name)
+        text = json.dumps(_peft_config(recipe.model, settings), indent=2, sort_keys=True)
+        (unfinished / CONFIG).write_text(text + "\n")
+        shards.write(unfinished / WEIGHTS, tensors, lambda _: None)
 
 
 def export_merged(
@@ -110,21 +112,21 @@ def export_merged(
     from bft_megatron.hf.load import open_source  # Megatron is imported for this alone
 
     refuse_used(out)
-    config = read_config(run.model)
+    config, settings = read_config(run.model), settings_of(recipe)
     folder = find_model(recipe.model) if recipe.init == "pretrained" else None
     check_base(run, recipe, config, folder)
     checkpoint, source = newest_checkpoint(run.checkpoints, iteration), open_source(folder, config, recipe.train.seed)
-    factors = _by_tensor(config, recipe.lora, checkpoint)
+    factors = _by_tensor(config, settings, checkpoint)
 
     def read(name: str) -> Tensor:
         value = source(name, None, 0, 0)
         if name not in factors:
             return value
         a, b = (checkpoint.read_tensor(w, 0).float() for w in (factors[name].a, factors[name].b))
-        return (value.float() + scale(recipe.lora) * (b @ a)).to(dtype or value.dtype)
+        return (value.float() + scale(settings) * (b @ a)).to(dtype or value.dtype)
 
     tensors = [
-        shards.Output(t.name, dtype or source(t.name, 0, 0, 1).dtype, t.shape, lambda name=t.name: read(name))
+        shards.Output(t.name, dtype or source(t.name, 0, 0, 1).dtype, t.shape, partial(read, t.name))
         for w in weights(config)
         for t in w.tensors
     ]
@@ -143,12 +145,11 @@ def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoi
     return found
 
 
-def _peft_config(recipe: Recipe) -> dict[str, Any]:
-    lora = recipe.lora
+def _peft_config(base: str, lora: LoraSettings) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": recipe.model,
+        "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,

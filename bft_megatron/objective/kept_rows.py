@@ -44,8 +44,8 @@ class KeptRows:
             place = (offset[:, None] + order)[order < first[:, None]]
         full = len(place) == (max(counts) * len(counts) if sequence_parallel else len(label))
         label, index, mine = (x.to(device, non_blocking=True) for x in (label[index], index, mine))
-        place = None if full else place.to(device, non_blocking=True)
-        return KeptRows(label, index, mine, place, counts, group, sequence_parallel)
+        in_pool = None if full else place.to(device, non_blocking=True)
+        return KeptRows(label, index, mine, in_pool, counts, group, sequence_parallel)
 
     @property
     def n(self) -> int:

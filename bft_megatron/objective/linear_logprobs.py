@@ -143,11 +143,10 @@ class _LinearStatistics(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, shard.shift.float(), scale, found.miss)
         # A saved parameter comes back without what Megatron hung on it; `main_grad` may be replaced in between.
         ctx.kept, ctx.label, ctx.options, ctx.parameter = kept, label, options, weight
-        results = [
-            x if x is None else kept.spread(x, targets.shape) for x in (found.logp, found.correct, found.entropy)
-        ]
-        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
-        return tuple(results)
+        correct = kept.spread(found.correct, targets.shape)
+        entropy = None if found.entropy is None else kept.spread(found.entropy, targets.shape)
+        ctx.mark_non_differentiable(*(x for x in (correct, entropy) if x is not None))
+        return kept.spread(found.logp, targets.shape), correct, entropy
 
     @staticmethod
     @once_differentiable
@@ -172,7 +171,7 @@ class _LinearStatistics(torch.autograd.Function):
                     _add_product(d_x, z, w[columns])
                 if d_weight is not None:
                     _add_product(d_weight.total[columns], z.t(), x)
-            if d_x is not None and d_x.data_ptr() != d_pool[rows].data_ptr():
+            if d_pool is not None and d_x is not None and not _adds_up_in(d_pool, kept):
                 kept.put(d_pool, rows, d_x)
         return (
             None if d_pool is None else kept.unpool(d_pool, hidden),
@@ -207,9 +206,14 @@ def _tiles(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield columns, z
 
 
+def _adds_up_in(pool: Tensor, kept: KeptRows) -> bool:
+    """Whether the gradient of a chunk adds up in its own rows of the pool: they are fp32 and lie as the chunk's do."""
+    return pool.dtype == _FP32 and kept.place is None
+
+
 def _accumulator(pool: Tensor, rows: slice, kept: KeptRows) -> Tensor:
     """[r, h] fp32 zeros: those rows of the pool where that is what they are."""
-    if pool.dtype == _FP32 and kept.place is None:
+    if _adds_up_in(pool, kept):
         return pool[rows]
     return pool.new_zeros(rows.stop - rows.start, pool.shape[1], dtype=_FP32)
 
@@ -256,7 +260,11 @@ class _WeightGradient:
         self.weight = weight
         self.fused = fuse and hasattr(weight, "main_grad")
         dtype = weight.dtype if chunks <= 1 else _FP32
-        self.total = weight.main_grad if self.fused else torch.zeros_like(weight, dtype=dtype)
+        self.total: Tensor
+        if self.fused:
+            self.total = weight.main_grad  # type: ignore[attr-defined]  # Megatron keeps its buffer on the parameter
+        else:
+            self.total = torch.zeros_like(weight, dtype=dtype)
 
     def result(self) -> Tensor | None:
         """What autograd gets; a gradient must come back, or Megatron's overlapped reduction never starts."""

@@ -89,9 +89,10 @@ class _Statistics(torch.autograd.Function):
         ctx.save_for_backward(logits, shard.shift.float(), softmax_scale(shard, whole, found.log2_total), found.miss)
         ctx.label, ctx.kernels, ctx.overwrite, ctx.has_numerators = label, kernels, overwrite, keep_numerators
         ctx.spent = False
-        results = [x if x is None else x.view(targets.shape) for x in (found.logp, found.correct, found.entropy)]
-        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
-        return tuple(results)
+        correct = found.correct.view(targets.shape)
+        entropies = None if found.entropy is None else found.entropy.view(targets.shape)
+        ctx.mark_non_differentiable(*(x for x in (correct, entropies) if x is not None))
+        return found.logp.view(targets.shape), correct, entropies
 
     @staticmethod
     @once_differentiable

@@ -11,7 +11,6 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -77,17 +76,19 @@ dft = Objective("dft", "tokens", frozenset(), _dynamic)
 bft = balanced()
 
 
-# The step reports the confidences that the objective has just weighed with: one view, so the second call is free,
-# collectives included, and on every rank alike.
-@lru_cache(maxsize=1)
 def lowest_confidence(view: View, group_size: int, confidence: Confidence) -> Tensor:
     """Return c_b [B] fp64 in [0, 1]: how sure the model is of a sample where it is least sure.
 
     The lowest mean of log p over windows of `group_size` consecutive supervised tokens, as a probability ("geometric"),
     or the lowest mean of p ("arithmetic"). A sample without a whole window takes the mean over all its tokens, one
     without tokens 0.
-    Collectives over context parallelism: those of `View.windows`, `View.min` and `View.mean`, whatever the data.
+    Collectives over context parallelism: those of `View.windows`, `View.min` and `View.mean`, whatever the data; none
+    in a second call for the same view: the step reports the confidences that the objective has just weighed with.
     """
+    return view.once(("confidence", group_size, confidence), lambda: _lowest_confidence(view, group_size, confidence))
+
+
+def _lowest_confidence(view: View, group_size: int, confidence: Confidence) -> Tensor:
     x = view.logp if confidence == "geometric" else view.logp.double().exp()
     lowest, mean = view.min(view.windows(x, group_size)), view.mean(x)
     c = torch.where(lowest.isposinf(), mean, lowest)

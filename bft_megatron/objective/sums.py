@@ -188,7 +188,7 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
         if exponents is not None:  # bounded from below, so that y 2^y is 0 and not NaN for a logit of -inf
             y = torch.clamp(x, min=LOWEST, out=exponents[:size])
         torch.sum(x.exp2_(), -1, keepdim=True, out=others[block])
-        if exponents is not None:
+        if weighted is not None:
             torch.sum(y.mul_(x), -1, keepdim=True, out=weighted[block])
     label_logit = torch.where(label.owned, at_column[:, 0].double(), 0.0)
     return Sums(top[:, 0], others[:, 0].double(), label_logit, None if weighted is None else weighted[:, 0].double())

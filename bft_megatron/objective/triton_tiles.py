@@ -23,7 +23,7 @@ LARGEST_BLOCK = 4096
 
 
 @triton.jit
-def _sums_of_row(
+def _sums_of_row(  # type: ignore[no-untyped-def]  # Triton takes annotations for its own types
     X, HOLE, VALID, TOP, OTHERS, WEIGHTED, columns, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:  # fmt: skip
     """X [n, columns] -> TOP fp32, OTHERS and WEIGHTED fp64, [n], without column HOLE; rows that are not VALID: none."""
@@ -56,7 +56,7 @@ def _sums_of_row(
 
 
 @triton.jit
-def _gradient_of_row(
+def _gradient_of_row(  # type: ignore[no-untyped-def]  # Triton takes annotations for its own types
     X, OUT, HOLE, VALID, SHIFT, AT_OTHERS, AT_LABEL, columns, stride, stride_out, BLOCK: tl.constexpr
 ) -> None:  # fmt: skip
     """X, OUT [n, columns], which may share their storage: 2^y AT_OTHERS, AT_LABEL at column HOLE; 0 where not VALID."""
@@ -127,4 +127,4 @@ def _hole(label: Labels) -> Tensor:
 
 
 def _block(columns: int) -> int:
-    return min(LARGEST_BLOCK, triton.next_power_of_2(columns))
+    return min(LARGEST_BLOCK, int(triton.next_power_of_2(columns)))

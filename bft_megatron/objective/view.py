@@ -10,6 +10,7 @@ splits them: in 2*cp chunks, of which rank r holds chunks r and 2*cp - 1 - r (`z
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -176,6 +177,13 @@ class View:
     _span: Tensor = field(repr=False)
     _group: dist.ProcessGroup | None = field(repr=False)
     _gather: _Gather | None = field(repr=False)
+    _found: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returned when it was first asked for under this key. Its collectives: the first time alone."""
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
 
     def sum(self, x: Tensor) -> Tensor:
         """[B] fp64, the sum over a sample's tokens on all ranks. One SUM all-reduce [B] over context parallelism."""

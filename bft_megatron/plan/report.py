@@ -108,6 +108,7 @@ def show_layouts(plans: list[Plan], console: Console) -> None:
         table.add_column(heading, justify="right")
     for plan in plans:
         p, e, v = plan.recipe.parallel, plan.estimate, plan.verdict
+        assert e is not None, "a search estimates every layout"
         data = plan.cluster.world // (p.tensor * p.pipeline * p.context)
         sizes = (str(n) for n in (p.tensor, p.pipeline, p.virtual_pipeline, p.context, data))
         speed = (f"{e.seconds:.3g}", f"{e.tokens_per_second:,.0f}", f"{e.mfu:.0%}")

@@ -17,16 +17,11 @@ import sys
 import time
 from collections.abc import Iterator
 
-from bft_megatron.processes import signals
+from bft_megatron.processes import ranks, signals
 from bft_megatron.recipe.schema import Recipe
 
 GRACE_SECONDS = 3
 """In which the other ranks fail by themselves, with a message, when one is lost, before they are ended."""
-
-
-def started_by_launcher() -> bool:
-    """True in a process that torchrun, Slurm's scripts or `launch` below started as a rank."""
-    return "RANK" in os.environ
 
 
 def local_processes(recipe: Recipe) -> int:
@@ -51,27 +46,26 @@ def launch(arguments: list[str], processes: int) -> int:
         0, or the status of the first rank that failed (128 + signal number if it was killed); the others are ended
         then. A rank holds signals back until it can answer them (`checkpoint.signals.listen`).
     """
-    environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": threads}
     command = [sys.executable, "-m", "bft_megatron", *arguments]
-    ranks = [
+    children = [
         subprocess.Popen(
             command,
-            env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
+            env=ranks.as_rank(r, processes) | meeting,
             preexec_fn=_prepare_child,
             process_group=0,  # Ctrl-C comes through the launcher alone
         )
         for r in range(processes)
     ]
-    with _signals_passed_on(ranks):
-        return _wait(ranks)
+    with _signals_passed_on(children):
+        return _wait(children)
 
 
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        return int(s.getsockname()[1])
 
 
 def _prepare_child() -> None:
@@ -82,14 +76,14 @@ def _prepare_child() -> None:
 
 
 @contextlib.contextmanager
-def _signals_passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _signals_passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 go to the ranks, which save and stop; the launcher waits. Ctrl-C again ends them."""
     interrupted = False
 
     def forward(number: int, _: object) -> None:
         nonlocal interrupted
         twice, interrupted = interrupted and number == signal.SIGINT, interrupted or number == signal.SIGINT
-        for rank in ranks:
+        for rank in children:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if twice else number)
 
@@ -101,12 +95,12 @@ def _signals_passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     while True:
-        states = [rank.poll() for rank in ranks]
+        states = [rank.poll() for rank in children]
         failed = [(rank, s) for rank, s in enumerate(states) if s]
         if failed:
-            _end(ranks)
+            _end(children)
             rank, status = failed[0]
             if status < 0:
                 print(f"rank {rank} was killed by {signal.Signals(-status).name}", flush=True)
@@ -116,12 +110,12 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
-    for rank in ranks:
+    for rank in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             rank.wait(max(0.0, deadline - time.monotonic()))
-    for rank in ranks:
+    for rank in children:
         if rank.poll() is None:
             rank.kill()
             rank.wait()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from bft_megatron.errors import BAD_STEPS, BadSteps, UserError
+from bft_megatron.processes import ranks
 
 
 @contextlib.contextmanager
@@ -36,7 +37,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
         raise
     except Exception as e:
         traceback.print_exc()
-        if not isinstance(e, BadSteps) or os.environ["RANK"] == "0":  # which all ranks raise alike
+        if not isinstance(e, BadSteps) or ranks.rank() == 0:  # which all ranks raise alike
             print(_last_line(e, log), file=console, flush=True)
         sys.exit(BAD_STEPS if isinstance(e, BadSteps) else 1)
     finally:
@@ -45,7 +46,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
 
 def _last_line(e: Exception, log: Path) -> str:
     what = str(e).strip().partition("\n")[0]
-    said = "; ".join([f"rank {os.environ['RANK']}: {type(e).__name__}: {what}", *getattr(e, "__notes__", ())])
+    said = "; ".join([f"rank {ranks.rank()}: {type(e).__name__}: {what}", *getattr(e, "__notes__", ())])
     command = shlex.join(["bft-megatron", *sys.argv[1:]])
     return f"{said}; command: {command} (traceback in {log})"
 

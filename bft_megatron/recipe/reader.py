@@ -56,7 +56,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise UserError(f"{', '.join(missing)} must be given", str(path))
-    return OmegaConf.to_object(merged)
+    recipe = OmegaConf.to_object(merged)
+    assert isinstance(recipe, Recipe), "merged into a structured Recipe"
+    return recipe
 
 
 def where(path: str | Path, overrides: list[str], field_name: str) -> str:
@@ -85,8 +87,8 @@ def _override(text: str) -> DictConfig:
 def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:
     """Dotted keys of a tree, down to what is not a mapping; `megatron` is left whole, its keys are Megatron's."""
     keys = []
-    for name in tree:
-        value = tree._get_node(name)
+    for key in tree:
+        name, value = str(key), tree._get_node(key)
         if isinstance(value, DictConfig) and f"{prefix}{name}" != "megatron" and not value._is_none():
             keys += _leaf_keys(value, f"{prefix}{name}.")
         else:

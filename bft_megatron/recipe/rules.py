@@ -17,11 +17,16 @@ from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 class ModelShape(Protocol):
     """What the checks ask of a model's configuration (`hf.architectures.ModelConfig` has it)."""
 
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    max_positions: int
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def ffn(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
 
 
 def check_recipe(recipe: Recipe, model: ModelShape) -> None:

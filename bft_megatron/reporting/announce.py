@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bft_megatron.hf.weights import parameter_count
+from bft_megatron.processes.device import current_device
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.resolved import Run
 
@@ -48,9 +49,10 @@ def layout(recipe: Recipe, world: int) -> str:
 
 def _speed(world: int) -> float:
     """FLOP/s that the run may get: from one matrix product on this device, taken for all of them."""
-    on_gpu = torch.ones((), device="cuda").is_cuda  # on the CPU "cuda" is the CPU
+    device = current_device()
+    on_gpu = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a = torch.ones(n, n, dtype=dtype, device="cuda")
+    a = torch.ones(n, n, dtype=dtype, device=device)
     best = math.inf
     for _ in range(3):
         start = time.monotonic()

@@ -8,12 +8,13 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
+from bft_megatron.processes.device import current_device
 from bft_megatron.run.folder import RunFolder
 
 
 def report_peak(folder: RunFolder, console: TextIO) -> None:
     """Print PyTorch's peak on the fullest rank, and that of the `plan.json` in the run's folder. One MAX all-reduce."""
-    peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device="cuda")
+    peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=current_device())
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         planned = f"; {json.loads(folder.plan.read_text())['peak_gib']:.1f} planned" if folder.plan.exists() else ""

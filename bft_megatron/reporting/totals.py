@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bft_megatron.processes.device import current_device
+
 SUMS = (
     "loss",  # the objective, before the division
     "divisor",  # samples or supervised tokens, by the objective's `reduce`
@@ -72,7 +74,11 @@ class Meter:
         self._sums: Tensor | None = None
         self._minimum: Tensor | None = None
         self.by_source: list[Totals] = []
-        self.totals: Totals | None = None
+
+    @property
+    def totals(self) -> Totals:
+        """Those of all sources, after `reduce`."""
+        return together(self.by_source)
 
     def add(self, sums: dict[str, Tensor], min_confidence: Tensor) -> None:
         """Add one micro-batch: for all of `SUMS` the sum of each source [sources], and the lowest c_b of each (+inf
@@ -85,7 +91,7 @@ class Meter:
 
     def reduce(self, group: dist.ProcessGroup) -> None:
         """All-reduce (SUM [10, sources], MIN [sources], fp64) over `group`, data x context parallel, and start anew."""
-        empty = torch.zeros(len(SUMS), self.sources, dtype=torch.float64, device="cuda")
+        empty = torch.zeros(len(SUMS), self.sources, dtype=torch.float64, device=current_device())
         sums = empty if self._sums is None else self._sums
         low = torch.full_like(empty[0], torch.inf) if self._minimum is None else self._minimum
         dist.all_reduce(sums, group=group)
@@ -94,5 +100,4 @@ class Meter:
             Totals(dict(zip(SUMS, column, strict=True)), minimum)
             for column, minimum in zip(sums.t().tolist(), low.tolist(), strict=True)
         ]
-        self.totals = together(self.by_source)
         self._sums = self._minimum = None

@@ -21,6 +21,7 @@ from bft_megatron.data import prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
@@ -86,9 +87,7 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
         ]
         return _blend(sources, made)
 
-    train = blend("train")
-    assert train is not None, "rules refuse a recipe without training data"
-    rows = RunRows.of(recipe, train, blend("valid"))
+    rows = _run_rows(recipe, blend)
     highest = max(made.counts.highest_token for made in (rows.train, rows.valid) if made)
     if highest >= vocab_size:  # a sharded embedding would take it for another token, silently
         raise FieldError(
@@ -117,11 +116,11 @@ def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
     try:
         return open_rows(recipe)
     except UserError:
-        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        if ranks.local_world_size() != ranks.world_size():
             raise
-    if os.environ["RANK"] == "0":
+    if ranks.rank() == 0:
         return make()
-    print(f"rank {os.environ['RANK']}: waiting for rank 0 to prepare the data", flush=True)
+    print(f"rank {ranks.rank()}: waiting for rank 0 to prepare the data", flush=True)
     launcher = os.getppid()
     while True:
         time.sleep(WAIT_SECONDS)
@@ -157,6 +156,10 @@ def open_rows(recipe: Recipe) -> RunRows:
     def blend(field: Literal["train", "valid"]) -> Blend | None:
         return _blend(recipe.data.sources(field), [prepare.load(folder / name) for name in names[field] or ()])
 
+    return _run_rows(recipe, blend)
+
+
+def _run_rows(recipe: Recipe, blend: Callable[[Literal["train", "valid"]], Blend | None]) -> RunRows:
     train = blend("train")
     assert train is not None, "rules refuse a recipe without training data"
     return RunRows.of(recipe, train, blend("valid"))

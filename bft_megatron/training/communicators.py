@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from bft_megatron.processes.device import current_device
+
 GROUPS: tuple[Callable[[], dist.ProcessGroup], ...] = (
     parallel_state.get_tensor_model_parallel_group,
     parallel_state.get_pipeline_model_parallel_group,
@@ -29,5 +31,5 @@ def warm_up(chunks: list[GPTModel]) -> list[GPTModel]:
     """
     for group in GROUPS:
         if dist.get_world_size(group()) > 1:
-            dist.all_reduce(torch.zeros(1, device="cuda"), group=group())
+            dist.all_reduce(torch.zeros(1, device=current_device()), group=group())
     return chunks

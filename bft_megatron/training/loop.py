@@ -20,6 +20,7 @@ from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.checkpoint.stopping import Stop
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures
+from bft_megatron.processes import ranks
 from bft_megatron.reporting.announce import sentence
 from bft_megatron.reporting.peak import report_peak
 from bft_megatron.reporting.reporter import Reporter
@@ -60,7 +61,7 @@ def train(run: Run, console: TextIO) -> None:
     start = newest_whole(folder, console)
     if start >= run.steps:  # killed between the last save and its mark
         return finish(folder, keep, None)
-    if dist.get_rank() == 0:
+    if ranks.rank() == 0:
         announce(run, start, on_cpu, console)
     meter = Meter(recipe.data.most_sources)
     step = Step(recipe.objective, run.config.vocab_size, meter)

@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 
 def model_config(
-    recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fill: bool
+    recipe: Recipe, config: ModelConfig, model_folder: Path | None, margs: Any, on_cpu: bool, *, fill: bool
 ) -> Any:
     """Megatron's model configuration with weights and adapters, and our layers where Transformer Engine is missing.
 
     Args:
+        model_folder: the weights'; None where they are drawn or have no values.
         fill: fill the model's weights from the folder, or draw them; False where a checkpoint brings all of them.
     """
     from megatron.training.argument_utils import gpt_config_from_args

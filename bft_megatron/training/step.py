@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +20,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from bft_megatron.data.columns import Columns
 from bft_megatron.errors import FieldError
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Objective, lookup, lowest_confidence
@@ -32,29 +33,8 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Columns):
     """One micro-batch as the data set gives it, on the CPU: the whole rows, all context-parallel ranks' tokens."""
-
-    tokens: Tensor
-    """[b, s] int64"""
-    labels: Tensor
-    """[b, s] int64, the next token, -100 where nothing is learned"""
-    position_ids: Tensor
-    """[b, s] int64, from 0 in each sample"""
-    samples: Tensor
-    """[b] int64, how many samples a row holds; 0 for a filler row"""
-    weight: Tensor
-    """[b, k] fp32, the data's weight of each sample"""
-    real_tokens: Tensor
-    """[b] int64, tokens that are not padding"""
-    row: Tensor
-    """[b] int64, the row's number in the prepared data, -1 for a filler row"""
-    source: Tensor
-    """[b] int64, which of the sources the row is from; any for a filler row"""
-    cu_seqlens: Tensor | None = None
-    """[1, k + 1] int32, the samples' edges in a packed row; None: padded rows"""
-    max_seqlen: Tensor | None = None
-    """[1] int64, the longest sample of a packed row"""
 
     @cached_property
     def edges(self) -> Tensor:
@@ -76,14 +56,14 @@ class Batch:
         """[B] int64: the source of each sample."""
         return self.source if self.cu_seqlens is None else self.source.expand(len(self.edges) - 1)
 
-    def rows(self, cp_windows: str) -> Rows:
+    def rows(self, cp_windows: Literal["per_rank", "exact"]) -> Rows:
         """The batch's geometry for the objective, under this rank's context-parallel group."""
         group = parallel_state.get_context_parallel_group()
         return Rows(self.labels.flatten(), self.edges, self.counted, self.weight.flatten(), group, cp_windows)
 
     def packed_seq_params(self) -> PackedSeqParams | None:
         """What rotary embedding and attention need of a packed row, on every pipeline stage; None for padded rows."""
-        if self.cu_seqlens is None:
+        if self.cu_seqlens is None or self.max_seqlen is None:
             return None
         edges, longest = self.edges.cuda(non_blocking=True), int(self.max_seqlen)
         return PackedSeqParams(

@@ -107,7 +107,9 @@ def _with_padded_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _padded(buffers: list[Any], state: dict[Any, Any] | None) -> dict[Any, Any] | None:
     """Each buffer's tensors, without padding between its buckets -> at the places that its parameters have in it."""
-    for i, buffer in enumerate(buffers if state else []):
+    if not state:
+        return state
+    for i, buffer in enumerate(buffers):
         for tensors in state[i].values():
             for key in tensors.keys() - {"numel_unpadded"}:
                 parts = tensors[key].split([bucket.numel_unpadded for bucket in buffer.buckets])

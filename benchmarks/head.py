@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.measuring import in_processes
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
 from bft_megatron.objective.view import Rows

@@ -17,9 +17,9 @@ from bft_megatron.data.blend import Blend
 from bft_megatron.data.order import Order, Repeated, Shuffled
 from bft_megatron.data.packing import padded
 from bft_megatron.data.prepare import Prepared
+from bft_megatron.labels import IGNORE_INDEX
 
 VIRTUAL_LENGTH = 1 << 40
-IGNORED = -100
 PADDING = 0
 """Stands where no sample is. Masked, so any token would do that every model has: not each one's padding token is."""
 
@@ -32,7 +32,7 @@ class RowDataset(torch.utils.data.Dataset):
     or int32:
 
         tokens [s]        s is `blend.seq_length`
-        labels [s]        the sample's next token where that is learned, else -100
+        labels [s]        the sample's next token where that is learned, else IGNORE_INDEX
         position_ids [s]  from 0 in each segment
         weight [k]        fp32, the data's weight of each sample; 0 for a segment that is none
         samples []        how many the row holds; 0 past the end
@@ -104,12 +104,12 @@ def _row(samples: list[_Sample], shape: Blend) -> dict[str, torch.Tensor]:
     """The tensors of a row but for its numbers; a padded row is one whose only sample takes all of it."""
     size = shape.seq_length
     edges = _edges([len(tokens) - 1 for tokens, _, _ in samples], shape)
-    tokens, labels = np.full(size, PADDING), np.full(size, IGNORED)
+    tokens, labels = np.full(size, PADDING), np.full(size, IGNORE_INDEX)
     weight = np.zeros(len(edges) - 1, np.float32)
     for k, (text, learned, sample_weight) in enumerate(samples):
         place = slice(edges[k], edges[k] + len(text) - 1)
         tokens[place] = text[:-1]
-        labels[place] = np.where(learned[1:], text[1:], IGNORED)
+        labels[place] = np.where(learned[1:], text[1:], IGNORE_INDEX)
         weight[k] = sample_weight
     lengths = np.diff(edges)
     positions = np.arange(size) - np.repeat(edges[:-1], lengths)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX, records
+from bft_megatron.labels import IGNORE_INDEX
+from bft_megatron.objective import records
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Confidence, Objective

@@ -2,6 +2,3 @@
 
 Nothing here knows of recipes, data files or Megatron's loop. Importing the package alone imports no torch.
 """
-
-IGNORE_INDEX = -100
-"""The label of a position that is not supervised, as in transformers."""

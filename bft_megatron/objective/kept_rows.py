@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)

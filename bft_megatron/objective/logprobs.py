@@ -50,7 +50,7 @@ def vocab_parallel_statistics(
 
     Args:
         logits: [s, b, v/tp] fp32, bf16 or fp16, this rank's equal share of the vocabulary; the leading shape is free.
-        targets: [s, b] int64, ids in the whole vocabulary, the same on every rank; IGNORE_INDEX (-100) has no label. An
+        targets: [s, b] int64, ids in the whole vocabulary, the same on every rank; IGNORE_INDEX where there is none. An
             id outside [0, vocab_size) is the caller's error and gives meaningless numbers: to look would stall a GPU.
         group: the tensor-parallel group, None for an unsharded vocabulary.
         vocab_size: the true vocabulary; columns at or past it are padding and take no part. None: there is none.

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 
 LOG2E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
 """log2 e as the fp32 multiply-add uses it; LN2 is its exact counterpart, so that the rounding cancels in log p."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 
 
 def zigzag(cu_seqlens: Tensor, cp: int, rank: int) -> Tensor:
@@ -50,8 +50,8 @@ class Rows:
     All of it follows from the labels, which every context-parallel rank has in full: counts need no communication. The
     index work runs where `labels` are; keep them on the CPU, and a GPU is never waited for.
 
-    labels: [N] int64, whole rows flattened row by row, already shifted (position i holds token i + 1), -100 where not
-        supervised.
+    labels: [N] int64, whole rows flattened row by row, already shifted (position i holds token i + 1), IGNORE_INDEX
+        where not supervised.
     cu_seqlens: [B+1] int, the samples' edges, covering all N positions: a padded batch has multiples of s, a packed row
         its samples and, as a last one without labels, its tail.
     counted: [B] bool, False for what is no sample (the tail, a filler row); it has no labels.

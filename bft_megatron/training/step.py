@@ -38,7 +38,7 @@ class Batch:
     tokens: Tensor
     """[b, s] int64"""
     labels: Tensor
-    """[b, s] int64, the next token, -100 where nothing is learned"""
+    """[b, s] int64, the next token, IGNORE_INDEX where there is no supervision"""
     position_ids: Tensor
     """[b, s] int64, from 0 in each sample"""
     samples: Tensor

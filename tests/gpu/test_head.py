@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.sums import TORCH, Kernels, Statistics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training.head import Head

@@ -28,7 +28,7 @@ from bft_megatron.hf import reference
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.reference import Row
 from bft_megatron.recipe.schema import Recipe
-from bft_megatron.reporting.announce import layout
+from bft_megatron.reporting.announce import describe_layout
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows
@@ -60,10 +60,10 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
             _write_reference(file, batches, recipe, config, model_folder, step)
         chunks = build(recipe, config, model_folder)
         dist.barrier()
-        watch = Watch(file, config, step)
-        watch.install([chunk.eval() for chunk in unwrap_model(chunks)])
-        forward(chunks, batches, watch.forward, recipe)
-        good = watch.verdict(recipe, console)
+        comparison = LayerComparison(file, config, step)
+        comparison.install([chunk.eval() for chunk in unwrap_model(chunks)])
+        forward(chunks, batches, comparison.forward, recipe)
+        good = comparison.verdict(recipe, console)
     finally:
         if first:
             file.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def _write_reference(
     torch.set_num_threads(threads)
 
 
-class Watch:
+class LayerComparison:
     """Compares what passes through this rank's part of the model with the reference.
 
     Args:
@@ -140,7 +140,7 @@ class Watch:
     def _hear(self, chunk: Any, stage: int, _: Any, __: Any, output: Any) -> None:
         """output [s/cp (/tp under sequence parallelism), b, h]; the logits are computed from the last one, over TP."""
         hidden, groups = output[0] if isinstance(output, tuple) else output, chunk.pg_collection
-        positions = self._batch.rows("exact").positions.view(len(self._batch.tokens), -1).t()  # [s/cp, b]
+        positions = self._batch.geometry("exact").positions.view(len(self._batch.tokens), -1).t()  # [s/cp, b]
         own = positions.chunk(groups.tp.size())[groups.tp.rank()] if chunk.config.sequence_parallel else positions
         self._compare(stage, hidden, own)
         if stage == len(self.stages) - 2:
@@ -187,7 +187,7 @@ class Watch:
         about = self._file.metadata()
         console.print(
             f"{about['rows']} rows, {about['tokens']} supervised tokens, {recipe.train.precision}, "
-            f"{layout(recipe, dist.get_world_size())}"
+            f"{describe_layout(recipe, dist.get_world_size())}"
         )
         table = Table("", "transformers", "this layout", "difference", "allowed")
         names = ("lm loss", f"{recipe.objective.name} loss")

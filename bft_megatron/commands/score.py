@@ -24,7 +24,7 @@ from bft_megatron.data.dataset import RowDataset, validation_rows
 from bft_megatron.data.sources import open_source
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.objective.loss import LossSum
-from bft_megatron.objective.view import Rows, View
+from bft_megatron.objective.view import Geometry, View
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training.datasets import validation_shape
@@ -49,13 +49,13 @@ class Scorer(Step):
         """Of each micro-batch: the rows [B] of its samples, their NUMBERS [B, 6] fp64; on the CPU."""
 
     def measure(
-        self, result: LossSum, view: View, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch
+        self, result: LossSum, view: View, confidence: Tensor, geometry: Geometry, correct: Tensor, batch: Batch
     ) -> None:
         """Keep a micro-batch's samples. Collectives: three SUM all-reduces [B] over context parallelism."""
-        means = [view.mean(x) for x in (-view.logp, view.logp.double().exp(), rows.take(correct.flatten()))]
+        means = [view.mean(x) for x in (-view.logp, view.logp.double().exp(), geometry.take(correct.flatten()))]
         numbers = torch.stack([x.double() for x in (view.n, *means, confidence, result.sample_weight)], dim=1).cpu()
-        row = batch.row if batch.cu_seqlens is None else batch.row.expand(len(rows.counted))
-        self.found.append((row[rows.counted], numbers[rows.counted]))
+        row = batch.row if batch.cu_seqlens is None else batch.row.expand(len(geometry.counted))
+        self.found.append((row[geometry.counted], numbers[geometry.counted]))
 
 
 def run(

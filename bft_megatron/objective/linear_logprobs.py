@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bft_megatron.objective.kept_rows import KeptRows
 from bft_megatron.objective.sums import (
     TORCH,
     Kernels,
@@ -34,6 +33,7 @@ from bft_megatron.objective.sums import (
     shard_labels,
     softmax_scale,
 )
+from bft_megatron.objective.supervised_rows import SupervisedRows
 
 TILE_BYTES = 16 << 20
 """Size of the scratch that holds a tile of logits on a CPU, whose third-level cache holds it."""
@@ -127,24 +127,24 @@ class _LinearStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: _Options
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        kept = KeptRows.of(targets, hidden.device, options.group, options.sequence_parallel)
-        label = shard_labels(kept.label, weight.shape[0], options.group, options.vocab_size)
-        shard = no_sums(kept.n, hidden.device, options.entropy)
-        if kept.n:
-            pool, w = kept.pool(hidden.detach()), weight.detach()[: label.columns]
-            for rows in _chunks(kept.n, options.chunk_size):
-                for columns, z in _tiles(kept.take(pool, rows), w):
+        supervised = SupervisedRows.of(targets, hidden.device, options.group, options.sequence_parallel)
+        label = shard_labels(supervised.label, weight.shape[0], options.group, options.vocab_size)
+        shard = no_sums(supervised.n, hidden.device, options.entropy)
+        if supervised.n:
+            pool, w = supervised.pool(hidden.detach()), weight.detach()[: label.columns]
+            for rows in _chunks(supervised.n, options.chunk_size):
+                for columns, z in _tiles(supervised.take(pool, rows), w):
                     tile, scratch = label.tile(rows, columns), z.dtype == _FP32 and options.kernels.numerators
                     part = options.kernels.sums(z, tile, entropy=options.entropy, keep_numerators=scratch)
                     _merge_into(shard, part, rows)
-        whole = merge_ranks(shard, options.group) if kept.n else shard
-        found = outcome(whole, label.valid)
+        whole = merge_ranks(shard, options.group) if supervised.n else shard
+        found = outcome(whole, label.supervised)
         scale = softmax_scale(shard, whole, found.log2_total)
         ctx.save_for_backward(hidden, weight, shard.shift.float(), scale, found.miss)
         # A saved parameter comes back without what Megatron hung on it; `main_grad` may be replaced in between.
-        ctx.kept, ctx.label, ctx.options, ctx.parameter = kept, label, options, weight
+        ctx.supervised, ctx.label, ctx.options, ctx.parameter = supervised, label, options, weight
         results = [
-            x if x is None else kept.spread(x, targets.shape) for x in (found.logp, found.correct, found.entropy)
+            x if x is None else supervised.spread(x, targets.shape) for x in (found.logp, found.correct, found.entropy)
         ]
         ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
         return tuple(results)
@@ -153,17 +153,17 @@ class _LinearStatistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, shift, scale, miss = ctx.saved_tensors
-        kept, label, options = ctx.kept, ctx.label, ctx.options
-        upstream = kept.pick(grad.reshape(-1)).float()
-        chunks = _chunks(kept.n, options.chunk_size)
+        supervised, label, options = ctx.supervised, ctx.label, ctx.options
+        upstream = supervised.pick(grad.reshape(-1)).float()
+        chunks = _chunks(supervised.n, options.chunk_size)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        d_pool = kept.empty_pool(hidden) if needs_hidden else None
+        d_pool = supervised.empty_pool(hidden) if needs_hidden else None
         d_weight = _WeightGradient(ctx.parameter, len(chunks), options.fuse_main_grad) if needs_weight else None
-        if kept.n:
-            pool, w = kept.pool(hidden.detach()), weight.detach()[: label.columns]
+        if supervised.n:
+            pool, w = supervised.pool(hidden.detach()), weight.detach()[: label.columns]
         for rows in chunks:
-            x, up = kept.take(pool, rows), upstream[rows]
-            d_x = None if d_pool is None else _accumulator(d_pool, rows, kept)
+            x, up = supervised.take(pool, rows), upstream[rows]
+            d_x = None if d_pool is None else _accumulator(d_pool, rows, supervised)
             for columns, z in _tiles(x, w):
                 tile = label.tile(rows, columns)
                 options.kernels.gradient(z, z, tile, shift[rows], -up * scale[rows], up * miss[rows] * tile.owned)
@@ -173,9 +173,9 @@ class _LinearStatistics(torch.autograd.Function):
                 if d_weight is not None:
                     _add_product(d_weight.total[columns], z.t(), x)
             if d_x is not None and d_x.data_ptr() != d_pool[rows].data_ptr():
-                kept.put(d_pool, rows, d_x)
+                supervised.put(d_pool, rows, d_x)
         return (
-            None if d_pool is None else kept.unpool(d_pool, hidden),
+            None if d_pool is None else supervised.unpool(d_pool, hidden),
             None if d_weight is None else d_weight.result(),
             None,
             None,
@@ -207,9 +207,9 @@ def _tiles(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield columns, z
 
 
-def _accumulator(pool: Tensor, rows: slice, kept: KeptRows) -> Tensor:
+def _accumulator(pool: Tensor, rows: slice, supervised: SupervisedRows) -> Tensor:
     """[r, h] fp32 zeros: those rows of the pool where that is what they are."""
-    if pool.dtype == _FP32 and kept.place is None:
+    if pool.dtype == _FP32 and supervised.place is None:
         return pool[rows]
     return pool.new_zeros(rows.stop - rows.start, pool.shape[1], dtype=_FP32)
 

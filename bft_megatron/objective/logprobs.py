@@ -85,7 +85,7 @@ class _Statistics(torch.autograd.Function):
         keep_numerators = overwrite and logits.dtype == torch.float32 and kernels.numerators
         shard = kernels.sums(rows[:, : label.columns], label, entropy=entropy, keep_numerators=keep_numerators)
         whole = merge_ranks(shard, group)
-        found = outcome(whole, label.valid)
+        found = outcome(whole, label.supervised)
         ctx.save_for_backward(logits, shard.shift.float(), softmax_scale(shard, whole, found.log2_total), found.miss)
         ctx.label, ctx.kernels, ctx.overwrite, ctx.has_numerators = label, kernels, overwrite, keep_numerators
         ctx.spent = False
@@ -103,7 +103,7 @@ class _Statistics(torch.autograd.Function):
         out = logits.detach() if ctx.overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
         rows_out, columns = out.view(-1, out.shape[-1]), ctx.label.columns
         rows_out[:, columns:] = 0
-        upstream = torch.where(ctx.label.valid, grad.reshape(-1).float(), 0.0)
+        upstream = torch.where(ctx.label.supervised, grad.reshape(-1).float(), 0.0)
         if columns:
             rows = _as_rows(logits, ctx.overwrite)[:, :columns]
             at_label, at_others = upstream * miss * ctx.label.owned, -upstream * scale

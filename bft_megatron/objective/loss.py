@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bft_megatron.objective.records import Objective
-from bft_megatron.objective.view import Rows, View
+from bft_megatron.objective.view import Geometry, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +30,11 @@ class LossSum:
     sample_weight: Tensor
 
 
-def objective_sum(objective: Objective, rows: Rows, view: View, logp: Tensor) -> LossSum:
+def objective_sum(objective: Objective, geometry: Geometry, view: View, logp: Tensor) -> LossSum:
     """Return sum_b weight_b s_b r_b sum_t w_t (-log p_t) over this rank's tokens, and its count.
 
     Args:
-        view: `rows.view(logp)`.
+        view: `geometry.view(logp)`.
         logp: [N/cp] fp32, log p with its gradient, for each of this rank's positions; what masked ones hold is not
             looked at.
 
@@ -54,12 +54,12 @@ def objective_sum(objective: Objective, rows: Rows, view: View, logp: Tensor) ->
         scale = scale / view.n.clamp(min=1)
     coefficient = scale[view.sample] * token_weight.double()
     # The sum over no token is 0 and still has a gradient: a rank that sends none back would hang the others.
-    token_loss = coefficient * -rows.take(logp).double()
+    token_loss = coefficient * -geometry.take(logp).double()
     loss = token_loss.sum().float()
-    return LossSum(loss, token_loss.detach(), _count(objective, rows, view), token_weight, sample_weight)
+    return LossSum(loss, token_loss.detach(), _count(objective, geometry, view), token_weight, sample_weight)
 
 
-def _count(objective: Objective, rows: Rows, view: View) -> int:
+def _count(objective: Objective, geometry: Geometry, view: View) -> int:
     if objective.reduce == "tokens":
         return len(view.logp)
-    return int(rows.counted.sum()) if rows.cp_rank == 0 else 0
+    return int(geometry.counted.sum()) if geometry.cp_rank == 0 else 0

@@ -55,27 +55,27 @@ class Statistics:
 class Labels:
     """The targets as a part of the vocabulary sees them, n rows. `column` is 0 where the part does not `own` it."""
 
-    valid: Tensor  # [n] bool
+    supervised: Tensor  # [n] bool
     owned: Tensor  # [n] bool
     column: Tensor  # [n] int64
     columns: int  # of the part, without vocabulary padding
 
     def tile(self, rows: slice, columns: slice) -> Labels:
         """The same for some of the rows and some of the columns, which count from 0 again."""
-        valid, column = self.valid[rows], self.column[rows] - columns.start
+        supervised, column = self.supervised[rows], self.column[rows] - columns.start
         width = columns.stop - columns.start
         owned = self.owned[rows] & (column >= 0) & (column < width)
-        return Labels(valid, owned, torch.where(owned, column, 0), width)
+        return Labels(supervised, owned, torch.where(owned, column, 0), width)
 
 
 def shard_labels(label: Tensor, width: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> Labels:
     """label [n] int64, ids in the whole vocabulary -> as this rank's `width` columns of it see them."""
     first = width * dist.get_rank(group) if group is not None else 0
     columns = width if vocab_size is None else max(0, min(width, vocab_size - first))
-    valid = label != IGNORE_INDEX
+    supervised = label != IGNORE_INDEX
     column = label - first
-    owned = valid & (column >= 0) & (column < columns)
-    return Labels(valid, owned, torch.where(owned, column, 0), columns)
+    owned = supervised & (column >= 0) & (column < columns)
+    return Labels(supervised, owned, torch.where(owned, column, 0), columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,17 +144,17 @@ class Outcome:
     log2_total: Tensor  # fp64, log2 of the sum of e^x, less k
 
 
-def outcome(whole: Sums, valid: Tensor) -> Outcome:
+def outcome(whole: Sums, supervised: Tensor) -> Outcome:
     """The whole vocabulary's sums and which rows have a label [n] -> log p, whether it is the largest, entropy."""
     log2_label, log2_others = whole.label_logit * LOG2E - whole.shift, whole.others.log2()
     log_odds = (log2_others - log2_label) * LN2  # ln((1 - p) / p)
     log2_total = torch.logaddexp2(log2_others, log2_label)
-    logp = torch.where(valid, torch.nn.functional.logsigmoid(-log_odds), 0.0).float()
-    correct = valid & (whole.label_logit >= whole.top)
+    logp = torch.where(supervised, torch.nn.functional.logsigmoid(-log_odds), 0.0).float()
+    correct = supervised & (whole.label_logit >= whole.top)
     entropy = None
     if whole.weighted is not None:
         mean = whole.weighted * (-log2_total).exp2() + log2_label * (log2_label - log2_total).exp2()
-        entropy = torch.where(valid, (log2_total - mean) * LN2, 0.0).float()
+        entropy = torch.where(supervised, (log2_total - mean) * LN2, 0.0).float()
     return Outcome(logp, correct, entropy, log_odds.sigmoid().float(), log2_total)
 
 
@@ -177,7 +177,7 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
     column, at_column, hole = _hole(rows, label)
     scratch = None if keep_numerators else _scratch(rows)
     exponents = _scratch(rows) if entropy else None
-    for block, has_label in _blocks(rows, label.valid):
+    for block, has_label in _blocks(rows, label.supervised):
         if not has_label:
             continue
         size = block.stop - block.start
@@ -207,7 +207,7 @@ def gradient(
     at_others, at_label = at_others[:, None], at_label[:, None]
     scratch = None if out.dtype == torch.float32 else _scratch(rows)
     in_place = rows.data_ptr() == out.data_ptr()
-    for block, has_label in _blocks(rows, label.valid):
+    for block, has_label in _blocks(rows, label.supervised):
         if not has_label:
             out[block] = 0
             continue
@@ -243,7 +243,7 @@ def _rows_per_block(rows: Tensor) -> int:
     return max(1, budget // (4 * rows.shape[1]))
 
 
-def _blocks(rows: Tensor, valid: Tensor) -> Iterator[tuple[slice, bool]]:
+def _blocks(rows: Tensor, supervised: Tensor) -> Iterator[tuple[slice, bool]]:
     """Blocks of rows, each with whether any of its rows has a label.
 
     On an accelerator every block counts as having one: to know better would wait for the device.
@@ -252,7 +252,7 @@ def _blocks(rows: Tensor, valid: Tensor) -> Iterator[tuple[slice, bool]]:
     starts = range(0, n, step)
     live = [True] * len(starts)
     if rows.device.type == "cpu":
-        padded = torch.nn.functional.pad(valid, (0, len(starts) * step - n))
+        padded = torch.nn.functional.pad(supervised, (0, len(starts) * step - n))
         live = padded.view(-1, step).any(1).tolist()
     for start, has_label in zip(starts, live, strict=True):
         yield slice(start, min(start + step, n)), has_label

@@ -24,11 +24,11 @@ LARGEST_BLOCK = 4096
 
 @triton.jit
 def _sums_of_row(
-    X, HOLE, VALID, TOP, OTHERS, WEIGHTED, columns, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+    X, HOLE, SUPERVISED, TOP, OTHERS, WEIGHTED, columns, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:  # fmt: skip
-    """X [n, columns] -> TOP fp32, OTHERS and WEIGHTED fp64, [n], without column HOLE; rows that are not VALID: none."""
+    """X [n, columns] -> TOP fp32, OTHERS and WEIGHTED fp64, each [n], without column HOLE, of the SUPERVISED rows."""
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(VALID + row) != 0:
+    if tl.load(SUPERVISED + row) != 0:
         hole = tl.load(HOLE + row)
         top = tl.full((), _LOWEST, tl.float32)
         shift = tl.ceil(top * _LOG2E)
@@ -57,11 +57,11 @@ def _sums_of_row(
 
 @triton.jit
 def _gradient_of_row(
-    X, OUT, HOLE, VALID, SHIFT, AT_OTHERS, AT_LABEL, columns, stride, stride_out, BLOCK: tl.constexpr
+    X, OUT, HOLE, SUPERVISED, SHIFT, AT_OTHERS, AT_LABEL, columns, stride, stride_out, BLOCK: tl.constexpr
 ) -> None:  # fmt: skip
-    """X, OUT [n, columns], which may share their storage: 2^y AT_OTHERS, AT_LABEL at column HOLE; 0 where not VALID."""
+    """X, OUT [n, columns], maybe one storage: write 2^y AT_OTHERS, AT_LABEL at column HOLE, 0 where not SUPERVISED."""
     row = tl.program_id(0).to(tl.int64)
-    valid = tl.load(VALID + row) != 0
+    supervised = tl.load(SUPERVISED + row) != 0
     hole = tl.load(HOLE + row)
     shift = tl.load(SHIFT + row)
     at_others = tl.load(AT_OTHERS + row)
@@ -69,10 +69,10 @@ def _gradient_of_row(
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < columns
-        x = tl.load(X + row * stride + at, mask=inside & valid, other=-float("inf")).to(tl.float32)
+        x = tl.load(X + row * stride + at, mask=inside & supervised, other=-float("inf")).to(tl.float32)
         y = tl.fma(x, tl.full((BLOCK,), _LOG2E, tl.float32), -shift)
         value = tl.where(at == hole, at_label, tl.exp2(y) * at_others)
-        value = tl.where(valid, value, 0.0)
+        value = tl.where(supervised, value, 0.0)
         tl.store(OUT + row * stride_out + at, value.to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -85,7 +85,7 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
     _sums_of_row[(len(rows),)](
         rows,
         _hole(label),
-        label.valid.to(torch.int8),
+        label.supervised.to(torch.int8),
         found.top,
         found.others,
         found.weighted,
@@ -107,7 +107,7 @@ def gradient(
             rows,
             out,
             _hole(label),
-            label.valid.to(torch.int8),
+            label.supervised.to(torch.int8),
             shift,
             at_others,
             at_label,

@@ -1,9 +1,8 @@
-"""Supervised tokens and their samples, whatever the layout: padded or packed rows, whole or split over context
-parallelism.
+"""The geometry of a micro-batch, and what an objective sees of it, whatever the layout of rows and ranks.
 
-`Rows` is the geometry of a micro-batch, `View` what an objective sees of it. The masking, the bookkeeping of samples
-and every collective over context parallelism are here; weights and losses are not. A sample's tokens are split as
-Megatron
+`Geometry` holds the samples' edges and the supervised positions of padded or packed rows, whole or split over context
+parallelism; `View` is what it shows to an objective. Masking, the bookkeeping of samples and every collective over
+context parallelism are here; weights and losses are in records.py and loss.py. A sample's tokens are split as Megatron
 splits them: in 2*cp chunks, of which rank r holds chunks r and 2*cp - 1 - r (`zigzag`).
 """
 
@@ -44,7 +43,7 @@ def zigzag(cu_seqlens: Tensor, cp: int, rank: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Geometry:
     """The geometry of a micro-batch: which positions are supervised, and whose.
 
     All of it follows from the labels, which every context-parallel rank has in full: counts need no communication. The

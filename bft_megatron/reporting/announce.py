@@ -36,11 +36,11 @@ def sentence(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, don
         f"{recipe.objective.name} on {Path(recipe.model).name} ({_short(parameters)} parameters): {steps} steps{go_on} "
         f"of {batch} rows x {recipe.data.seq_length:,} "
         f"({_short(tokens)} tokens, {counts.supervised / counts.tokens:.0%} "
-        f"supervised), {layout(recipe, world)}; {_duration(6 * parameters * left / _speed(world))}"
+        f"supervised), {describe_layout(recipe, world)}; {_duration(6 * parameters * left / _speed(world))}"
     )
 
 
-def layout(recipe: Recipe, world: int) -> str:
+def describe_layout(recipe: Recipe, world: int) -> str:
     """The sizes above 1 of the parallel groups, and the processes."""
     p = recipe.parallel
     data = world // (p.tensor * p.pipeline * p.context)

@@ -23,7 +23,7 @@ from torch import Tensor
 from bft_megatron.errors import FieldError
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Objective, lookup, lowest_confidence
-from bft_megatron.objective.view import Rows, View
+from bft_megatron.objective.view import Geometry, View
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training.head import Head
@@ -76,10 +76,10 @@ class Batch:
         """[B] int64: the source of each sample."""
         return self.source if self.cu_seqlens is None else self.source.expand(len(self.edges) - 1)
 
-    def rows(self, cp_windows: str) -> Rows:
+    def geometry(self, cp_windows: str) -> Geometry:
         """The batch's geometry for the objective, under this rank's context-parallel group."""
         group = parallel_state.get_context_parallel_group()
-        return Rows(self.labels.flatten(), self.edges, self.counted, self.weight.flatten(), group, cp_windows)
+        return Geometry(self.labels.flatten(), self.edges, self.counted, self.weight.flatten(), group, cp_windows)
 
     def packed_seq_params(self) -> PackedSeqParams | None:
         """What rotary embedding and attention need of a packed row, on every pipeline stage; None for padded rows."""
@@ -128,11 +128,11 @@ class Step:
         """Megatron's `forward_step_func`: one micro-batch through this stage -> (output, loss function)."""
         batch = Batch(**next(data_iterator))
         self.rows = batch.row.tolist() if model.training else []
-        rows = batch.rows(self.settings.cp_windows)
+        geometry = batch.geometry(self.settings.cp_windows)
         b = len(batch.tokens)
 
         def mine(x: Tensor) -> Tensor:  # [b, s] -> [b, s/cp], this context-parallel rank's share
-            return x.flatten()[rows.positions].view(b, -1)
+            return x.flatten()[geometry.positions].view(b, -1)
 
         labels = mine(batch.labels)
         head = Head(self.settings, self.vocab_size, labels, entropy="entropy" in self.objective.needs)
@@ -144,29 +144,31 @@ class Step:
             packed_seq_params=batch.packed_seq_params(),
             output_processor=head,
         )
-        return output, lambda logp: self._loss(logp, rows, head, batch)
+        return output, lambda logp: self._loss(logp, geometry, head, batch)
 
-    def _loss(self, logp: Tensor, rows: Rows, head: Head, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(
+        self, logp: Tensor, geometry: Geometry, head: Head, batch: Batch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """logp [b, s/cp] fp32 with its gradient -> (sum, count, report). Collectives: the objective's, over CP."""
         assert head.correct is not None, (
             "GPTModel did not call output_processor: this is not the release that is pinned"
         )
         logp = logp.flatten()
-        view = rows.view(logp, None if head.entropy is None else head.entropy.flatten())
-        result = objective_sum(self.objective, rows, view, logp)
+        view = geometry.view(logp, None if head.entropy is None else head.entropy.flatten())
+        result = objective_sum(self.objective, geometry, view, logp)
         confidence = lowest_confidence(view, self.settings.group_size, self.settings.confidence)
-        self.measure(result, view, confidence, rows, head.correct, batch)
+        self.measure(result, view, confidence, geometry, head.correct, batch)
         count = torch.tensor(result.count, dtype=torch.int, device=logp.device)
         report = {"loss": torch.stack((result.loss.detach(), count.float()))}
         return result.loss, count, report
 
     def measure(
-        self, result: LossSum, view: View, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch
+        self, result: LossSum, view: View, confidence: Tensor, geometry: Geometry, correct: Tensor, batch: Batch
     ) -> None:
         """Add this rank's share of the micro-batch to the meter: token sums by rank, sample sums on CP rank 0 alone."""
         device = confidence.device
-        counted = rows.counted.to(device, non_blocking=True)
-        ours = counted if rows.cp_rank == 0 else torch.zeros_like(counted)
+        counted = geometry.counted.to(device, non_blocking=True)
+        ours = counted if geometry.cp_rank == 0 else torch.zeros_like(counted)
         source = batch.source_of.to(device, non_blocking=True)
 
         def of_samples(x: Tensor, where: Tensor = source) -> Tensor:  # [B] -> [sources]
@@ -176,14 +178,14 @@ class Step:
             return of_samples(x, source[view.sample])
 
         tokens, samples = of_tokens(torch.ones_like(view.logp)), of_samples(ours)
-        real = batch.real_tokens * (rows.cp_rank == 0)
+        real = batch.real_tokens * (geometry.cp_rank == 0)
         self.meter.add(
             {
                 "loss": of_tokens(result.token_loss),
                 "divisor": tokens if self.objective.reduce == "tokens" else samples,
                 "nll": of_tokens(-view.logp),
                 "p": of_tokens(view.logp.double().exp()),
-                "correct": of_tokens(rows.take(correct.flatten())),
+                "correct": of_tokens(geometry.take(correct.flatten())),
                 "confidence": of_samples(torch.where(ours, confidence, 0.0)),
                 "weight": of_samples(torch.where(ours, result.sample_weight, 0.0)),
                 "samples": samples,

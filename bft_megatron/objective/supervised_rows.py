@@ -16,7 +16,7 @@ from bft_megatron.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)
-class KeptRows:
+class SupervisedRows:
     """The n rows that have a label, in sequence order, among all s*b and among those that this rank holds."""
 
     label: Tensor  # [n] int64
@@ -28,13 +28,15 @@ class KeptRows:
     sequence_parallel: bool
 
     @staticmethod
-    def of(targets: Tensor, device: torch.device, group: dist.ProcessGroup | None, sequence_parallel: bool) -> KeptRows:
+    def of(
+        targets: Tensor, device: torch.device, group: dist.ProcessGroup | None, sequence_parallel: bool
+    ) -> SupervisedRows:
         """targets [s, b], wherever they are -> the rows, on `device`."""
         label = targets.reshape(-1)
-        valid = label != IGNORE_INDEX
-        shards = valid.view(dist.get_world_size(group) if sequence_parallel else 1, -1)
+        supervised = label != IGNORE_INDEX
+        shards = supervised.view(dist.get_world_size(group) if sequence_parallel else 1, -1)
         own = shards[dist.get_rank(group) if sequence_parallel else 0]
-        index, mine = (x.nonzero()[:, 0] for x in (valid, own))
+        index, mine = (x.nonzero()[:, 0] for x in (supervised, own))
         counts = shards.sum(1).tolist()
         place = index
         if sequence_parallel:  # each rank's rows at the front of its equal part of the pool
@@ -45,7 +47,7 @@ class KeptRows:
         full = len(place) == (max(counts) * len(counts) if sequence_parallel else len(label))
         label, index, mine = (x.to(device, non_blocking=True) for x in (label[index], index, mine))
         place = None if full else place.to(device, non_blocking=True)
-        return KeptRows(label, index, mine, place, counts, group, sequence_parallel)
+        return SupervisedRows(label, index, mine, place, counts, group, sequence_parallel)
 
     @property
     def n(self) -> int:

@@ -1,4 +1,4 @@
-"""The label of a token without supervision, the same in the data, the objective and the Hugging Face functions."""
+"""The label that marks a position without supervision, for the data, the objective and the Hugging Face trainer."""
 
 IGNORE_INDEX = -100
-"""As in transformers."""
+"""The value that transformers and torch's cross entropy use."""

@@ -144,8 +144,8 @@ class _LinearStatistics(torch.autograd.Function):
         found = outcome(whole, label.supervised)
         scale = softmax_scale(shard, whole, found.log2_total)
         ctx.save_for_backward(hidden, weight, shard.shift.float(), scale, found.miss)
-        # A saved tensor loses the attributes that Megatron sets on the parameter, and `main_grad` may be replaced before
-        # the backward pass, so the parameter itself is kept.
+        # The parameter itself is kept: a saved tensor comes back without the attributes that Megatron sets on it, and
+        # `main_grad` may be replaced before the backward pass.
         ctx.supervised, ctx.label, ctx.options, ctx.parameter = supervised, label, options, weight
         results = [
             x if x is None else supervised.spread(x, targets.shape) for x in (found.logp, found.correct, found.entropy)

@@ -53,7 +53,7 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The labels of n rows relative to a part of the vocabulary. `column` is 0 where the part does not own the label."""
+    """The labels of n rows relative to a part of the vocabulary; `column` is 0 where the part does not own one."""
 
     supervised: Tensor  # [n] bool
     owned: Tensor  # [n] bool

@@ -63,7 +63,7 @@ class SupervisedRows:
         return x.new_zeros(shape.numel()).index_copy_(0, self.index, x).view(shape)
 
     def pool(self, hidden: Tensor) -> Tensor:
-        """Return the pool [p, h]: this rank's hidden states, or under SP the result of one all-gather [longest, h] a rank."""
+        """Return the pool [p, h]: this rank's hidden states; under SP all ranks', by one all-gather [longest, h]."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         if not self.sequence_parallel:
             return flat

@@ -141,7 +141,7 @@ class LayerComparison:
 
     @torch.no_grad()
     def _hear(self, chunk: Any, stage: int, _: Any, __: Any, output: Any) -> None:
-        """Compare a layer's output [s/cp (/tp under sequence parallelism), b, h], after the last layer also the logits."""
+        """Compare a layer's output [s/cp (/tp under sequence parallelism), b, h]; after the last one the logits too."""
         hidden, groups = output[0] if isinstance(output, tuple) else output, chunk.pg_collection
         positions = self._batch.geometry("exact").positions.view(len(self._batch.tokens), -1).t()  # [s/cp, b]
         own = positions.chunk(groups.tp.size())[groups.tp.rank()] if chunk.config.sequence_parallel else positions

@@ -52,7 +52,7 @@ class CoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attend: query [t/cp, n, d], key, value [t/cp, g, d] -> [t/cp, n*d]; padded [s/cp, b, n, d] -> [s/cp, b, n*d]."""
+        """Attend: query [t/cp, n, d], key, value [t/cp, g, d] -> [t/cp, n*d]; padded: [s/cp, b] in place of [t/cp]."""
         if packed_seq_params is not None:
             edges, longest = packed_seq_params.cu_seqlens_q_padded, packed_seq_params.max_seqlen_q
             return self._attend(query, key, value, edges, longest)

@@ -15,7 +15,7 @@ from bft_megatron.layers.norm import RMSNorm
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Return the decoder's spec for `GPTModelConfig.transformer_layer_spec`: a block's, which sets the final norm too."""
+    """Return the decoder's spec for `GPTModelConfig.transformer_layer_spec`: a block's, to set the final norm too."""
     transformer = config.transformer
     layer = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

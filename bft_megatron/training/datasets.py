@@ -1,4 +1,4 @@
-"""The data sets of a run as Megatron asks for them, and the rows of a step."""
+"""The data sets of a run for Megatron's loop, and the rows of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bft_megatron.run.prepared import RunRows
 
 
 def rows_of_step(recipe: Recipe, rows: RunRows) -> Callable[[int], list[int]]:
-    """step -> the rows of its global batch, by their numbers in the prepared data."""
+    """Return a function from a step to the rows of its global batch, by their numbers in the prepared data."""
     order = training_order(rows.train, seed=recipe.train.seed, limit=rows.rows(recipe))
     batch = recipe.train.global_batch_size
 
@@ -26,21 +26,22 @@ def rows_of_step(recipe: Recipe, rows: RunRows) -> Callable[[int], list[int]]:
 
 
 def validation_shape(recipe: Recipe, rows: Blend | None) -> tuple[int, int]:
-    """Rows of a validation iteration, and iterations of a whole pass that reads every row once, whatever its source's
-    weight: as few filler rows as the layout allows.
+    """Return the rows of a validation iteration and the iterations of a pass over the validation set.
+
+    A pass reads every row once, whatever its source's weight, with as few filler rows as the layout allows.
     """
     if rows is None:
         return 0, 0
     count, data_parallel = sum(rows.sizes), int(os.environ["WORLD_SIZE"]) // model_parallel_size(recipe)
     unit = recipe.train.micro_batch_size * data_parallel
     if recipe.parallel.virtual_pipeline > 1:
-        unit *= recipe.parallel.pipeline  # the interleaved schedule wants whole rounds
+        unit *= recipe.parallel.pipeline  # the interleaved schedule needs a multiple of PP micro-batches
     size = min(recipe.train.global_batch_size, -(-count // unit) * unit)
     return size, -(-count // size)
 
 
 def datasets(recipe: Recipe, rows: RunRows, validation: tuple[int, int]) -> Callable[..., tuple[Any, Any, None]]:
-    """Megatron's data set provider. Every rank, on every pipeline stage, reads its rows itself, without broadcast."""
+    """Return Megatron's data set provider. Every rank on every pipeline stage reads its rows itself: no broadcast."""
 
     def provide(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
         train = training_rows(rows.train, seed=recipe.train.seed, limit=rows.rows(recipe))

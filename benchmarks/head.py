@@ -27,10 +27,10 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.measuring import in_processes
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Geometry
 from tests.helpers.memory import Peak
 
 DEFAULT_CASES = [
@@ -96,9 +96,9 @@ class Given(torch.autograd.Function):
 
 def loss_of(logp: Tensor, targets: Tensor) -> Tensor:
     """BFT's loss on log p [s, 1]: one sample."""
-    rows = Rows(targets.flatten(), torch.tensor([0, len(targets)]), torch.tensor([True]), torch.ones(1))
+    geometry = Geometry(targets.flatten(), torch.tensor([0, len(targets)]), torch.tensor([True]), torch.ones(1))
     logp = logp.flatten()
-    return objective_sum(bft, rows, rows.view(logp), logp).loss
+    return objective_sum(bft, geometry, geometry.view(logp), logp).loss
 
 
 class OverLogits:

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 

@@ -27,7 +27,7 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Geometry
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import ObjectiveSettings, Recipe
@@ -104,7 +104,7 @@ def measure(made: Recipe) -> dict[str, float]:
 def objective_alone(tokens: int = 8192, samples: int = 16) -> float:
     """Milliseconds of BFT's weights and loss, forward and backward, of a packed row."""
     edges = torch.arange(samples + 1) * (tokens // samples)
-    geometry = Rows(torch.zeros(tokens, dtype=torch.int64), edges, torch.ones(samples) > 0, torch.ones(samples))
+    geometry = Geometry(torch.zeros(tokens, dtype=torch.int64), edges, torch.ones(samples) > 0, torch.ones(samples))
     logp = -torch.rand(tokens)
 
     def once() -> float:

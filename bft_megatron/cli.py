@@ -1,8 +1,7 @@
-"""The command line. Each command reads its input, refuses what is wrong with it, and calls the module that does the
-work.
+"""The command line: each command reads and checks its input, then calls the module that does the work.
 
-Whatever takes seconds to import (torch, Megatron, transformers) is imported inside the command that needs it, after the
-checks.
+Modules that take seconds to import (torch, Megatron, transformers) are imported inside the commands that need them,
+after the checks.
 """
 
 from __future__ import annotations
@@ -55,10 +54,10 @@ def options(
 
 @app.command()
 def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
-    """Fine-tune as the recipe says; the same command again goes on where the run stopped.
+    """Fine-tune as the recipe says; the same command again resumes the run.
 
-    Watch mean p and accuracy for bft and dft, lm loss for sft: the loss of bft and dft, p (-log p), is not the function
-    that they descend, and their plain cross entropy may rise while mean p rises.
+    Watch mean p and accuracy for bft and dft, lm loss for sft. The reported loss of bft and dft, p (-log p), is not the
+    function being minimised, and their plain cross entropy may rise while mean p rises.
     """
     request = read(recipe_file, overrides)
     recipe, folder = request.recipe, request.folder
@@ -87,7 +86,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
-    """Tokenise and pack the recipe's data, so that a job starts at once. `train` does it by itself on one machine."""
+    """Tokenise and pack the recipe's data before a job on many machines. On one machine `train` does it itself."""
     read(recipe_file, overrides).prepare()
 
 
@@ -95,10 +94,10 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 def inspect(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    row: Annotated[int, typer.Option(help="Which row, from 0.")] = 0,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page instead.")] = None,
+    row: Annotated[int, typer.Option(help="Number of the row, from 0.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page instead.")] = None,
 ) -> None:
-    """Show a row of the training data as it will be trained: its samples' text, and which of it is learned."""
+    """Show a row of the training data: the text of its samples, and which tokens are learned."""
     request = read(recipe_file, overrides)
     from bft_megatron.data import inspect, page, sources, tokenizers
     from bft_megatron.run.prepared import prepare_rows
@@ -119,7 +118,7 @@ def inspect(
 
 @app.command()
 def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
-    """Compare the recipe's layout with transformers on real rows, before the long run: green, or red and status 1."""
+    """Compare the recipe's layout with transformers on real rows before a long run. Exit status 1: they differ."""
     request = read(recipe_file, overrides)
     in_rank, processes = request.world()
     request.check(lambda: rules.check_comparable(request.recipe))
@@ -138,13 +137,15 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 def score(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    data: Annotated[Literal["train", "valid"], typer.Option(help="Whose samples.")] = "train",
+    data: Annotated[Literal["train", "valid"], typer.Option(help="The samples to score.")] = "train",
     trained: Annotated[
-        bool, typer.Option("--trained", help="By the run's newest checkpoint, not by the model it began with.")
+        bool, typer.Option("--trained", help="Use the run's newest checkpoint, not the model it began with.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Else scores.jsonl in the run's folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write; default: scores.jsonl in the run's folder.")
+    ] = None,
 ) -> None:
-    """Write how sure the model is of every sample, and what the objective makes of that, a line a sample."""
+    """Write the model's confidence in every sample and the objective's weight of it, one line of JSON a sample."""
     request = read(recipe_file, overrides)
     in_rank, processes = request.world()
     model = request.trained() if trained else request
@@ -166,7 +167,7 @@ def score(
 
 @app.command()
 def convert(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
-    """Write the recipe's model as a Megatron checkpoint and stop; so does `train` with train.iterations=0."""
+    """Write the recipe's model as a Megatron checkpoint; `train` with train.iterations=0 does the same."""
     _convert(read(recipe_file, overrides))
 
 
@@ -177,7 +178,7 @@ def preflight(
     world: Annotated[int, typer.Option(help="Ranks of the job.")] = 1,
     per_node: Annotated[int, typer.Option(help="Ranks on this node.")] = 1,
 ) -> None:
-    """What launch/ asks on every node before the ranks start; the first one names the run's folder."""
+    """Check this node before the ranks start, for launch/; the first node prints the run's folder."""
     from bft_megatron.commands.preflight import preflight
 
     request = read(recipe_file, overrides)
@@ -190,14 +191,18 @@ def preflight(
 def plan(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Left out: as few as hold the model once.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes; default: as few as hold the model once.")] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
-    gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB.")] = "h100-80g",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the report.")] = False,
-    html: Annotated[Path | None, typer.Option(help="File to write: the memory of a step over its time.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or a memory in GiB.")
+    ] = "h100-80g",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the report.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="File to write: a page with the memory of a step over time.")
+    ] = None,
     search: Annotated[bool, typer.Option("--search", help="Rank the layouts of this many GPUs instead.")] = False,
 ) -> None:
-    """Say whether the recipe fits a cluster, and how fast it may run, without one. Exit status 1: it does not fit."""
+    """Report whether the recipe fits a cluster and how fast it may run, without using one. Exit status 1: no fit."""
     from bft_megatron.plan import command
 
     request = command.read(recipe_file, overrides)
@@ -214,18 +219,16 @@ def plan(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output folder.")],
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder to write, for transformers or vLLM.")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Of a LoRA run: base and adapters as one whole model.")
-    ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="For a LoRA run: base and adapters as one model.")] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights; else as they are."),
+        typer.Option(help="Data type of the weights; default: unchanged."),
     ] = None,
-    iteration: Annotated[int | None, typer.Option(help="Step of the checkpoint; else the newest.")] = None,
+    iteration: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
 ) -> None:
-    """Write a checkpoint of a run as a Hugging Face model; of a LoRA run, its adapters as a PEFT folder.
+    """Write a checkpoint of a run as a Hugging Face model; for a LoRA run, its adapters as a PEFT folder.
 
-    Cut short, the same command goes on with the weights that are not written yet.
+    If interrupted, the same command again resumes with the weights that are not written yet.
     """
     import torch
 
@@ -248,8 +251,8 @@ def export(
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face model folder.")],
-    prompt: Annotated[str, typer.Argument(help="What the user says.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    prompt: Annotated[str, typer.Argument(help="The user's message.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer, in tokens.")] = 256,
 ) -> None:
     """Answer a prompt with a model, greedily, through transformers."""
     from bft_megatron.hf.generate import generate
@@ -259,11 +262,13 @@ def generate(
 
 @app.command("from-llamafactory")
 def from_llamafactory(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What `llamafactory-cli train` takes.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of `llamafactory-cli train`.")],
     recipe_file: Annotated[Path | None, typer.Argument(metavar="[OUT.yaml]", help="Recipe to write.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="On how many the config runs; its batch counts them.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs that the config runs on; its batch size counts them.")
+    ] = None,
 ) -> None:
-    """Write the recipe that does what a LLaMA-Factory SFT config does, and name what it could not carry over."""
+    """Write the recipe that does the same as a LLaMA-Factory SFT config, and list what it could not carry over."""
     from bft_megatron.llamafactory import convert, print_table, recipe_text
 
     conversion = convert(config, gpus)
@@ -295,7 +300,7 @@ def _convert(request: Request) -> None:
 
 
 def _make_folder(file: Path) -> None:
-    """Of a file that is written at the end of long work."""
+    """Make the folder of an output file and check that it is writable, before the work whose result goes there."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -305,8 +310,8 @@ def _make_folder(file: Path) -> None:
 
 
 def main() -> None:
-    """Entry point: user errors end with status 2 and one line, in every rank alike; said once, by rank 0."""
-    sys.path.insert(0, "")  # a recipe's own objective, `package.module:record`, is found from where the command runs
+    """Run the command line; a user error ends every rank with status 2, and rank 0 prints it in one line."""
+    sys.path.insert(0, "")  # so that `package.module:record` objectives are found from the working directory
     try:
         app()
     except UserError as e:

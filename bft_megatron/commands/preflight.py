@@ -1,6 +1,6 @@
-"""Checks on one node before a batch job's ranks start: what would else end the job after its hours in the queue.
+"""Checks on one node before a batch job's ranks start, of faults that would end the job after hours in the queue.
 
-Called through `srun`, once a node, by launch/lib.sh. It claims no GPU.
+launch/lib.sh calls it through `srun`, once a node. It claims no GPU.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import open_rows
 
 SHARED_MEMORY = 2**30
-"""Bytes of /dev/shm that NCCL's ranks of a node and the data workers share; a container has 64 MiB by default."""
+"""Bytes of /dev/shm that a node's NCCL ranks and data workers need; a container has 64 MiB by default."""
 
 
 def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) -> None:
-    """Check layout, rows, GPUs, disk and memory.
+    """Check the layout, the prepared rows, and this node's GPUs, disk and memory.
 
     Args:
         world: ranks of the job.
         per_node: ranks on this node.
 
     Raises:
-        FieldError, UserError: the first that is wrong, with this node's name.
+        FieldError, UserError: the first fault that is found; one of this node names the node.
     """
     check_world(recipe, world)
     open_rows(recipe)

@@ -20,7 +20,7 @@ class Columns:
     tokens: Tensor
     """[b, s] int64"""
     labels: Tensor
-    """[b, s] int64, the next token, -100 where nothing is supervised"""
+    """[b, s] int64, the next token, IGNORE_INDEX where nothing is supervised"""
     position_ids: Tensor
     """[b, s] int64, from 0 in each segment"""
     samples: Tensor

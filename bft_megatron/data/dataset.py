@@ -18,9 +18,9 @@ from bft_megatron.data.columns import Columns
 from bft_megatron.data.order import Order, Repeated, Shuffled
 from bft_megatron.data.packing import padded
 from bft_megatron.data.prepare import Prepared
+from bft_megatron.labels import IGNORE_INDEX
 
 VIRTUAL_LENGTH = 1 << 40
-IGNORED = -100
 PADDING = 0
 """Stands where no sample is. Masked, so any token would do that every model has: not each one's padding token is."""
 
@@ -101,12 +101,12 @@ def _row(samples: list[_Sample], shape: Blend, number: int, source: int) -> Colu
     """A padded row is one whose only sample takes all of it."""
     size = shape.seq_length
     edges = _edges([len(tokens) - 1 for tokens, _, _ in samples], shape)
-    tokens, labels = np.full(size, PADDING), np.full(size, IGNORED)
+    tokens, labels = np.full(size, PADDING), np.full(size, IGNORE_INDEX)
     weight = np.zeros(len(edges) - 1, np.float32)
     for k, (text, learned, sample_weight) in enumerate(samples):
         place = slice(edges[k], edges[k] + len(text) - 1)
         tokens[place] = text[:-1]
-        labels[place] = np.where(learned[1:], text[1:], IGNORED)
+        labels[place] = np.where(learned[1:], text[1:], IGNORE_INDEX)
         weight[k] = sample_weight
     lengths = np.diff(edges)
     positions = np.arange(size) - np.repeat(edges[:-1], lengths)

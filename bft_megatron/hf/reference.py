@@ -18,7 +18,7 @@ from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.load import open_source
 from bft_megatron.hf.trainer import batch_sum
 from bft_megatron.hf.weights import weights
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.records import Objective
 
 Row = dict[str, Tensor]

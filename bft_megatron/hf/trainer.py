@@ -10,11 +10,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX, records
+from bft_megatron.labels import IGNORE_INDEX
+from bft_megatron.objective import records
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Confidence, Objective
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Geometry
 from bft_megatron.recipe import environment
 
 
@@ -74,10 +75,10 @@ def batch_sum(objective: Objective, logits: Tensor, labels: Tensor) -> LossSum:
     b, s = labels.shape
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [b, s], position i has token i + 1
     logp = vocab_parallel_logprobs(logits, shifted.to(logits.device)).flatten()
-    rows = Rows(
+    geometry = Geometry(
         labels=shifted.flatten().cpu(),
         cu_seqlens=torch.arange(b + 1) * s,
         counted=torch.ones(b, dtype=torch.bool),
         weight=torch.ones(b),
     )
-    return objective_sum(objective, rows, rows.view(logp), logp)
+    return objective_sum(objective, geometry, geometry.view(logp), logp)

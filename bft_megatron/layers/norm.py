@@ -1,4 +1,4 @@
-"""An RMSNorm that knows sequence parallelism, which Megatron's own torch norm refuses."""
+"""RMSNorm in plain torch, with the sequence parallelism that Megatron's own torch norm lacks."""
 
 from __future__ import annotations
 

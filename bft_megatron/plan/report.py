@@ -12,7 +12,7 @@ from bft_megatron.plan.budget import PARTS, allowances, parts
 from bft_megatron.plan.changes import Change
 from bft_megatron.plan.memory import gib
 from bft_megatron.plan.plan import Plan
-from bft_megatron.reporting.announce import layout
+from bft_megatron.reporting.announce import describe_layout
 
 
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def show(plan: Plan, console: Console) -> None:
     v, e, cluster = plan.verdict, plan.estimate, plan.cluster
     count = parameters(plan)
     held = f"{count / 1e9:.3g} B parameters held" if count >= 1e9 else f"{count / 1e6:.3g} M parameters held"
-    _say(console, f"{plan.recipe.model} ({held}), {layout(plan.recipe, cluster.world)}, {cluster.gpu.name}")
+    _say(console, f"{plan.recipe.model} ({held}), {describe_layout(plan.recipe, cluster.world)}, {cluster.gpu.name}")
     console.print(_table(plan))
     beside = ", ".join(
         f"{a.name} {_range(a.least, a.most)}" for a in allowances(v.stage, cluster.gpu, cluster.world) if a.most

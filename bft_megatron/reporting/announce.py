@@ -34,11 +34,11 @@ def sentence(run: Run, done: int) -> str:
         f"{recipe.objective.name} on {Path(recipe.model).name} ({_short(parameters)} parameters): {steps} steps{go_on} "
         f"of {batch} rows x {recipe.data.seq_length:,} "
         f"({_short(tokens)} tokens, {counts.supervised / counts.tokens:.0%} "
-        f"supervised), {layout(recipe, run.world)}; {_duration(6 * parameters * left / _speed(run.world))}"
+        f"supervised), {describe_layout(recipe, run.world)}; {_duration(6 * parameters * left / _speed(run.world))}"
     )
 
 
-def layout(recipe: Recipe, world: int) -> str:
+def describe_layout(recipe: Recipe, world: int) -> str:
     """The sizes above 1 of the parallel groups, and the processes."""
     p = recipe.parallel
     data = world // p.model_parallel_size

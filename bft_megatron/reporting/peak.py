@@ -1,4 +1,4 @@
-"""After a run on GPUs: the most memory that one of them held, beside what was planned."""
+"""The report of peak GPU memory after a run, beside the planned peak."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from bft_megatron.run.folder import RunFolder
 
 
 def report_peak(folder: RunFolder, console: TextIO) -> None:
-    """Print PyTorch's peak on the fullest rank, and that of the `plan.json` in the run's folder. One MAX all-reduce."""
+    """Print PyTorch's peak on the fullest rank, and the peak in the run's `plan.json` if there is one.
+
+    Collective over all ranks: one MAX all-reduce of one number.
+    """
     peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device=current_device())
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:

@@ -1,7 +1,7 @@
-"""The communicators that a step uses, made before it.
+"""NCCL's communicators of a step, created before the first one.
 
-NCCL makes one at a group's first collective, and takes GPU memory for it. Left to the first step, that is at its peak,
-where layouts that fit run out (Megatron makes its groups, and with them nothing yet).
+NCCL creates a communicator at a group's first collective and allocates GPU memory for it; Megatron only creates the
+groups. In the first step this happens near peak memory, and layouts that would fit run out of memory.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ GROUPS: tuple[Callable[[], dist.ProcessGroup], ...] = (
 
 
 def warm_up(chunks: list[GPTModel]) -> list[GPTModel]:
-    """A hook for `GPTModelConfig.pre_wrap_hooks`, which run when the groups exist and the model is not yet wrapped.
+    """Create the communicators, as a `GPTModelConfig.pre_wrap_hooks` hook, which runs before the model is wrapped.
 
-    Collective: a SUM of one number in each of the rank's groups of more than one rank.
+    Collective: one SUM all-reduce of one number in each of this rank's groups that has more than one rank.
     """
     for group in GROUPS:
         if dist.get_world_size(group()) > 1:

@@ -1,4 +1,4 @@
-"""The data sets of a run as Megatron asks for them, and the rows of a step."""
+"""The data sets of a run for Megatron's loop, and the rows of a step."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bft_megatron.errors import FieldError
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.run.resolved import Run

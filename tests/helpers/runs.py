@@ -155,11 +155,11 @@ def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None, *, 
     """
     folder, model = RunFolder.of(made), find_model(made.model)
     prepared = prepare_rows(made, model, read_config(model).vocab_size)
-    run_world(world, _train, made, prepared, before, megatron=not gpu, gpu=gpu)
+    run_world(world, train_rank, made, prepared, before, megatron=not gpu, gpu=gpu)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 
-def _train(made: Recipe, prepared: RunRows, before: Callable[[], None]) -> None:
+def train_rank(made: Recipe, prepared: RunRows, before: Callable[[], None]) -> None:
     """What the command does in a rank."""
     before()
     model = find_model(made.model)

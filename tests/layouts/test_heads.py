@@ -20,7 +20,7 @@ from bft_megatron.run.prepared import prepare_rows
 from examples.objectives import eaft, focal
 from tests.helpers.checkpoints import tensors
 from tests.helpers.comparing import TOLERANCE, assert_same
-from tests.helpers.runs import MODEL, Case, Layout, Result, _train, make_recipe, read_metrics, run
+from tests.helpers.runs import MODEL, Case, Layout, Result, make_recipe, read_metrics, run, train_rank
 from tests.helpers.world import run_world
 
 CHUNKED = ("objective.head=chunked", "objective.chunk_size=24")
@@ -75,7 +75,7 @@ def test_overlapped_communication_changes_neither_losses_nor_what_is_saved(data:
         fixed = ("train.lr=1e-2", f"train.save_every={steps}", *CHUNKED)  # a save would gather all parameters itself
         made = make_recipe(data / f"overlap-{i}", data, Case("bft"), Layout(data=2), steps, *fixed, *more)
         prepared = prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
-        run_world(2, _train, made, prepared, lambda: None, megatron=True)
+        run_world(2, train_rank, made, prepared, lambda: None, megatron=True)
         losses.append([line["loss"] for line in read_metrics(RunFolder.of(made).metrics)[0]])
         saved.append(tensors(RunFolder.of(made).checkpoint(steps)))
     assert len(losses[0]) == steps

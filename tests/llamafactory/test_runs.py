@@ -16,7 +16,7 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
 from tests.helpers.commands import ROOT
-from tests.helpers.runs import MODEL, _train, read_metrics
+from tests.helpers.runs import MODEL, read_metrics, train_rank
 from tests.helpers.world import run_world
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -34,7 +34,7 @@ def test_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     made = tiny(name, tmp_path)
     prepared = prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
-    run_world(1, _train, made, prepared, lambda: None, megatron=True)
+    run_world(1, train_rank, made, prepared, lambda: None, megatron=True)
     lines, _ = read_metrics(RunFolder.of(made).metrics)
     steps, warmup, samples, sources = EXAMPLES[name]
     assert [line["lr"] for line in lines] == pytest.approx(rates(made.train.lr, steps, warmup), rel=1e-9, abs=0)

@@ -18,7 +18,7 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
 from tests.helpers import model_reference as reference
-from tests.helpers.runs import Case, Layout, _train, make_recipe, read_metrics
+from tests.helpers.runs import Case, Layout, make_recipe, read_metrics, train_rank
 from tests.helpers.world import run_world
 
 SETTINGS = {"r": 4, "lora_alpha": 8}
@@ -58,7 +58,7 @@ def gradients(made: Recipe) -> dict[str, Tensor]:
 
 def run(made: Recipe, world: int) -> dict[str, Tensor]:
     prepared = prepare_rows(made, find_model(made.model), read_config(find_model(made.model)).vocab_size)
-    run_world(world, _train, made, prepared, lambda: None, megatron=True)
+    run_world(world, train_rank, made, prepared, lambda: None, megatron=True)
     return gradients(made)
 
 

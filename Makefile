@@ -7,8 +7,12 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 DOCS_STAMP := $(VENV)/.installed-docs
 TE_STAMP := .venv-te/.installed
+# Of what is drawn at random; SEED=20261127 draws again what was drawn on that day.
+SEED ?= $(shell date +%Y%m%d)
+# What has a target of its own because of what it needs.
+APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te
 
-.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak docs lint format lock clean
+.PHONY: venv demo test test-slow coverage test-slurm test-te test-image plan-recipes matrix soak docs lint format lock clean
 
 venv: $(STAMP)
 
@@ -28,7 +32,20 @@ demo: $(DEMO_STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python examples/demo/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/image --ignore=tests/te
+	$(BIN)/python -m pytest $(APART)
+
+# Runs that are killed and resumed, worlds of eight processes, and layouts drawn from the matrix by SEED; some minutes.
+test-slow: $(STAMP)
+	@echo "SEED=$(SEED)"
+	SEED=$(SEED) $(BIN)/python -m pytest -m slow $(APART)
+
+# Which share of the package's lines `make test` runs: in pytest's own process, in the ranks that it forks and in the
+# commands that it starts, not in processes that are killed, nor in compiled or GPU code. Takes longer than `make test`.
+coverage: $(STAMP)
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest $(APART)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 # The launch scripts on a Slurm of three nodes that it starts itself: as root, with Debian's slurmctld, slurmd, slurm-client
 # and munge.
@@ -55,8 +72,9 @@ plan-recipes: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.checkpoint.soak --kills 30
 
+# Every objective on every layout, which takes hours; with N that many of them, drawn by SEED.
 matrix: $(STAMP)
-	$(BIN)/python -m tests.layouts.matrix $(N)
+	SEED=$(SEED) $(BIN)/python -m tests.layouts.matrix $(N)
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
@@ -87,4 +105,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf $(VENV) .venv-te .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info

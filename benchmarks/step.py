@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measuring import in_processes
@@ -32,6 +33,7 @@ from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import ObjectiveSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import loop
 from bft_megatron.training.step import Batch, LossFunction, Step
 
@@ -95,7 +97,7 @@ def measure(made: Recipe) -> dict[str, float]:
     config = read_config(model)
     prepared = prepare_rows(made, model, config.vocab_size)
     with output_to(RunFolder.of(made).log(0)) as console:
-        loop.run(made, config, model, prepared, console)
+        loop.train(Run(made, config, model, prepared, dist.get_world_size()), console)
     return {name: min(found[1:]) for name, found in seconds.items()}
 
 

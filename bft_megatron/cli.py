@@ -67,9 +67,9 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     if recipe.train.iterations == 0:
         return _convert(request)
     rows = request.rows_of_rank() if in_rank else request.prepare()
-    if folder.is_done(rows.steps(recipe)):
+    if folder.is_done(rows.steps):
         if ranks.rank() == 0:
-            print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
+            print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps}")
             if recipe.train.save_hf:
                 HFCopies(folder, sys.stdout).complete()
         return
@@ -80,9 +80,10 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         request.describe_run()
         folder.mark_unfinished("running")
     with output_to(folder.log(ranks.rank())) as console:
-        from bft_megatron.training import loop as training
+        from bft_megatron.run.resolved import Run
+        from bft_megatron.training import loop
 
-        training.run(recipe, request.config, request.model_folder, rows, console)
+        loop.train(Run(recipe, request.config, request.model_folder, rows, processes), console)
 
 
 @app.command()

@@ -25,9 +25,10 @@ from bft_megatron.data.sources import open_source
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.objective.loss import LossSum
 from bft_megatron.objective.view import Rows, View
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.totals import Meter
-from bft_megatron.training.datasets import validation_shape
+from bft_megatron.run.resolved import WholePass
 from bft_megatron.training.model import build, forward
 from bft_megatron.training.step import Batch, Step
 
@@ -77,11 +78,13 @@ def run(
     Raises:
         UserError, FieldError: as `build`.
     """
-    rows, passes = validation_shape(recipe, blend)
-    dataset, scorer = validation_rows(blend, batch=rows), Scorer(recipe, config)
+    whole = WholePass.over(blend, recipe, ranks.world_size())
+    dataset, scorer = validation_rows(blend, batch=whole.batch), Scorer(recipe, config)
     chunks = [chunk.eval() for chunk in build(recipe, config, model_folder)]
-    for first in _progress(passes, console):
-        batches = _batches(dataset, range(first * rows, (first + 1) * rows), recipe.train.micro_batch_size)
+    for first in _progress(whole.iterations, console):
+        batches = _batches(
+            dataset, range(first * whole.batch, (first + 1) * whole.batch), recipe.train.micro_batch_size
+        )
         forward(chunks, batches, scorer.forward, recipe)
     found = _gather(scorer)
     if dist.get_rank() == dist.get_world_size() - 1:

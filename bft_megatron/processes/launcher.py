@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 
 from bft_megatron.processes import ranks, signals
-from bft_megatron.recipe.rules import model_parallel_size
 from bft_megatron.recipe.schema import Recipe
 
 GRACE_SECONDS = 3
@@ -27,7 +26,7 @@ GRACE_SECONDS = 3
 
 def local_processes(recipe: Recipe) -> int:
     """Ranks of a run on this machine: one a GPU, or on the CPU as many as the recipe's layout needs."""
-    on_cpu = model_parallel_size(recipe) * recipe.parallel.data
+    on_cpu = recipe.parallel.model_parallel_size * recipe.parallel.data
     return on_cpu if recipe.device == "cpu" else _count_gpus() or on_cpu
 
 

@@ -33,10 +33,30 @@ WAIT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class RunRows:
-    """Training rows, and validation rows where the recipe has any."""
+    """Training rows, validation rows where the recipe has any, and how much of the training rows a run takes."""
 
     train: Blend
     valid: Blend | None
+    total: int
+    """Rows of the whole run."""
+    steps: int
+    """Steps of the whole run: the recipe's, or those that its epochs take; the last may be a part of a batch."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, train: Blend, valid: Blend | None) -> RunRows:
+        """Return the rows of a recipe's run."""
+        batch, iterations = recipe.train.global_batch_size, recipe.train.iterations
+        if iterations is not None:
+            return cls(train, valid, iterations * batch, iterations)
+        assert recipe.train.epochs is not None, "rules refuse a recipe without steps"
+        total = max(1, round(recipe.train.epochs * train.rows))
+        return cls(train, valid, total, -(-total // batch))
+
+    @property
+    def sources_apart(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the training's and of the validation's sources where there are several, to report each."""
+        train, valid = (blend.names if blend and len(blend.parts) > 1 else () for blend in (self.train, self.valid))
+        return train, valid
 
     @property
     def named(self) -> dict[str, Prepared]:
@@ -44,19 +64,6 @@ class RunRows:
         train = {part.name: part.prepared for part in self.train.parts}
         valid = {part.name: part.prepared for part in self.valid.parts} if self.valid else {}
         return train | {f"{name} (valid)" if name in train else name: prepared for name, prepared in valid.items()}
-
-    def steps(self, recipe: Recipe) -> int:
-        """Steps of the whole run: the recipe's, or those that its epochs take; the last may be a part of a batch."""
-        if recipe.train.iterations is not None:
-            return recipe.train.iterations
-        return -(-self.rows(recipe) // recipe.train.global_batch_size)
-
-    def rows(self, recipe: Recipe) -> int:
-        """Rows of the whole run."""
-        if recipe.train.iterations is not None:
-            return recipe.train.iterations * recipe.train.global_batch_size
-        assert recipe.train.epochs is not None, "rules refuse a recipe without a length"
-        return max(1, round(recipe.train.epochs * self.train.rows))
 
 
 def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
@@ -80,7 +87,9 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
         ]
         return _blend(sources, made)
 
-    rows = _run_rows(blend)
+    train = blend("train")
+    assert train is not None, "rules refuse a recipe without training data"
+    rows = RunRows.of(recipe, train, blend("valid"))
     highest = max(made.counts.highest_token for made in (rows.train, rows.valid) if made)
     if highest >= vocab_size:  # a sharded embedding would take it for another token, silently
         raise FieldError(
@@ -149,13 +158,9 @@ def open_rows(recipe: Recipe) -> RunRows:
     def blend(field: Literal["train", "valid"]) -> Blend | None:
         return _blend(recipe.data.sources(field), [prepare.load(folder / name) for name in names[field] or ()])
 
-    return _run_rows(blend)
-
-
-def _run_rows(blend: Callable[[Literal["train", "valid"]], Blend | None]) -> RunRows:
     train = blend("train")
     assert train is not None, "rules refuse a recipe without training data"
-    return RunRows(train, blend("valid"))
+    return RunRows.of(recipe, train, blend("valid"))
 
 
 def _blend(sources: tuple[SourceSettings, ...], made: list[Prepared]) -> Blend | None:

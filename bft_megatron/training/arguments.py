@@ -12,7 +12,6 @@ import importlib.util
 from typing import Any
 
 from bft_megatron.errors import FieldError
-from bft_megatron.recipe.rules import sequence_parallel
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 
@@ -124,7 +123,7 @@ def megatron_arguments(
         values["eval-global-batch-size"] = rows
     if parallel.virtual_pipeline > 1:
         values["num-virtual-stages-per-pipeline-rank"] = parallel.virtual_pipeline
-    if sequence_parallel(recipe):
+    if recipe.parallel.sequence_parallel:
         values["sequence-parallel"] = True
     if train.precision == "bf16":
         values["bf16"] = True

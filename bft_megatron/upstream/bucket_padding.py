@@ -50,10 +50,13 @@ def mend() -> None:
     """Have each parameter's own state saved; changes nothing where Megatron does that already.
 
     Raises:
-        Exception: whatever the trial raises on a release whose method needs more than it is given there. No checkpoint
-            must be written until it is known what that release saves.
+        RuntimeError: the trial cannot tell. No checkpoint must be written until it is known what this release saves.
     """
-    if not saves_each_its_own():
+    try:
+        right = saves_each_its_own()
+    except Exception as e:
+        raise RuntimeError(f"cannot tell whether this Megatron saves the right state: {SHARDED_STATE.target}") from e
+    if not right:
         SHARDED_STATE.wrap(_with_padded_tensors)
 
 

@@ -23,6 +23,7 @@ from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import loop
 from tests.helpers.world import run_world
 
@@ -164,7 +165,7 @@ def train_rank(made: Recipe, prepared: RunRows, before: Callable[[], None]) -> N
     before()
     model = find_model(made.model)
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
-        loop.run(made, read_config(model), model, prepared, console)
+        loop.train(Run(made, read_config(model), model, prepared, int(os.environ["WORLD_SIZE"])), console)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -51,8 +51,11 @@ def test_without_logits_as_with_them(
 
 @pytest.mark.parametrize(
     ("case", "overrides"),
-    [(EAFT, ()), (EAFT, CHUNKED), (FOCAL, CHUNKED)],
-    ids=["eaft", "eaft-chunked", "focal-chunked"],
+    [
+        pytest.param(EAFT, (), marks=pytest.mark.slow, id="eaft"),
+        pytest.param(EAFT, CHUNKED, id="eaft-chunked"),
+        pytest.param(FOCAL, CHUNKED, marks=pytest.mark.slow, id="focal-chunked"),
+    ],
 )
 def test_examples_agree_with_one_process(
     case: Case, overrides: tuple[str, ...], data: Path, one_process: Callable[[Case], Result]

@@ -47,7 +47,7 @@ def test_recipe(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rules.check_recipe(made, config)
     rules.check_world(made, gpus)
     [seen] = run_world(1, accepted, made, config, gpus)
-    one_copy = rules.model_parallel_size(made)
+    one_copy = made.parallel.model_parallel_size
     assert seen["data_parallel_size"] == gpus // one_copy
     assert seen["grad_reduce_in_bf16"] == bool(made.megatron.get("grad-reduce-in-bf16"))
     assert seen["accumulate_allreduce_grads_in_fp32"] != seen["grad_reduce_in_bf16"]

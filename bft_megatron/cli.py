@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from bft_megatron import __version__
 from bft_megatron.checkpoint.hf_copies import HFCopies
+from bft_megatron.commands import files
 from bft_megatron.commands.request import Request, read
 from bft_megatron.errors import USER_ERROR, UserError
 from bft_megatron.processes import launcher, ranks
@@ -104,16 +105,12 @@ def inspect(
 
     data = request.recipe.data
     rows = request.check(lambda: prepare_rows(request.recipe, request.model_folder, request.config.vocab_size))
-    files = [sources.open_source(source).files for source in data.sources("train")]
-    shown = inspect.read(rows.train, files, tokenizers.load(request.model_folder, data.chat_template), row)
+    origins = [sources.open_source(source).files for source in data.sources("train")]
+    shown = inspect.read(rows.train, origins, tokenizers.load(request.model_folder, data.chat_template), row)
     if html is None:
         inspect.print_row(shown, Console())
         return
-    try:
-        html.write_text(page.page(shown), encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot write the page: {e.strerror}", str(html)) from None
-    print(f"wrote {html}")
+    files.write(html, page.page(shown), "the page")
 
 
 @app.command()
@@ -154,7 +151,7 @@ def score(
     file = out or request.folder.root / "scores.jsonl"
     if not in_rank:
         request.prepare()
-        _make_folder(file)
+        files.make_folder(file)
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
     with output_to(request.folder.log(ranks.rank())) as console:
@@ -277,12 +274,7 @@ def from_llamafactory(
     if recipe_file is None:
         print(text, end="")
         return
-    try:
-        with recipe_file.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as e:
-        raise UserError(f"cannot write the recipe: {e.strerror}", str(recipe_file)) from None
-    print(f"wrote {recipe_file}")
+    files.write(recipe_file, text, "the recipe", new=True)
 
 
 def _convert(request: Request) -> None:
@@ -297,16 +289,6 @@ def _convert(request: Request) -> None:
         from bft_megatron.commands import convert as converting
 
         converting.run(recipe, request.config, request.model_folder, console)
-
-
-def _make_folder(file: Path) -> None:
-    """Make the folder of an output file and check that it is writable, before the work whose result goes there."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write it: {e.strerror}", str(file)) from None
-    if not os.access(file.parent, os.W_OK):
-        raise UserError("cannot write it: no permission", str(file))
 
 
 def main() -> None:

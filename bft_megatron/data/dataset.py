@@ -1,8 +1,9 @@
-"""Rows as tensors, in the order of the run: what Megatron's data loader reads. The one module here with torch.
+"""The data set that Megatron's data loader reads: rows as tensors, in the run's order. The only module here with torch.
 
-The data set is map-style and of a length far beyond any run: step k takes the places [k * global batch, (k + 1) *
-global batch) on every layout, so resuming, changing the number of ranks and the edge of an epoch need no state. Which
-row stands at a place is an `Order` (`order`); places past the end hold rows without samples, which count nothing.
+The data set is map-style and much longer than any run. Step k takes the places [k * global batch, (k + 1) * global
+batch) in every parallel layout, so resuming, changing the number of ranks and crossing an epoch need no state. An
+`Order` (`order`) gives the row at each place; places past the end hold rows without samples, which add nothing to the
+loss or its count.
 """
 
 from __future__ import annotations
@@ -21,29 +22,30 @@ from bft_megatron.data.prepare import Prepared
 VIRTUAL_LENGTH = 1 << 40
 IGNORED = -100
 PADDING = 0
-"""Stands where no sample is. Masked, so any token would do that every model has: not each one's padding token is."""
+"""Token id at places without a sample. They are masked; 0 is used because every vocabulary has it, while not every
+model has a padding token."""
 
 
 class RowDataset(torch.utils.data.Dataset):
-    """The rows of prepared sources, in an order.
+    """The rows of prepared sources, in a given order.
 
-    A row is cut into k segments: its samples, each with its padding, then what is left, if anything. A padded row is
-    one segment, a row past the end one without a sample. An item is a dict of CPU tensors, int64 unless it says fp32
-    or int32:
+    A row is cut into k segments: its samples, each with its padding, then the remaining places, if any. An unpacked row
+    is one segment; a row past the end is one segment without a sample. An item is a dict of CPU tensors, int64 unless
+    noted:
 
         tokens [s]        s is `blend.seq_length`
-        labels [s]        the sample's next token where that is learned, else -100
+        labels [s]        the sample's next token where that is supervised, else -100
         position_ids [s]  from 0 in each segment
-        weight [k]        fp32, the data's weight of each sample; 0 for a segment that is none
-        samples []        how many the row holds; 0 past the end
-        real_tokens []    places that hold a sample's tokens
+        weight [k]        fp32, the data's weight of each sample; 0 for a segment without a sample
+        samples []        number of samples in the row; 0 past the end
+        real_tokens []    number of places that hold a sample's tokens
         row []            the row's number, counted through the sources; -1 past the end
-        source []         which source it is from; 0 past the end
+        source []         index of the row's source; 0 past the end
 
     and if packed:
 
         cu_seqlens [k + 1]  int32, edges of the segments, which cover the row
-        max_seqlen []       the longest segment; the row's length only where one fills it, which rotary embedding needs
+        max_seqlen []       length of the longest segment, for rotary embedding
     """
 
     def __init__(self, blend: Blend | Prepared, order: Order, length: int = VIRTUAL_LENGTH) -> None:
@@ -62,7 +64,7 @@ class RowDataset(torch.utils.data.Dataset):
         return item | {name: torch.tensor(number) for name, number in numbers.items()}
 
     def origins(self, row: int) -> list[tuple[int, int, int]]:
-        """Source, file and line of each sample of a row, by the row's number; a file by its place in its source."""
+        """Return (source, file, line) of each sample of a row; a file is given by its index in its source."""
         source, within = self.blend.find(row)
         samples, rows = self._tables[source]
         columns = samples.select_columns(["file", "line"])[rows[within]["samples"]]
@@ -82,26 +84,26 @@ def _tables(folder: Path) -> tuple[Table, Table]:
 
 
 def training_rows(blend: Blend | Prepared, *, seed: int, limit: int) -> RowDataset:
-    """The rows of a run: `limit` of them, blended and shuffled anew in each epoch, the same for the same seed."""
+    """Return a run's training data: `limit` rows, blended and shuffled anew each epoch; the same for the same seed."""
     return RowDataset(blend, training_order(blend, seed=seed, limit=limit))
 
 
 def training_order(blend: Blend | Prepared, *, seed: int, limit: int) -> Shuffled:
-    """Which row stands at which place of a run."""
+    """Return the order of a run's training rows."""
     blend = Blend.of(blend)
     return Shuffled(blend.sizes, tuple(part.taken for part in blend.parts), seed, limit)
 
 
 def validation_rows(blend: Blend | Prepared, *, batch: int) -> RowDataset:
-    """All rows in order, again and again, each pass filled up to a multiple of `batch` rows."""
+    """Return all rows in order, repeated endlessly, each pass filled up to a multiple of `batch` rows."""
     return RowDataset(blend, Repeated(sum(Blend.of(blend).sizes), batch))
 
 
-_Sample = tuple[np.ndarray, np.ndarray, float]  # tokens [n + 1] int32, learned [n + 1] bool, weight
+_Sample = tuple[np.ndarray, np.ndarray, float]  # tokens [n + 1] int32, supervised [n + 1] bool, weight
 
 
 def _row(samples: list[_Sample], shape: Blend) -> dict[str, torch.Tensor]:
-    """The tensors of a row but for its numbers; a padded row is one whose only sample takes all of it."""
+    """Return the tensors of a row, without `samples`, `row` and `source`; an unpacked row's only sample fills it."""
     size = shape.seq_length
     edges = _edges([len(tokens) - 1 for tokens, _, _ in samples], shape)
     tokens, labels = np.full(size, PADDING), np.full(size, IGNORED)
@@ -121,7 +123,7 @@ def _row(samples: list[_Sample], shape: Blend) -> dict[str, torch.Tensor]:
 
 
 def _edges(lengths: list[int], shape: Blend) -> np.ndarray:
-    """Where the segments of a row begin, and its end: [k + 1] int64; packed, all are multiples of `pad_multiple`."""
+    """Return the edges of a row's segments, [k + 1] int64; packed, all but the end are multiples of `pad_multiple`."""
     if shape.packing:
         sizes = [padded(length, shape.pad_multiple) for length in lengths]
     else:

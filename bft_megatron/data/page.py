@@ -1,4 +1,4 @@
-"""A row as one self-contained HTML page. Reading the row and showing it in a terminal is in `inspect`."""
+"""A prepared row as one self-contained HTML page. Reading and printing the row is in `inspect`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ mark { background: var(--learned); color: canvastext; } b { border: 1px solid; b
 
 
 def page(row: Row) -> str:
-    """The page: a bar with every place of the row to scale, then the samples with what is learned marked."""
+    """Return the page: a bar with every place of the row to scale, then the samples with supervised text marked."""
     bar = "".join(
         f'<a href="#sample-{k}" title="{escape(heading(sample))}" style="flex:{sample.tokens + sample.padding} 0 0">'
         f"{''.join(_part(span.tokens, 'learned' if span.learned else '') for span in sample.spans)}"

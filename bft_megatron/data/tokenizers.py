@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BREAK = "\ufdd0"
-"""Inserted into control tokens that a message's text spells out: a character that Unicode reserves for internal use. Its
-tokens are dropped after tokenisation, so the text keeps its characters and is not tokenised as a control token."""
+"""Inserted into control tokens that a message's text spells out: a character that Unicode reserves for internal use.
+Its tokens are dropped after tokenisation, so the text keeps its characters and is not tokenised as a control token."""
 
 _FILES = (
     "tokenizer*",

@@ -1,4 +1,4 @@
-"""A config's fields, concern by concern, into a conversion."""
+"""Converting a config: checks that it is an SFT and converts its fields, one concern after another."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def convert(path: Path, gpus: int | None = None) -> Conversion:
     """Convert a config.
 
     Args:
-        path: YAML or JSON.
-        gpus: on how many it runs; left out: its `ray_num_workers`, else as many as its layout takes.
+        path: YAML or JSON file.
+        gpus: number of GPUs that the run uses; default: its `ray_num_workers`, else as many as its layout needs.
 
     Raises:
-        UserError: a file that cannot be read, a value that cannot be, or a config of something else than an SFT of all
-            weights or of LoRA adapters, named by file, line and field.
+        UserError: a file that cannot be read, an invalid value, or a config of anything but an SFT of all weights or of
+            LoRA adapters; names file, line and field.
     """
     config = Config(path)
     _check_is_sft(config)

@@ -1,7 +1,7 @@
-"""Local processes for a run on one machine: start one a rank, pass signals on, end all when one fails.
+"""The local launcher: starts one process per rank on this machine, forwards signals, ends all ranks when one fails.
 
-On a cluster the scheduler starts the ranks and this is not used. It knows nothing of Megatron and imports no torch,
-unless the machine has GPUs to count.
+On a cluster the scheduler starts the ranks and this module is not used. It doesn't depend on Megatron, and imports
+torch only to count GPUs.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from bft_megatron.recipe.rules import model_parallel_size
 from bft_megatron.recipe.schema import Recipe
 
 GRACE_SECONDS = 3
-"""In which the other ranks fail by themselves, with a message, when one is lost, before they are ended."""
+"""Time for the other ranks to fail by themselves, with a message, before they are killed after one has failed."""
 
 
 def started_by_launcher() -> bool:
-    """True in a process that torchrun, Slurm's scripts or `launch` below started as a rank."""
+    """Return True in a process that torchrun, the Slurm scripts or `launch` below started as a rank."""
     return "RANK" in os.environ
 
 
 def local_processes(recipe: Recipe) -> int:
-    """Ranks of a run on this machine: one a GPU, or on the CPU as many as the recipe's layout needs."""
+    """Return the number of ranks on this machine: one per GPU, or on CPU as many as the recipe's layout needs."""
     on_cpu = model_parallel_size(recipe) * recipe.parallel.data
     return on_cpu if recipe.device == "cpu" else _count_gpus() or on_cpu
 
 
 def _count_gpus() -> int:
-    """torch is asked (seconds of import) only where the driver's device files exist."""
+    """Return the number of GPUs; torch, which takes seconds to import, is asked only if the driver's devices exist."""
     if not glob.glob("/dev/nvidia[0-9]*"):
         return 0
     import torch
@@ -49,8 +49,8 @@ def launch(arguments: list[str], processes: int) -> int:
     """Run `python -m bft_megatron *arguments` as ranks 0..processes-1 and wait.
 
     Returns:
-        0, or the status of the first rank that failed (128 + signal number if it was killed); the others are ended
-        then. A rank holds signals back until it can answer them (`checkpoint.signals.listen`).
+        0, or the status of the first rank that failed (128 + signal number if it was killed), after ending the others.
+        Signals stay blocked in a rank until it can handle them (`processes.signals.listen`).
     """
     environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -61,7 +61,7 @@ def launch(arguments: list[str], processes: int) -> int:
             command,
             env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
             preexec_fn=_prepare_child,
-            process_group=0,  # Ctrl-C comes through the launcher alone
+            process_group=0,  # Ctrl-C reaches the ranks only through the launcher
         )
         for r in range(processes)
     ]
@@ -76,7 +76,7 @@ def _free_port() -> int:
 
 
 def _prepare_child() -> None:
-    """In the child: hold signals back, and end with the launcher, even if that is killed (Linux)."""
+    """Prepare a child before exec: block signals, and let it die with the launcher, even a killed one (Linux)."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -84,7 +84,7 @@ def _prepare_child() -> None:
 
 @contextlib.contextmanager
 def _signals_passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 go to the ranks, which save and stop; the launcher waits. Ctrl-C again ends them."""
+    """Forward SIGINT, SIGTERM and SIGUSR1 to the ranks, which save and stop; a second Ctrl-C kills them."""
     interrupted = False
 
     def forward(number: int, _: object) -> None:

@@ -48,11 +48,11 @@ def main(model_folder: Path, data: Path) -> None:
 
 
 @torch.no_grad()
-def log_probs(model: torch.nn.Module, tokens: list[int], learned: list[bool]) -> np.ndarray:
+def log_probs(model: torch.nn.Module, tokens: list[int], supervised: list[bool]) -> np.ndarray:
     """Return log p [t] of a conversation's tokens after the first; NaN where the token is not supervised."""
     logits = model(torch.tensor([tokens])).logits[0, :-1]
     logp = logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    return np.where(learned[1:], logp.double().numpy(), np.nan)
+    return np.where(supervised[1:], logp.double().numpy(), np.nan)
 
 
 def lowest(logp: np.ndarray, chunks: int, g: int) -> tuple[float, bool]:

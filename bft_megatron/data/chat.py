@@ -43,8 +43,8 @@ def encode(
     Raises:
         UserError: the template refuses the conversation, or doesn't tell where the assistant's turns lie.
     """
-    ((tokens, learned),) = tokenise([render(Conversation(0, messages, 1.0), tokenizer, supervise)], tokenizer)
-    return tokens.tolist(), learned.tolist()
+    ((tokens, supervised),) = tokenise([render(Conversation(0, messages, 1.0), tokenizer, supervise)], tokenizer)
+    return tokens.tolist(), supervised.tolist()
 
 
 def split(conversation: Conversation) -> list[Conversation]:
@@ -87,14 +87,14 @@ class _Renderer:
         text, marked = self.text(self.messages)
         if supervise == "all":
             return Rendered(text, _without_spans((0, len(text)), [self.turn(i, text) for i in sorted(masked)]))
-        learned = [i for i in (turns if supervise == "assistant" else turns[-1:]) if i not in masked]
+        supervised = [i for i in (turns if supervise == "assistant" else turns[-1:]) if i not in masked]
         if not self.tokenizer.has_markers:
-            return Rendered(text, [self.turn(i, text) for i in learned])
-        if learned == turns:
+            return Rendered(text, [self.turn(i, text) for i in supervised])
+        if supervised == turns:
             return Rendered(text, marked)
         if len(marked) == len(turns):
-            return Rendered(text, [marked[turns.index(i)] for i in learned])
-        wholes = [self.whole(i, text) for i in learned]
+            return Rendered(text, [marked[turns.index(i)] for i in supervised])
+        wholes = [self.whole(i, text) for i in supervised]
         return Rendered(text, [span for span in marked if any(a <= span[0] < b for a, b in wholes)])
 
     def text(self, messages: list[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]:

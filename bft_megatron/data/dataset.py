@@ -108,10 +108,10 @@ def _row(samples: list[_Sample], shape: Blend) -> dict[str, torch.Tensor]:
     edges = _edges([len(tokens) - 1 for tokens, _, _ in samples], shape)
     tokens, labels = np.full(size, PADDING), np.full(size, IGNORED)
     weight = np.zeros(len(edges) - 1, np.float32)
-    for k, (text, learned, sample_weight) in enumerate(samples):
+    for k, (text, supervised, sample_weight) in enumerate(samples):
         place = slice(edges[k], edges[k] + len(text) - 1)
         tokens[place] = text[:-1]
-        labels[place] = np.where(learned[1:], text[1:], IGNORED)
+        labels[place] = np.where(supervised[1:], text[1:], IGNORED)
         weight[k] = sample_weight
     lengths = np.diff(edges)
     positions = np.arange(size) - np.repeat(edges[:-1], lengths)

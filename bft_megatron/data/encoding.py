@@ -128,29 +128,29 @@ class Encoder:
         """Yield the samples that go into rows, and count the ones that don't."""
         longest, lengths = self.settings.seq_length, Counter[int]()
         encoded = chat.tokenise([text for _, text in rendered], self.tokenizer)
-        for (conversation, _), (tokens, learned) in zip(rendered, encoded, strict=True):
+        for (conversation, _), (tokens, supervised) in zip(rendered, encoded, strict=True):
             lengths[max(len(tokens) - 2, 0).bit_length()] += 1
             if len(tokens) - 1 > longest:
                 counts.overlong += 1
                 if self.settings.overlong == "drop":
                     continue
-                tokens, learned = tokens[: longest + 1], learned[: longest + 1]
-            supervised = int(learned[1:].sum())
-            if not supervised:
+                tokens, supervised = tokens[: longest + 1], supervised[: longest + 1]
+            labels = int(supervised[1:].sum())
+            if not labels:
                 counts.unsupervised += 1
                 continue
             counts.samples += 1
             counts.tokens += len(tokens) - 1
-            counts.supervised += supervised
+            counts.supervised += labels
             counts.highest_token = max(counts.highest_token, int(tokens.max()))
-            yield _Sample(tokens, learned, conversation)
+            yield _Sample(tokens, supervised, conversation)
         counts.lengths = [lengths[k] for k in range(max(lengths, default=-1) + 1)]
 
 
 @dataclass(frozen=True)
 class _Sample:
     tokens: np.ndarray  # [n + 1] int32
-    learned: np.ndarray  # [n + 1] bool
+    supervised: np.ndarray  # [n + 1] bool
     conversation: Conversation
 
 
@@ -165,7 +165,7 @@ def _table(samples: list[_Sample]) -> pyarrow.Table:
     return pa.table(
         {
             "tokens": lists([s.tokens for s in samples], pa.int32()),
-            "learned": lists([s.learned for s in samples], pa.bool_()),
+            "learned": lists([s.supervised for s in samples], pa.bool_()),
             "weight": pa.array([s.conversation.weight for s in samples], pa.float32()),
             "line": pa.array([s.conversation.line for s in samples], pa.int64()),
             "file": pa.array([s.conversation.file for s in samples], pa.int32()),

@@ -66,14 +66,14 @@ def conversation(row: Any, source: SourceSettings, line: int, file: int, where: 
     if all(message["role"] != "assistant" for message in messages):
         place = columns.get("messages", columns.get("response"))
         raise UserError("no message is the assistant's, so there is nothing to learn", f"{where}: {place}")
-    masked = frozenset(i for i, message in enumerate(messages) if not message.pop(_LEARNED, True))
+    masked = frozenset(i for i, message in enumerate(messages) if not message.pop(_SUPERVISED, True))
     template = _parsed(row.get(columns["template"]), dict, f"{where}: {columns['template']}") or {}
     tools = _parsed(row.get(columns["tools"]), list, f"{where}: {columns['tools']}") or None
     weight = _weight(row.get(columns["weight"], 1.0), f"{where}: {columns['weight']}")
     return Conversation(line, messages, weight, masked, tools, template, file)
 
 
-_LEARNED = "\0learned"  # marks a message that is not supervised, until the conversation is built
+_SUPERVISED = "\0supervised"  # marks a message that is not supervised, until the conversation is built
 
 
 def _format(row: dict[str, Any], source: SourceSettings, where: str) -> tuple[str, dict[str, str]]:
@@ -168,17 +168,17 @@ def _message(message: Any, columns: dict[str, str], roles: dict[str, str], where
         made["tool_calls"], role, content = _calls(content, f"{where}.{content_name}"), "assistant", None
     elif "tool_calls" in made:
         made["tool_calls"] = _tool_calls(made["tool_calls"], f"{where}.tool_calls")
-    learned = _learned(message, where)
+    supervised = _is_supervised(message, where)
     if isinstance(content, list):
         content = "".join(_part(part, f"{where}.{content_name}[{i}]") for i, part in enumerate(content))
-    may_be_empty = bool(made.get("tool_calls")) or not learned
+    may_be_empty = bool(made.get("tool_calls")) or not supervised
     if content is None and made.get("tool_calls"):
         content = ""
     content = _text(content, f"{where}.{content_name}", answer=role == "assistant" and not may_be_empty)
-    return {"role": role, "content": content, **made, **({} if learned else {_LEARNED: False})}
+    return {"role": role, "content": content, **made, **({} if supervised else {_SUPERVISED: False})}
 
 
-def _learned(message: dict[str, Any], where: str) -> bool:
+def _is_supervised(message: dict[str, Any], where: str) -> bool:
     """Return whether a message may be supervised; `weight: 0` or `loss: false` keeps it as context only."""
     weight, loss = message.get("weight"), message.get("loss")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):

@@ -32,13 +32,13 @@ class Span:
     Attributes:
         text: the decoded text; bytes that are not a whole character are shown as U+FFFD.
         tokens: number of tokens.
-        learned: whether the tokens are supervised.
+        supervised: whether the tokens are supervised.
         control: whether they are control tokens, as opposed to text that spells one.
     """
 
     text: str
     tokens: int
-    learned: bool
+    supervised: bool
     control: bool
 
 
@@ -113,10 +113,10 @@ def read(blend: Blend, files: list[tuple[str, ...]], tokenizer: ChatTokenizer, n
     members = Table.from_file(str(folder / "rows.arrow"))[within]["samples"]
     columns = Table.from_file(str(folder / "samples.arrow")).with_format("numpy")[members]
     samples, start = [], 0
-    for ids, learned, weight, file, line in zip(*(columns[name] for name in _COLUMNS), strict=True):
+    for ids, supervised, weight, file, line in zip(*(columns[name] for name in _COLUMNS), strict=True):
         tokens = len(ids) - 1
         size = padded(tokens, blend.pad_multiple) if blend.packing else blend.seq_length
-        labels = np.append(False, learned[1:])  # the first token is never a label
+        labels = np.append(False, supervised[1:])  # the first token is never a label
         spans = decode(ids.tolist(), labels.tolist(), tokenizer)
         where = f"{files[source][file]}:{line}"
         samples.append(Sample(where, float(weight), start, tokens, int(labels.sum()), size - tokens, spans))
@@ -124,7 +124,7 @@ def read(blend: Blend, files: list[tuple[str, ...]], tokenizer: ChatTokenizer, n
     return Row(number, rows, blend.parts[source].name, blend.seq_length, samples)
 
 
-def decode(ids: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> list[Span]:
+def decode(ids: list[int], supervised: list[bool], tokenizer: ChatTokenizer) -> list[Span]:
     """Decode a sample's tokens to spans of text; joined, the spans are the text of the whole sample.
 
     Decoding each span alone would lose a character whose bytes lie in two spans (it is shown in the second) and, with
@@ -132,16 +132,16 @@ def decode(ids: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> lis
     but one that began with a whole character, and its text is what this adds.
     """
     control = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
-    kinds = [(is_learned, token in control) for token, is_learned in zip(ids, learned, strict=True)]
+    kinds = [(is_supervised, token in control) for token, is_supervised in zip(ids, supervised, strict=True)]
     spans: list[Span] = []
     start = window = shown = 0  # the text from token `window` on is decoded; its first `shown` characters are in spans
     begins_whole = True
-    for (is_learned, is_control), group in groupby(kinds):
+    for (is_supervised, is_control), group in groupby(kinds):
         end = start + len(list(group))
         text = tokenizer.backend.decode(ids[window:end], skip_special_tokens=False)
         ends_whole = end == len(ids) or not text.endswith(_BROKEN)
         text = text if ends_whole else text.rstrip(_BROKEN)
-        spans.append(Span(text[shown:], end - start, is_learned, is_control))
+        spans.append(Span(text[shown:], end - start, is_supervised, is_control))
         if begins_whole and ends_whole:
             window, text = start, tokenizer.backend.decode(ids[start:end], skip_special_tokens=False)
         shown = len(text) if ends_whole else max(shown, len(text))
@@ -159,7 +159,7 @@ def print_row(row: Row, console: Console) -> None:
     bare = console.color_system is None or console.no_color
     legend = [("learned", True, False), (" not learned ", False, False), ("control token", False, True)]
     console.print(row.summary(), soft_wrap=True, highlight=False)
-    console.print(_coloured([Span(text, 0, learned, control) for text, learned, control in legend], bare))
+    console.print(_coloured([Span(text, 0, supervised, control) for text, supervised, control in legend], bare))
     for sample in row.samples:
         console.print(f"\n── {heading(sample)}", style="bold", soft_wrap=True, highlight=False, markup=False)
         console.print(_coloured(sample.spans, bare), soft_wrap=True)
@@ -179,12 +179,12 @@ def heading(sample: Sample) -> str:
 
 def _coloured(spans: list[Span], bare: bool) -> Text:
     text = Text()
-    for learned, group in groupby(spans, lambda span: span.learned):
-        text.append("⟦" if bare and learned else "")
+    for supervised, group in groupby(spans, lambda span: span.supervised):
+        text.append("⟦" if bare and supervised else "")
         for span in group:
-            style = "bold green" if learned else "dim"
+            style = "bold green" if supervised else "dim"
             text.append(visible(span.text), f"{style} underline" if span.control else style)
-        text.append("⟧" if bare and learned else "")
+        text.append("⟧" if bare and supervised else "")
     return text
 
 

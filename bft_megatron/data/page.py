@@ -26,7 +26,7 @@ def page(row: Row) -> str:
     """Return the page: a bar with every place of the row to scale, then the samples with supervised text marked."""
     bar = "".join(
         f'<a href="#sample-{k}" title="{escape(heading(sample))}" style="flex:{sample.tokens + sample.padding} 0 0">'
-        f"{''.join(_part(span.tokens, 'learned' if span.learned else '') for span in sample.spans)}"
+        f"{''.join(_part(span.tokens, 'learned' if span.supervised else '') for span in sample.spans)}"
         f"{_part(sample.padding, 'empty')}</a>"
         for k, sample in enumerate(row.samples)
     )
@@ -54,4 +54,4 @@ def _span(span: Span) -> str:
     text = escape(visible(span.text))
     if span.control:
         text = f"<b>{text}</b>"
-    return f"<mark>{text}</mark>" if span.learned else text
+    return f"<mark>{text}</mark>" if span.supervised else text

@@ -55,16 +55,16 @@ def test_edges_masks_and_weights_are_those_of_the_tensors(row: inspect.Row, prep
     assert [sample.start + sample.tokens + sample.padding for sample in row.samples] == edges[1:4]
     assert [sample.weight for sample in row.samples] == item["weight"][:3].tolist()
     for sample, start, end in zip(row.samples, edges, edges[1:], strict=False):
-        learned = [span.learned for span in sample.spans for _ in range(span.tokens)][1:]
-        assert learned == (labels[start : start + sample.tokens] != -100).tolist()
+        supervised = [span.supervised for span in sample.spans for _ in range(span.tokens)][1:]
+        assert supervised == (labels[start : start + sample.tokens] != -100).tolist()
         assert sample.supervised == int((labels[start:end] != -100).sum()) > 0
 
 
 def test_text_is_that_of_the_conversation(row: inspect.Row):
     sample = row.samples[0]
     assert sample.where.endswith("data.jsonl:1")
-    assert "".join(s.text for s in sample.spans if s.learned) == "été 🎉\n\t<script><|im_end|>So.<|im_end|>"
-    assert ODD in "".join(s.text for s in sample.spans if not s.learned)
+    assert "".join(s.text for s in sample.spans if s.supervised) == "été 🎉\n\t<script><|im_end|>So.<|im_end|>"
+    assert ODD in "".join(s.text for s in sample.spans if not s.supervised)
     assert sum(s.text.count("<|im_end|>") for s in sample.spans if s.control) == 5  # the user's own is text
 
 
@@ -72,10 +72,10 @@ def test_text_is_that_of_the_conversation(row: inspect.Row):
 @given(data=st.data(), text=st.text(st.sampled_from("ab é漢🎉\n "), max_size=20))
 def test_spans_join_to_the_whole_wherever_they_part(data: st.DataObject, text: str, tiny: tokenizers.ChatTokenizer):
     ids = tiny.backend.encode(f"<|im_start|>{text}<|im_end|>", add_special_tokens=False).ids
-    learned = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    spans = inspect.decode(ids, learned, tiny)
+    supervised = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+    spans = inspect.decode(ids, supervised, tiny)
     assert "".join(span.text for span in spans) == f"<|im_start|>{text}<|im_end|>"
-    assert [span.learned for span in spans for _ in range(span.tokens)] == learned
+    assert [span.supervised for span in spans for _ in range(span.tokens)] == supervised
 
 
 def test_spaces_between_spans_survive_where_the_tokenizer_strips_the_first(sentencepiece_like: Callable[[str], Path]):
@@ -96,11 +96,11 @@ def test_terminal(row: inspect.Row, capsys: pytest.CaptureFixture[str]):
     assert "\x1b[1;32mété 🎉" in capsys.readouterr().out
 
 
-def test_page_is_self_contained_and_marks_what_is_learned(row: inspect.Row):
+def test_page_is_self_contained_and_marks_what_is_supervised(row: inspect.Row):
     html = page.page(row)
     marked = "".join(re.findall("<mark>(.*?)</mark>", html.partition("<section")[2], re.DOTALL))
-    learned = "".join(s.text for sample in row.samples for s in sample.spans if s.learned)
-    assert unescape(re.sub("</?b>", "", marked)) == inspect.visible(learned)
+    supervised = "".join(s.text for sample in row.samples for s in sample.spans if s.supervised)
+    assert unescape(re.sub("</?b>", "", marked)) == inspect.visible(supervised)
     assert not re.search(r"<script|https?:|url\(|src=", html)
     shares = [int(n) for n in re.findall(r'<a [^>]*style="flex:(\d+)', html)]
     assert shares == [sample.tokens + sample.padding for sample in row.samples]

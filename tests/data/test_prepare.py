@@ -116,7 +116,7 @@ def test_overlong_samples_are_dropped_or_truncated_and_counted(tmp_path: Path) -
     assert re.search(rf"too long, truncated +│ +0 │ +{dropped.counts.overlong} │", shown(a=dropped, b=truncated))
 
 
-def test_samples_without_a_learned_label_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_samples_without_a_supervised_label_are_dropped_and_counted(tmp_path: Path) -> None:
     short, long = chat_of("a", "b"), chat_of("a b c d e f g h i j k l m n o", "b")
     settings = replace(source(tmp_path, {"messages": short}, {"messages": long}), seq_length=16, overlong="truncate")
     counts = prepared(tmp_path, settings).counts

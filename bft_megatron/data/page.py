@@ -1,10 +1,10 @@
-"""A prepared row as one self-contained HTML page. Reading and printing the row is in `inspect`."""
+"""A prepared row as one self-contained HTML page. Reading and printing the row is in `inspection`."""
 
 from __future__ import annotations
 
 from html import escape
 
-from bft_megatron.data.inspect import Row, Sample, Span, heading, visible
+from bft_megatron.data.inspection import Row, Sample, Span, heading, visible
 
 _STYLE = """
 :root { color-scheme: light dark; --learned: light-dark(#bfe8c5, #1d5a2b); --masked: light-dark(#5c5f66, #a0a4ab);

@@ -10,7 +10,7 @@ from bft_megatron.data import sources
 from bft_megatron.data.packing import padded
 from bft_megatron.errors import FieldError
 from bft_megatron.llamafactory.conversion import Conversion
-from bft_megatron.llamafactory.layout import context_size, tensor_size
+from bft_megatron.llamafactory.parallelism import context_size, tensor_size
 from bft_megatron.recipe.sources import source_settings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from bft_megatron.llamafactory.conversion import Conversion
-from bft_megatron.llamafactory.layout import on_megatron
+from bft_megatron.llamafactory.parallelism import on_megatron
 from bft_megatron.recipe import environment
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from bft_megatron.llamafactory.conversion import Conversion
-from bft_megatron.llamafactory.layout import deepspeed, model_parallel_size
+from bft_megatron.llamafactory.parallelism import deepspeed, model_parallel_size
 
 # lr_scheduler_type -> Megatron's lr-decay-style
 _STYLES = {

@@ -22,7 +22,7 @@ from rich.console import Console
 from bft_megatron.data import chat, readers, sources, tokenizers
 from bft_megatron.data.encoding import Counts
 from bft_megatron.data.prepare import Prepared, load, prepare
-from bft_megatron.data.report import report
+from bft_megatron.data.summary import summary_table
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe.schema import DataSettings
@@ -65,7 +65,7 @@ def started(cache: Path, settings: DataSettings = SETTINGS, file_size: int = -1)
 
 def shown(**sources: Prepared) -> str:
     console = Console(file=io.StringIO(), width=120)
-    console.print(report(sources))
+    console.print(summary_table(sources))
     return console.file.getvalue()
 
 

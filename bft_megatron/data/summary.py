@@ -16,7 +16,7 @@ SHOWN = 5
 """Number of refused rows shown; all of them are in refused.txt beside the samples."""
 
 
-def report(sources: Mapping[str, Prepared]) -> RenderableType:
+def summary_table(sources: Mapping[str, Prepared]) -> RenderableType:
     """Return a table with one column per source, followed by the first refused rows.
 
     Args:

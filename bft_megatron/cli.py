@@ -100,15 +100,15 @@ def inspect(
 ) -> None:
     """Show a row of the training data: the text of its samples, and which tokens are learned."""
     request = read(recipe_file, overrides)
-    from bft_megatron.data import inspect, page, sources, tokenizers
+    from bft_megatron.data import inspection, page, sources, tokenizers
     from bft_megatron.run.prepared import prepare_rows
 
     data = request.recipe.data
     rows = request.check(lambda: prepare_rows(request.recipe, request.model_folder, request.config.vocab_size))
     origins = [sources.open_source(source).files for source in data.sources("train")]
-    shown = inspect.read(rows.train, origins, tokenizers.load(request.model_folder, data.chat_template), row)
+    shown = inspection.read(rows.train, origins, tokenizers.load(request.model_folder, data.chat_template), row)
     if html is None:
-        inspect.print_row(shown, Console())
+        inspection.print_row(shown, Console())
         return
     files.write(html, page.page(shown), "the page")
 

@@ -1,7 +1,7 @@
-"""`train.save_hf`: every kept checkpoint as a Hugging Face model too, in the run's folder. Called on rank 0.
+"""`train.save_hf`: exports every kept checkpoint to a Hugging Face model in the run's folder. Called on rank 0.
 
-By the export command in a process of its own, one at a time: the ranks go on meanwhile, and what a kill cuts short is
-gone on with.
+The export command runs in its own process, one at a time, while training continues; an export that was killed is
+resumed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from bft_megatron.run.folder import RunFolder
 
 
 class HFCopies:
-    """The copies of a run.
+    """The Hugging Face copies of a run's checkpoints.
 
     Args:
-        folder: of the run.
-        console: where a copy that failed is told of.
+        folder: the run's folder.
+        console: gets a line for each copy that failed.
     """
 
     def __init__(self, folder: RunFolder, console: TextIO) -> None:
@@ -30,7 +30,7 @@ class HFCopies:
         self._export: subprocess.Popen[bytes] | None = None
 
     def follow(self) -> None:
-        """After a save: remove copies of checkpoints that are gone, and begin one of the newest that has none."""
+        """After a save: remove copies of deleted checkpoints, and start exporting the newest without a copy."""
         self._reap()
         if self._export is None:
             self._remove_others()
@@ -38,7 +38,7 @@ class HFCopies:
                 self._begin(missing[0])
 
     def complete(self) -> None:
-        """At the end of the run: wait until every checkpoint has its copy, or has failed to get one."""
+        """At the end of the run: wait until every checkpoint has a copy or its export has failed."""
         tried: set[int] = set()
         while self._export is not None or (missing := [i for i in self._missing() if i not in tried]):
             export = self._export or self._begin(missing[0])
@@ -48,7 +48,7 @@ class HFCopies:
         self._remove_others()
 
     def stop(self) -> None:
-        """End the export that is running, before the time limit does."""
+        """Kill the running export, so that it does not run into the time limit."""
         if self._export is not None:
             self._export.kill()
             self._export.wait()
@@ -70,7 +70,7 @@ class HFCopies:
         return export
 
     def _reap(self) -> None:
-        """Forget an export that has ended; say so where it failed and its checkpoint is still there."""
+        """Forget an export that has ended; report a failure if its checkpoint still exists."""
         if self._export is None or self._export.poll() is None:
             return
         if self._export.returncode and self._iteration in self._kept():
@@ -80,7 +80,7 @@ class HFCopies:
 
     def _remove_others(self) -> None:
         names = {self.folder.hf_copy(i).name for i in self._kept()}
-        for copy in self.folder.hf_copies.glob("*iter_*"):  # also what an export left unfinished, `.iter_*.partial`
+        for copy in self.folder.hf_copies.glob("*iter_*"):  # including unfinished exports, `.iter_*.partial`
             if copy.name.strip(".").removesuffix(".partial") not in names:
                 shutil.rmtree(copy, ignore_errors=True)
 

@@ -63,11 +63,11 @@ class Request:
 
     def prepare(self) -> RunRows:
         """Prepare the rows, unless they are prepared already, and print a report of the data. Raises UserError."""
-        from bft_megatron.data.report import report
+        from bft_megatron.data.summary import summary_table
         from bft_megatron.run.prepared import prepare_rows
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
-        Console().print(report(rows.named))
+        Console().print(summary_table(rows.named))
         return rows
 
     def rows_of_rank(self) -> RunRows:

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's dataset_info.json, read as it is: an entry becomes the settings of a source."""
+"""Reading LLaMA-Factory's dataset_info.json: an entry becomes the settings of a source."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _REFUSED = {
 
 
 def resolve(settings: SourceSettings, field: str) -> SourceSettings:
-    """The source that an entry, `settings.name`, describes; what the recipe says itself wins.
+    """Return the source that the entry `settings.name` describes; fields that the recipe sets win over the entry's.
 
     Raises:
-        FieldError: no such entry, or one that is not what a fine-tune of text can learn from.
+        FieldError: no such entry, or an entry that a text fine-tune cannot train on.
     """
     path = Path(settings.path)
     try:
@@ -51,7 +51,7 @@ def resolve(settings: SourceSettings, field: str) -> SourceSettings:
         if entry.get(key) or columns.get(key):
             raise FieldError(field, f"{path}: {settings.name} {reason} (`{key}`)")
     tags = entry.get("tags", {})
-    sharegpt = entry.get("formatting", "alpaca") in ("sharegpt", "openai")  # which differ in their tags alone
+    sharegpt = entry.get("formatting", "alpaca") in ("sharegpt", "openai")  # they differ in their tags only
     named = {key: value for key, value in columns.items() if key in _COLUMNS and value}
     if sharegpt:
         named |= {key: tags[f"{key}_tag"] for key in ("role", "content") if f"{key}_tag" in tags}

@@ -1,4 +1,4 @@
-"""Some of a source's rows: a slice over all its chunks."""
+"""Taking a slice of a source's rows over all its chunks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bft_megatron.data.readers import Chunk
 
 
 def portion(chunks: Iterator[Chunk], first: int, end: int | None) -> Iterator[Chunk]:
-    """The rows from `first` on and before `end`, counted from 0 over all chunks without blank lines."""
+    """Yield the rows [first, end), counted from 0 over all chunks without blank lines."""
     at = 0
     for chunk in chunks:
         if end is not None and at >= end:

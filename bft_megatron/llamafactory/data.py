@@ -10,12 +10,12 @@ from bft_megatron.data import sources
 from bft_megatron.data.packing import padded
 from bft_megatron.errors import FieldError
 from bft_megatron.llamafactory.conversion import Conversion
-from bft_megatron.llamafactory.layout import context_size, tensor_size
+from bft_megatron.llamafactory.parallelism import context_size, tensor_size
 from bft_megatron.recipe.sources import source_settings
 
 
 def carry(to: Conversion) -> None:
-    """`dataset`, `eval_dataset`, `max_samples`, `val_size`, `template`, `cutoff_len`, packing and what is masked."""
+    """Convert `dataset`, `eval_dataset`, `max_samples`, `val_size`, `template`, `cutoff_len`, packing and masking."""
     config = to.config
     _carry_sources(to)
     if config.text("mix_strategy", "concat") != "concat":
@@ -53,9 +53,9 @@ def _carry_sources(to: Conversion) -> None:
 
 
 def _split(to: Conversion, source: dict[str, Any], count: int, total: int) -> dict[str, Any]:
-    """Cut the held-out rows, the last, off a source; returns the source of these.
+    """Cut the held-out rows, which are the last, off a source, and return them as a source.
 
-    `val_size` is their share of all rows, or from 1 on their number.
+    `val_size` is their share of all rows if below 1, else their number.
     """
     share = to.config.number("val_size", 0.0)
     edge = count - math.ceil(count * (share if share < 1 else share / total))
@@ -67,7 +67,7 @@ def _split(to: Conversion, source: dict[str, Any], count: int, total: int) -> di
 
 
 def _count(source: dict[str, Any]) -> int | None:
-    """Rows of a source that are taken; None where it is not here."""
+    """Return the number of rows taken from a source; None if its files are not here."""
     (settings,) = source_settings([source], "data.train")
     try:
         return sum(1 for chunk in sources.open_source(settings).chunks() for _ in chunk)
@@ -101,7 +101,7 @@ def _carry_rows(to: Conversion) -> None:
 
 
 def _divisible(to: Conversion, length: int) -> int:
-    """What context and sequence parallelism can cut: the next multiple of their parts."""
+    """Round up to a length that context and sequence parallelism can divide."""
     context = context_size(to.config)
     return padded(length, (2 * context if context > 1 else 1) * tensor_size(to.config))
 
@@ -117,7 +117,7 @@ def _carry_masks(to: Conversion) -> None:
 
 
 def _sources(to: Conversion, field: str) -> list[dict[str, Any]]:
-    """The items of a `data` field: entries of `dataset_dir`'s dataset_info.json, or data sets of the hub's cache."""
+    """Return the items of a `data` field: entries of `dataset_dir`'s dataset_info.json, or cached hub data sets."""
     config = to.config
     folder = config.raw("dataset_dir") or "data"
     if not isinstance(folder, str):

@@ -1,6 +1,6 @@
-"""Adapters as PEFT's folders, in and out, and merged into a whole model: one process, one tensor in memory.
+"""Reading and writing adapters as PEFT folders, and merging them into a whole model; one tensor in memory at a time.
 
-What the factors are is in `factors`; reading a checkpoint and writing a model folder are `hf.export`'s.
+`factors` describes the factors; `hf.torch_dist` reads a checkpoint and `hf.export` writes a model folder.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the base model's own names."""
+"""PEFT's prefix of the base model's own names."""
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
-"""Settings of PEFT's that would make another function of the same factors."""
+"""PEFT's settings under which the same factors would define another function."""
 
 
 class AdapterFolder:
-    """The factors in a PEFT folder, by our names, as a `hf.load.Source`.
+    """The factors in a PEFT folder as a `hf.load.Source`, by the names in `factors`.
 
     Raises:
-        UserError: no LoRA adapter, one of other sizes, modules or scale than the recipe's, or of another model.
+        UserError: no LoRA adapter; or its sizes, modules, scale or base model differ from the recipe's.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, settings: LoraSettings) -> None:
@@ -58,7 +58,7 @@ class AdapterFolder:
         self._read = shards.Reader(entries)
 
     def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
-        """Indices start to stop along an axis (None: all) of a factor, in the file's dtype."""
+        """Return [start, stop) along an axis (None: all) of a factor, in the file's dtype."""
         return self._read(PREFIX + name, axis, start, stop)
 
 
@@ -91,7 +91,7 @@ def export_adapter(
     ]
     with written_whole(out) as unfinished:
         for file in companions(run.model):
-            if file.name not in ("config.json", "generation_config.json"):  # the base model's, not the adapter's
+            if file.name not in ("config.json", "generation_config.json"):  # those of the base model
                 shutil.copyfile(file, unfinished / file.name)
         text = json.dumps(_peft_config(recipe.model, settings), indent=2, sort_keys=True)
         (unfinished / CONFIG).write_text(text + "\n")
@@ -101,15 +101,15 @@ def export_adapter(
 def export_merged(
     run: RunFolder, recipe: Recipe, out: Path, *, iteration: int | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write base + scale * B A, computed in fp32 and rounded once to the given or the base's dtype, as a whole model.
+    """Write base + scale * B A as a whole model, computed in fp32 and rounded once to `dtype` or the base's dtype.
 
     Args:
         iteration, dtype: as in `hf.export.export`.
 
     Raises:
-        UserError: as `hf.export.export`, or the base is not there, or is not the one that the run began with.
+        UserError: as `hf.export.export`, or the base model is missing or is not the one that the run started from.
     """
-    from bft_megatron.hf.load import open_source  # Megatron is imported for this alone
+    from bft_megatron.hf.load import open_source  # imports Megatron, which nothing else here needs
 
     refuse_used(out)
     config, settings = read_config(run.model), settings_of(recipe)
@@ -134,7 +134,7 @@ def export_merged(
 
 
 def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[str, Factors]:
-    """Factors by the name of the matrix they are added to."""
+    """Return the factors by the name of the matrix that they adapt."""
     found = {}
     for entry in adapted(config, settings):
         for tensor, factors in zip(entry.weight.tensors, entry.factors, strict=True):

@@ -51,6 +51,7 @@ class Checkpoint:
         return f"{index.absolute()} {index.stat().st_size} {index.stat().st_mtime_ns}"
 
     def dtype(self, weight: Weight) -> torch.dtype:
+        """Return the dtype that a parameter is stored in."""
         return self._find(weight)[1].properties.dtype
 
     def shape(self, weight: Weight) -> tuple[int, ...]:
@@ -122,6 +123,7 @@ class _Into:
         self._out = out
 
     def resolve_tensor(self, item: ReadItem) -> Tensor:
+        """Return the view of the output that a piece is read into."""
         return self._out[tuple(slice(o, o + n) for o, n in zip(item.dest_offsets, item.lengths, strict=True))]
 
     def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None: ...

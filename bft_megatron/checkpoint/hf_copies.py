@@ -30,7 +30,7 @@ class HFCopies:
         self._export: subprocess.Popen[bytes] | None = None
 
     def follow(self) -> None:
-        """After a save: remove copies of deleted checkpoints, and start exporting the newest without a copy."""
+        """Remove copies of deleted checkpoints and start exporting the newest without a copy. Call it after a save."""
         self._reap()
         if self._export is None:
             self._remove_others()
@@ -38,7 +38,7 @@ class HFCopies:
                 self._begin(missing[0])
 
     def complete(self) -> None:
-        """At the end of the run: wait until every checkpoint has a copy or its export has failed."""
+        """Wait until every checkpoint has a copy or its export has failed. Call it at the end of the run."""
         tried: set[int] = set()
         while self._export is not None or (missing := [i for i in self._missing() if i not in tried]):
             export = self._export or self._begin(missing[0])

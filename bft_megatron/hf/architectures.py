@@ -52,7 +52,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a class of transformers fixes without a field in `config.json`."""
+    """Properties of a transformers class that `config.json` has no field for, or may leave out."""
 
     window: Callable[[_Json], int | None] = lambda _: None
     qkv_bias: bool = False

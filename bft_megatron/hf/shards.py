@@ -74,6 +74,7 @@ class Output:
 
     @property
     def bytes(self) -> int:
+        """The size of the tensor's data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -51,6 +51,7 @@ class Checkpoint:
         return f"{index.absolute()} {index.stat().st_size} {index.stat().st_mtime_ns}"
 
     def dtype(self, weight: Weight) -> torch.dtype:
+        """Return the dtype that a parameter is stored in."""
         return self._find(weight)[1].properties.dtype
 
     def shape(self, weight: Weight) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def _free_port() -> int:
 
 
 def _prepare_child() -> None:
-    """Prepare a child before exec: block signals, and let it die with the launcher, even a killed one (Linux)."""
+    """Block signals in a child before exec, and have the kernel kill it when the launcher ends (Linux)."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

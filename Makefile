@@ -61,10 +61,9 @@ $(TE_STAMP): $(STAMP) tests/te/install.sh
 test-te: $(TE_STAMP)
 	.venv-te/bin/python -m pytest tests/te
 
-# On one GPU. Training is tested by forked processes, so its session must not have touched the card.
+# On one GPU: the head, attention and training, held to float64 and to the CPU.
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest tests/gpu/test_head.py tests/gpu/test_attention.py
-	$(BIN)/python -m pytest tests/gpu/test_training.py
+	$(BIN)/python -m pytest tests/gpu
 
 # The head and whole steps on one GPU, beside their peers; some eight minutes.
 bench-gpu: $(STAMP)

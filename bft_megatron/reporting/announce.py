@@ -16,7 +16,7 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.prepared import RunRows
 
 TRAINING_SHARE = 0.35
-"""Of a device's matrix-multiplication speed, what training at a sensible layout gets."""
+"""The share of a device's matrix-multiplication speed that training reaches in a sensible layout."""
 
 
 def sentence(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, done: int) -> str:
@@ -41,7 +41,7 @@ def sentence(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, don
 
 
 def describe_layout(recipe: Recipe, world: int) -> str:
-    """The sizes above 1 of the parallel groups, and the processes."""
+    """Return the sizes above 1 of the parallel groups and the number of processes, as text."""
     p = recipe.parallel
     data = world // (p.tensor * p.pipeline * p.context)
     sizes = {"TP": p.tensor, "PP": p.pipeline, "VP": p.virtual_pipeline, "CP": p.context, "DP": data}
@@ -50,7 +50,7 @@ def describe_layout(recipe: Recipe, world: int) -> str:
 
 
 def _speed(world: int) -> float:
-    """FLOP/s that the run may get: from one matrix product on this device, taken for all of them."""
+    """Estimate the run's FLOP/s from a matrix product on this device, taking all devices as equal."""
     on_gpu = torch.ones((), device="cuda").is_cuda  # on the CPU "cuda" is the CPU
     n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
     a = torch.ones(n, n, dtype=dtype, device="cuda")

@@ -146,7 +146,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _makes_virtual(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Return whether a factory call makes a virtual tensor: on the device, or with FakeTensorMode in floating point."""
+        """Return whether a factory call makes a virtual tensor: one on the device, or a floating-point one if fake."""
         if self.device == "meta":
             return str(kwargs.get("device")) == "meta"
         if kwargs.get("dtype") is None and func._opname in ("arange", "full"):  # the arguments determine the dtype

@@ -18,5 +18,5 @@ RESULTS = Change(
 
 
 def without_helper_process() -> None:
-    """Give the synchronous writer a plain queue. To be called before the first save: it would start the manager."""
+    """Give the synchronous writer a plain queue. Call it before the first save, which would start the manager."""
     RESULTS.put(queue.Queue())

@@ -138,9 +138,7 @@ def score(
     trained: Annotated[
         bool, typer.Option("--trained", help="Use the run's newest checkpoint, not the model it began with.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write; default: scores.jsonl in the run's folder.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: scores.jsonl in the run's folder.")] = None,
 ) -> None:
     """Write the model's confidence in every sample and the objective's weight of it, one line of JSON a sample."""
     request = read(recipe_file, overrides)
@@ -188,15 +186,11 @@ def preflight(
 def plan(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes; default: as few as hold the model once.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Default: as few as hold the model once.")] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
-    gpu: Annotated[
-        str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or a memory in GiB.")
-    ] = "h100-80g",
+    gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB of memory.")] = "h100-80g",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the report.")] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="File to write: a page with the memory of a step over time.")
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="File to write: the memory of a step over time.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Rank the layouts of this many GPUs instead.")] = False,
 ) -> None:
     """Report whether the recipe fits a cluster and how fast it may run, without using one. Exit status 1: no fit."""
@@ -262,7 +256,7 @@ def from_llamafactory(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of `llamafactory-cli train`.")],
     recipe_file: Annotated[Path | None, typer.Argument(metavar="[OUT.yaml]", help="Recipe to write.")] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs that the config runs on; its batch size counts them.")
+        int | None, typer.Option(min=1, help="GPUs that the config runs on; its batch counts them.")
     ] = None,
 ) -> None:
     """Write the recipe that does the same as a LLaMA-Factory SFT config, and list what it could not carry over."""

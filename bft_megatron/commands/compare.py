@@ -158,7 +158,7 @@ class LayerComparison:
         """Compare x [n, b, w], at positions [n, b] of the flattened rows, with the reference's columns from `first`."""
         s = self._batch.tokens.shape[1]
         edges, counted = self._batch.edges, self._batch.counted
-        real = torch.repeat_interleave(counted, edges.diff())  # [b * s] bool, False for padding
+        real = torch.repeat_interleave(counted, edges.diff())  # [b * s] bool, False in tails and filler rows
         for k, row in enumerate(self._batch.row.tolist()):
             if row < 0:
                 continue

@@ -41,6 +41,8 @@ TILE_BYTES = 16 << 20
 """Size of the scratch buffer for a tile of logits on a CPU: it fits the third-level cache."""
 DEVICE_TILE_BYTES = 256 << 20
 """The same on a GPU, where it is larger: each tile adds a product to the whole chunk's gradient."""
+DEVICE_ALIGNMENT = 128
+"""The columns of a tile on a GPU are a multiple of this: tensor cores are slow on rows that are not aligned."""
 ROWS = 8192
 """Rows of a chunk: enough that reading and writing the whole weight gradient once a chunk costs little."""
 CPU_PRODUCT_ROWS = 1024
@@ -199,8 +201,11 @@ def _tiles(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
     The logits have x's dtype on the CPU. On an accelerator they are fp32, which avoids a rounding to bf16.
     """
-    dtype, budget = (x.dtype, TILE_BYTES) if x.device.type == "cpu" else (_FP32, DEVICE_TILE_BYTES)
+    on_cpu = x.device.type == "cpu"
+    dtype, budget = (x.dtype, TILE_BYTES) if on_cpu else (_FP32, DEVICE_TILE_BYTES)
     width = max(1, min(len(weight), budget // (dtype.itemsize * len(x))))
+    if width < len(weight) and width > DEVICE_ALIGNMENT and not on_cpu:
+        width -= width % DEVICE_ALIGNMENT
     scratch = x.new_empty(len(x) * width, dtype=dtype)
     for first in range(0, len(weight), width):
         columns = slice(first, min(first + width, len(weight)))

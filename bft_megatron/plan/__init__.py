@@ -1,1 +1,1 @@
-"""What a recipe needs of a cluster, without one: the real training step of a rank over tensors without values."""
+"""Plans of memory and time on a cluster, without using it: a rank's real training step over tensors without values."""

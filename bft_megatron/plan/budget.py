@@ -1,4 +1,4 @@
-"""Whether a step's tensors fit a GPU: its peak, and allowances for what no tensor shows."""
+"""The verdict whether a step fits a GPU: the peak of its tensors, and allowances for memory outside of them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ PARTS = {
     "communication": ("communication", "between passes"),
     "working": ("backward", "update", "other"),
 }
-"""A report's parts -> how the ledger's begin. `head`: logits and what the objective keeps; `working`: what lives within
-a backward pass or an update."""
+"""A report's parts -> the prefixes of the ledger's parts. `head`: logits and the tensors that the objective keeps;
+`working`: tensors that live within a backward pass or an update."""
 FIXED = ("weights", "gradients", "optimizer")
-"""Allocated once: they do not fragment."""
+"""Parts that are allocated once and do not fragment."""
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """GiB from least to most, beside PyTorch's tensors: customary figures, which depend on versions and nodes."""
+    """Memory besides PyTorch's tensors, least and most GiB: customary figures, which vary with versions and nodes."""
 
     name: str
     least: float
@@ -35,7 +35,7 @@ class Allowance:
 
 
 def allowances(stage: Stage, gpu: Gpu, world: int) -> list[Allowance]:
-    """What a rank of this stage needs beside its tensors."""
+    """Return the allowances of a rank of this stage for memory besides its tensors."""
     if gpu.name == CPU:
         return [Allowance("Python and its libraries", 0.6, 0.9)]
     moving = gib(sum(n for part, n in parts(stage.trace.step.at_peak).items() if part not in FIXED))
@@ -52,11 +52,11 @@ Answer = Literal["fits", "tight", "does not fit"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a world's fullest rank stands to its GPU. GiB."""
+    """The memory of the fullest rank compared with its GPU's, in GiB."""
 
     answer: Answer
     stage: Stage
-    """The fullest."""
+    """The stage whose ranks are the fullest."""
     peak: float
     least: float
     most: float
@@ -64,12 +64,12 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        """Also with the most of every allowance."""
+        """Return whether it fits with the most of every allowance."""
         return self.answer == "fits"
 
 
 def verdict(stages: list[Stage], gpu: Gpu, world: int) -> Verdict:
-    """`tight`: between the least and the most of the allowances."""
+    """Compare the fullest stage with the GPU; `tight` means that it fits with the least of the allowances only."""
     fullest = max(stages, key=lambda stage: stage.trace.step.peak)
     beside = allowances(fullest, gpu, world)
     peak = gib(fullest.trace.step.peak)
@@ -79,7 +79,7 @@ def verdict(stages: list[Stage], gpu: Gpu, world: int) -> Verdict:
 
 
 def parts(by_part: Counter[str]) -> dict[str, int]:
-    """The ledger's bytes by the report's parts."""
+    """Sum the ledger's bytes by the report's parts."""
     return {
         name: sum(n for part, n in by_part.items() if part.startswith(beginnings)) for name, beginnings in PARTS.items()
     }

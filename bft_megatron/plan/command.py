@@ -1,4 +1,4 @@
-"""`bft-megatron plan`: from the command line's words to a printed plan. Imports torch where it is first needed."""
+"""The work of `bft-megatron plan`, from its options to a printed plan. Imports torch where it is first needed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bft_megatron.recipe.schema import Recipe
 
 
 def read(file: Path, overrides: list[str] | None) -> Request:
-    """Read and check a recipe of which neither the model's files nor the run's folder need be here.
+    """Read and check a recipe; neither the model's files nor the run's folder need to be on this machine.
 
     Raises:
-        UserError: the first thing that is wrong, with its file, line and field.
+        UserError: the first fault, with its file, line and field.
     """
     recipe = reader.load(file, overrides or [])
     request = Request(file, overrides or [], recipe, model_config(recipe.model))
@@ -28,10 +28,12 @@ def read(file: Path, overrides: list[str] | None) -> Request:
 
 
 def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> Cluster:
-    """The cluster that the options name; without nodes, as few as hold the model once. Of a CPU run, this machine.
+    """Return the cluster that the options describe; by default as few nodes as hold the model once.
+
+    For a CPU run it is this machine.
 
     Raises:
-        UserError: there is no such GPU.
+        UserError: the GPU is unknown.
     """
     one_copy = recipe.parallel.model_parallel_size
     if recipe.device == "cpu":
@@ -42,7 +44,7 @@ def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> 
 
 
 def run(request: Request, on: Cluster, *, as_json: bool, html: Path | None) -> bool:
-    """Plan and print, with what to change where it does not fit; returns whether it fits.
+    """Make and print a plan, with the changes that would help if it does not fit; return whether it fits.
 
     Raises:
         UserError: the recipe does not divide over the cluster, or Megatron refuses it.
@@ -69,7 +71,7 @@ def run(request: Request, on: Cluster, *, as_json: bool, html: Path | None) -> b
 
 
 def search(request: Request, on: Cluster, *, as_json: bool) -> bool:
-    """Rank the world's layouts and print them; returns whether one fits."""
+    """Rank and print the layouts of the cluster's GPUs; return whether one fits."""
     quietly()
     from bft_megatron.plan import report
     from bft_megatron.plan.search import search
@@ -83,7 +85,7 @@ def search(request: Request, on: Cluster, *, as_json: bool) -> bool:
 
 
 def quietly() -> None:
-    """Before torch and Megatron are imported: claim no GPU, and don't say what is missing on this machine."""
+    """Hide the GPUs and silence warnings of missing libraries; to be called before torch and Megatron are imported."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.simplefilter("ignore")

@@ -1,9 +1,9 @@
-"""How long a step may take: counted operations and messages over published speeds. An estimate, never a measurement.
+"""The estimated time of a step, from counted operations and messages and published speeds; never a measurement.
 
-    step = (micro-batches + (PP - 1) / VP) * slowest stage's micro-batch + what of DP's traffic shows + update
+    step = (micro-batches + (PP - 1) / VP) * slowest stage's micro-batch + exposed DP traffic + update
 
-A kernel takes the longer of its FLOPs and its bytes; a message its bytes over its link. What of either is reached, and
-what of the messages hides behind kernels, is assumed, below.
+A kernel takes the longer of the times of its FLOPs and its bytes, a message the time of its bytes on its link. The
+shares below, of peak speeds that are reached and of messages that are hidden behind kernels, are assumptions.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from bft_megatron.plan.memory import Collective, Work
 from bft_megatron.recipe.schema import Recipe
 
 MATMUL_SHARE = 0.70
-"""Of the peak, that large bf16 products get."""
+"""Share of the peak FLOP/s that large bf16 products reach."""
 ATTENTION_SHARE = 0.50
 MEMORY_SHARE = 0.80
 LINK_SHARE = 0.80
 LATENCY = 15e-6
-"""Seconds a message takes however short it is."""
+"""Seconds that the shortest message takes."""
 FP32_SLOWDOWN = 15
-"""Of products of fp32, without TF32."""
+"""Factor by which fp32 products are slower than bf16 ones, without TF32."""
 SHOWN_BACKWARD = 1 / 3
-"""Of TP's messages in a backward pass: Megatron hides two gathers and two scatters of a layer's six behind products."""
+"""Exposed share of TP's messages in a backward pass: Megatron hides four of a layer's six messages behind products."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a step, in seconds and numbers a GPU."""
+    """The estimate of a step; times in seconds."""
 
     seconds: float
     kernels: float
-    """Of the slowest stage, all its micro-batches."""
+    """Kernels of the slowest stage, over all its micro-batches."""
     shown: dict[str, float]
-    """Communication that nothing hides, of the slowest stage, by group: tp, cp, pp, dp."""
+    """Exposed communication of the slowest stage by group: tp, cp, pp, dp."""
     head_shown: float
-    """Of it, what the output layer and the objective issue."""
+    """The part of `shown` that the output layer and the objective issue."""
     bubble: float
     update: float
     tokens_per_second: float
-    """A GPU."""
+    """Tokens per second and GPU."""
     model_flops: float
-    """A step's, forward three times, without what is computed again."""
+    """FLOPs of a step: three times the forward pass, without recomputation."""
     mfu: float
     sent: dict[str, float]
     """Bytes that a GPU of the slowest stage sends in a step, by group."""
 
 
 def estimate(recipe: Recipe, stages: list[Stage], on: Cluster) -> Estimate:
-    """See the module."""
+    """Estimate a step's time on a cluster from its traced stages, by the module's formula."""
     gpu, world = on.gpu, on.world
     speeds = _Speeds(recipe, gpu, world, on.gpus_per_node)
     times = [_StageTimes.of(recipe, stage, speeds) for stage in stages]
@@ -82,7 +82,7 @@ def estimate(recipe: Recipe, stages: list[Stage], on: Cluster) -> Estimate:
 
 
 class _Speeds:
-    """Seconds of kernels and messages on this hardware and layout."""
+    """The seconds of kernels and messages on this hardware and layout."""
 
     def __init__(self, recipe: Recipe, gpu: Gpu, world: int, gpus_per_node: int) -> None:
         self.gpu = gpu
@@ -107,7 +107,7 @@ class _Speeds:
 
 
 def wire_bytes(message: Collective) -> float:
-    """What a rank sends, by rings."""
+    """Return the bytes that a rank sends for a message, with ring algorithms."""
     n = max(message.size, 1)
     if message.operator in ("recv_", "barrier"):
         return 0.0
@@ -120,16 +120,16 @@ def wire_bytes(message: Collective) -> float:
 
 @dataclass(frozen=True)
 class _StageTimes:
-    """Of one micro-batch, unless it says otherwise."""
+    """The seconds of one micro-batch on a stage, unless a field says otherwise."""
 
     stage: Stage
     kernels: float
     shown: dict[str, float]
     head_shown: float
     shown_dp: float
-    """Of a step."""
+    """Seconds of a step."""
     update: float
-    """Of a step."""
+    """Seconds of a step."""
 
     @property
     def micro_batch(self) -> float:
@@ -176,7 +176,7 @@ class _StageTimes:
 
 
 def _model_flops(recipe: Recipe, stages: list[Stage], world: int) -> float:
-    """Of all micro-batches, stages and ranks of a step."""
+    """Return the FLOPs of a step over all micro-batches, stages and ranks."""
     per_rank = sum(
         stage.count * n * work.flops / stage.trace.micro_batches
         for stage in stages
@@ -195,5 +195,5 @@ def _sent(stage: Stage, total: int) -> dict[str, float]:
 
 
 def _grows(phase: str, message: Collective) -> bool:
-    """Whether there are more of it with more micro-batches."""
+    """Return whether the number of these messages grows with the number of micro-batches."""
     return message.group in ("tp", "cp", "pp") and (phase in ("forward", "backward") or message.operator == "send")

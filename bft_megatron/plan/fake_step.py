@@ -1,9 +1,9 @@
-"""Megatron's own training loop on one rank of a cluster that is not there: two steps over tensors without values.
+"""Two steps of Megatron's own training loop over tensors without values, on one rank of a simulated cluster.
 
-The recipe takes the path of a real run, `training.arguments` and `training.loop.pretrain` with our step, in a process
-whose process group is torch's fake one. For GPUs the CUDA surface is redirected to torch's meta device, and the layers
-are `modelled`; for a recipe of the CPU the CPU's own layers run under FakeTensorMode, since torch chooses its CPU
-kernels by device. The first step makes the optimizer's state, the second is the one that is measured.
+The recipe takes the same path as in a real run, `training.arguments` and `training.loop.pretrain` with our step, under
+torch's fake process group. For GPUs the CUDA surface is redirected to torch's meta device, and the layers are those of
+`modelled`. For a CPU recipe the CPU's own layers run under FakeTensorMode, because torch chooses CPU kernels by device.
+The first step creates the optimizer's state; the second is traced.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ LEFT_OUT = (
     "--exit-signal-handler",
     "--use-cpu-initialization",
 )
-"""Flags of a run that a plan does without."""
+"""Flags of a run that a plan leaves out."""
 INSTEAD = ("--num-workers", "0", "--disable-gloo-process-groups")
 MANY = 1_000_000
-"""Iterations of the schedule, of which two are run: more than any warm-up has."""
+"""Iterations of the schedule, more than any warm-up has; only two of them run."""
 
 
 def run(
@@ -49,16 +49,17 @@ def run(
     world: int,
     provider: Callable[..., Any],
 ) -> Trace:
-    """Trace one rank's step. In a process of its own: Megatron's state is global.
+    """Trace one rank's step. Must run in a process of its own, as Megatron's state is global.
 
     Args:
-        recipe: checked, for this world.
-        config: of the model.
-        provider: of the data set, as Megatron calls it: `full_rows`, or the run's own.
+        recipe: a recipe that was checked for this world.
+        rank, world: the simulated rank and the number of ranks.
+        config: the model's configuration.
+        provider: Megatron's data set provider: `full_rows`, or the run's own.
 
     Raises:
         FieldError: a flag under `megatron:` that Megatron does not have.
-        Exception: whatever Megatron refuses.
+        Exception: whatever Megatron raises for a recipe that it refuses.
     """
     on_cpu = recipe.device == "cpu"
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK="0")
@@ -84,8 +85,8 @@ def run(
 
             modelled.install()
         margs = command_line.parse([*_without(flags, LEFT_OUT), *INSTEAD])
-        margs.do_train = True  # which it would read from a tensor
-        model = model_config(recipe, config, None, margs, on_cpu, fill=False)  # there are no values to fill it with
+        margs.do_train = True  # Megatron would read it from a tensor
+        model = model_config(recipe, config, None, margs, on_cpu, fill=False)  # there are no values to load
         model.transformer.finalize_model_grads_func = step.finalize_grads
         if not on_cpu:
             model.transformer_layer_spec = modelled.layer_spec
@@ -97,7 +98,7 @@ def run(
 
 
 def kind_of_group(name: str) -> tuple[str, int]:
-    """A process group's name -> tp, cp, pp, dp or world, and its size."""
+    """Return the kind of a named process group (tp, cp, pp, dp or world) and its size."""
     from megatron.core import parallel_state as state
 
     groups: list[tuple[str, Callable[[], dist.ProcessGroup]]] = [
@@ -115,7 +116,7 @@ def kind_of_group(name: str) -> tuple[str, int]:
 
 
 def _without(flags: list[str], names: tuple[str, ...]) -> list[str]:
-    """The argument list less some flags and their values."""
+    """Return the argument list without some flags and their values."""
     kept, skipping = [], False
     for word in flags:
         if word.startswith("--"):
@@ -126,7 +127,7 @@ def _without(flags: list[str], names: tuple[str, ...]) -> list[str]:
 
 
 def full_rows(recipe: Recipe) -> Callable[..., Any]:
-    """A provider of rows that a single sample fills, all of it learned: what needs the most of everything."""
+    """Return a provider of rows that one fully supervised sample fills, which need the most memory and time."""
     row = full_row(recipe.data.seq_length, packing=recipe.data.packing).item()
 
     class Rows(torch.utils.data.Dataset):

@@ -1,4 +1,4 @@
-"""What is published of GPUs and their links; nothing here was measured by us."""
+"""Published specifications of GPUs and their links; none of them measured by us."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class Gpu:
 
     name: str
     memory: float
-    """GiB that PyTorch reports as its capacity, a little less than the name says."""
+    """Capacity in GiB as PyTorch reports it, a little less than in the name."""
     flops: float
     """Dense bf16 FLOP/s."""
     hbm: float
     nvlink: float
-    """Between GPUs of a node."""
+    """Bandwidth between GPUs of a node."""
     network: float
-    """A GPU's share of the node's, between nodes."""
+    """A GPU's share of the bandwidth between nodes."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a recipe is to run on."""
+    """The GPUs that a recipe is planned for."""
 
     gpu: Gpu
     world: int
-    """GPUs."""
+    """Number of GPUs."""
     gpus_per_node: int
 
 
@@ -44,23 +44,23 @@ GPUS = {
         Gpu("a100-40g", 39.3, 312e12, 1.56e12, 300e9, 25e9),
     )
 }
-"""By name: the makers' data sheets."""
+"""Name -> GPU, from the makers' data sheets."""
 
 
 CPU = "cpu"
 
 
 def share_of_this_machine(processes: int) -> Gpu:
-    """What a process of a run on the CPU has; its speed is not estimated."""
+    """Return one process's share of this machine's memory, for a run on the CPU; its speed is not estimated."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Gpu(CPU, memory / processes, 0.0, 0.0, 0.0, 0.0)
 
 
 def lookup(name: str) -> Gpu:
-    """A GPU by its name, or an H100 with as many GiB.
+    """Return a GPU by its name, or an H100 with the given GiB of memory.
 
     Raises:
-        UserError: neither a known name nor a number.
+        UserError: the name is neither known nor a number.
     """
     if name in GPUS:
         return GPUS[name]

@@ -1,4 +1,4 @@
-"""Architectures that can be planned without their files: of the models that recipes/ names, as published."""
+"""Published architectures of the models in recipes/, so that they can be planned without their files."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ CONFIGS = {
     "Qwen/Qwen2.5-32B-Instruct": _QWEN25 | _sizes(64, 5120, 40, 8, 27648),
     "Qwen/Qwen3-8B": _QWEN3 | _sizes(36, 4096, 32, 8, 12288, head_dim=128),
 }
-"""Hub id -> what of its `config.json` decides sizes."""
+"""Hub id -> the fields of its `config.json` that determine sizes."""
 
 
 def model_config(name: str) -> ModelConfig:
-    """A model's configuration: its own file, or what is known of its hub id.
+    """Return a model's configuration, from its own file or from `CONFIGS` by its hub id.
 
     Raises:
-        UserError: neither can be had, or the architecture is not supported.
+        UserError: there is neither, or the architecture is not supported.
     """
     try:
         return read_config(find_model(name))

@@ -1,10 +1,10 @@
-"""A ledger of everything that a step allocates, sends and computes, kept by looking at each of torch's operators.
+"""A ledger of everything that a step allocates, sends and computes, recorded from each of torch's operators.
 
-Storages are counted where they live on the device that is planned for, under the part that was named when they were
-born; collectives and matrix products are operators too. What is an allowance (context, NCCL, fragments) is not here.
+A storage on the planned device counts for the part that was current when it was allocated. Collectives and matrix
+products are operators too. Allowances (CUDA context, NCCL, fragmentation) are in budget.py.
 
-A tensor is virtual if it has a shape and no values. Operators on real tensors alone, the index work of a batch, run for
-real; whoever asks for a virtual value gets 0, which skips no step and finds nothing infinite.
+A tensor is virtual if it has a shape and no values. Operators on real tensors alone, which are the index work of a
+batch, run as usual. Reading a virtual value gives 0, so that no step is skipped and nothing is found to be infinite.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 CUDA_BLOCK = 512
-"""Bytes to a multiple of which CUDA's caching allocator rounds."""
+"""Bytes; CUDA's caching allocator rounds each allocation up to a multiple of it."""
 
 
 HEAD = "head"
-"""The part of the output layer and the objective."""
+"""The name of the part of the output layer and the objective."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective as a rank issues it."""
+    """One kind of collective that a rank issues."""
 
     operator: str
-    """c10d's name, as `allreduce_`."""
+    """c10d's name, such as `allreduce_`."""
     group: str
     """tp, cp, pp, dp or world."""
     size: int
-    """Ranks of the group."""
+    """Number of ranks in the group."""
     bytes: int
-    """Of the whole message: of a gather's output, of a reduce-scatter's input."""
+    """Bytes of the whole message: a gather's output, a reduce-scatter's input."""
     head: bool
-    """Issued by the output layer or the objective."""
+    """Whether the output layer or the objective issues it."""
 
 
 @dataclass(frozen=True)
@@ -55,34 +55,34 @@ class Work:
     attention: bool
     flops: int
     bytes: int
-    """Read and written, each operand once."""
+    """Bytes read and written, each operand once."""
     dtype: str
 
 
 @dataclass
 class Moments:
-    """What is held of a step."""
+    """The record of a step: its peak, its allocations over time, its collectives and its kernels."""
 
     peak: int = 0
     at_peak: Counter[str] = field(default_factory=Counter)
     peak_mark: str = ""
     deltas: list[tuple[str, int]] = field(default_factory=list)
-    """(part, bytes), in order."""
+    """(part, bytes) of each allocation and release, in order."""
     marks: list[tuple[int, str]] = field(default_factory=list)
-    """(place in `deltas`, what begins there)."""
+    """(index in `deltas`, the name of what begins there)."""
     collectives: Counter[tuple[str, Collective]] = field(default_factory=Counter)
-    """By phase."""
+    """(phase, collective) -> count."""
     work: Counter[tuple[str, Work]] = field(default_factory=Counter)
-    """By phase."""
+    """(phase, kernel) -> count."""
 
 
 class Ledger(TorchDispatchMode):
-    """Counts storages by part from when it is entered; collectives, work and the peak since `begin`.
+    """A mode that counts storages by part since it was entered, and collectives, work and the peak since `begin`.
 
     Args:
         device: "meta", or "cpu" under FakeTensorMode. Storages elsewhere are not counted.
-        groups: name of a process group -> (kind, size), asked once for each.
-        real: collectives are carried out and every tensor has values, for a comparison with what is planned.
+        groups: the function from a process group's name to (kind, size), called once for each group.
+        real: every tensor has values and collectives run, to compare a real step with the planned one.
     """
 
     def __init__(self, device: str, groups: Callable[[str], tuple[str, int]], *, real: bool = False) -> None:
@@ -96,17 +96,17 @@ class Ledger(TorchDispatchMode):
         self._work = None if real else dist.all_reduce(torch.zeros(1), async_op=True).boxed()
 
     def begin(self) -> None:
-        """Forget the steps before this one; what lives goes on living."""
+        """Begin a step: forget earlier steps, keep the storages that are alive."""
         self.step = Moments(deltas=[(part, n) for part, n in self.total.items() if n])
         self._note_peak()
 
     def mark(self, what: str) -> None:
-        """Something begins."""
+        """Record the name of what begins now."""
         self.step.marks.append((len(self.step.deltas), what))
 
     @contextlib.contextmanager
     def within(self, part: str, phase: str | None = None) -> Iterator[None]:
-        """What is born in here belongs to the part, and to the phase."""
+        """Make this the current part and phase, for allocations within the context."""
         before = self.part, self.phase
         self.part, self.phase = part, phase or self.phase
         try:
@@ -115,7 +115,7 @@ class Ledger(TorchDispatchMode):
             self.part, self.phase = before
 
     def assign(self, tensors: Iterator[Tensor], part: str) -> None:
-        """Storages that live already belong to this part."""
+        """Move the tensors' storages, allocated earlier, to this part."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
             if key in self.live:
@@ -146,10 +146,10 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _makes_virtual(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Of what is made from nothing: on the device, or under FakeTensorMode whatever is no index."""
+        """Return whether a factory call makes a virtual tensor: one on the device, or a floating-point one if fake."""
         if self.device == "meta":
             return str(kwargs.get("device")) == "meta"
-        if kwargs.get("dtype") is None and func._opname in ("arange", "full"):  # their numbers say
+        if kwargs.get("dtype") is None and func._opname in ("arange", "full"):  # the arguments determine the dtype
             return any(isinstance(a, float) for a in args)
         return (kwargs.get("dtype") or torch.get_default_dtype()).is_floating_point
 
@@ -203,7 +203,7 @@ class Ledger(TorchDispatchMode):
         return out[0] if len(out) == 1 else tuple(out)
 
     def _relabel_received(self, received: Any) -> None:
-        """A buffer that a collective fills belongs to communication, unless it has a name of its own."""
+        """Move a buffer that a collective fills to communication, unless its part has a more specific name."""
         for tensor in _tensors((received,)):
             _, part, _ = self.live.get(tensor.untyped_storage()._cdata, (None, "", 0))
             if part.startswith(("activations", "head", "backward")):
@@ -257,7 +257,7 @@ def _reads_values(func: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _nothing(func: Any, tensor: Tensor, kwargs: dict[str, Any]) -> Any:
-    """What stands for a value that is not known."""
+    """Return the stand-in for a virtual value: 0, False, or True for an equality."""
     if func is torch.ops.aten.equal.default:
         return True
     if func is torch.ops.aten._to_copy.default:
@@ -267,5 +267,5 @@ def _nothing(func: Any, tensor: Tensor, kwargs: dict[str, Any]) -> Any:
 
 
 def gib(size: float) -> float:
-    """Bytes -> GiB."""
+    """Convert bytes to GiB."""
     return size / 2**30

@@ -1,7 +1,7 @@
-"""What a GPU's layers keep and a CPU's do not: a layer spec that allocates as Transformer Engine's does.
+"""A layer spec that allocates like Transformer Engine's, for planning a GPU step without a GPU.
 
-Each operator here stands for a kernel that needs a GPU. `MODELLED` says for each what is taken to be kept, and from
-where that is known; the rest of the planned step, Megatron's and ours, is executed as it is.
+Each operator here stands for a kernel that needs a GPU. `MODELLED` lists what each kernel is assumed to keep, with the
+source. The rest of the planned step, Megatron's code and ours, runs unchanged.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ MODELLED = {
     "weight gradients": "made in the weights' dtype, then added: without apex's fused accumulation "
     "[Megatron core/tensor_parallel/layers.py]",
 }
-"""Kernel -> what it is taken to allocate [and the source]."""
+"""Kernel -> its assumed allocations [and their source]."""
 
 _LIBRARY = library.Library("bft_plan", "DEF")
 _OPS = torch.ops.bft_plan
 
 
 def _kernel(schema: str) -> Any:
-    """Define an operator of which only shapes are known."""
+    """Define an operator that computes shapes only."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     return lambda shapes: library.impl(_LIBRARY, name, "Meta")(shapes)
@@ -91,12 +91,12 @@ def _(parameters: list[Tensor], gradients: list[Tensor], first: list[Tensor], se
 
 
 def _attention_flops(q: Any, k: Any, v: Any, pairs: int, out_val: Any = None, **_: Any) -> int:
-    """Two products of head size a query, key and head."""
+    """Return the FLOPs of two products: scores and output."""
     return 4 * pairs * q.shape[-1] * q.shape[-2]
 
 
 def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, out: Any, pairs: int, **_: Any) -> int:
-    """Five products: the scores again, and the gradients of values, probabilities, queries and keys."""
+    """Return the FLOPs of five products: scores again, gradients of values, probabilities, queries and keys."""
     return 10 * pairs * q.shape[-1] * q.shape[-2]
 
 
@@ -117,14 +117,14 @@ class _Norm(torch.autograd.Function):
 
 
 class Norm(torch.nn.RMSNorm):
-    """RMSNorm, whose weight gradient `finalize_model_grads` sums over TP under sequence parallelism."""
+    """An RMSNorm whose weight gradient `finalize_model_grads` sums over TP under sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device="meta")
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]."""
+        """Normalise x [..., h] -> [..., h]."""
         return _Norm.apply(x, self.weight)
 
 
@@ -206,7 +206,7 @@ def _ring_backward(
 
 
 class Attention(torch.nn.Module):
-    """Causal attention, of rows that one sample fills: what takes most time and memory.
+    """Causal attention over rows that one sample fills, which take the most time and memory.
 
     With CP a rank attends from its 1/cp of the queries to all keys.
     """
@@ -225,7 +225,7 @@ class Attention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [t/cp, n, d] packed or [s/cp, b, n, d] -> [..., n*d]."""
+        """Attend from query [t/cp, n, d] (packed) or [s/cp, b, n, d] -> [..., n*d]."""
         cp = self.group.size()
         s, b = query.shape[0] * cp, 1 if query.dim() == 3 else query.shape[1]
         reach = s if self.window is None else min(s, self.window[0] + 1)
@@ -234,14 +234,14 @@ class Attention(torch.nn.Module):
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam whose step allocates its two moments, once, and nothing else."""
+    """An Adam whose step allocates the two moments, once, and nothing else."""
 
     def __init__(self, params: Any, lr: float = 1e-3, **settings: Any) -> None:
         super().__init__(params, {"lr": lr, **settings})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # Megatron passes no closure
-        """One update of all parameters with a gradient."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -253,7 +253,7 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder's spec for `GPTModelConfig.transformer_layer_spec`."""
+    """Return the decoder's spec for `GPTModelConfig.transformer_layer_spec`."""
     transformer = config.transformer
     layer = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
@@ -266,5 +266,5 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
 
 
 def install() -> None:
-    """Put the modelled kernels in the places where Megatron looks for the GPU's, for the rest of this process."""
+    """Have Megatron use the modelled kernels in place of the GPU's for the rest of this process."""
     gpu_kernels.use(FusedAdam, _Rope.apply, _SwiGLU.apply)

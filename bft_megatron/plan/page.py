@@ -1,4 +1,4 @@
-"""The memory of a step over its time as a page of its own: areas by part, drawn as SVG."""
+"""An HTML page of a step's memory over time, stacked by part and drawn as SVG."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from bft_megatron.plan.memory import gib
 from bft_megatron.plan.plan import Plan
 
 COLUMNS = 400
-"""Moments that are drawn: of each stretch of the step the fullest."""
+"""Moments that are drawn: the step is cut into so many stretches, and each is drawn at its fullest moment."""
 WIDTH, HEIGHT = 900, 320
 COLOURS = dict(zip(PARTS, ("#4e79a7", "#a0cbe8", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#bab0ac"), strict=True))
 
 
 def page(plan: Plan) -> str:
-    """A whole HTML document, without anything from elsewhere."""
+    """Return the HTML document, which loads nothing from elsewhere."""
     keys = "".join(f'<li><i style="background:{colour}"></i>{name}</li>' for name, colour in COLOURS.items())
     charts = "".join(_chart(stage, plan.verdict.capacity) for stage in plan.stages)
     title = escape(f"{plan.recipe.model} on {plan.cluster.world} x {plan.cluster.gpu.name}")
@@ -53,7 +53,7 @@ _NOTHING: tuple[int, Counter[str]] = (-1, Counter())
 
 
 def _moments(stage: Stage) -> list[dict[str, int]]:
-    """The fullest moment of each of `COLUMNS` equal stretches of the step, in bytes by the report's parts."""
+    """Return the fullest moment of each of `COLUMNS` equal stretches of the step, in bytes by the report's parts."""
     deltas = stage.trace.step.deltas
     stretch = max(1, len(deltas) // COLUMNS)
     now: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""A plan: a recipe, a world of GPUs, and what their ranks hold and may take."""
+"""A plan: the memory and time of a recipe's ranks on a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bft_megatron.run.prepared import open_rows
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a recipe on a cluster."""
+    """A recipe on a cluster: its traced stages, the verdict and the time estimate."""
 
     recipe: Recipe
     config: ModelConfig
@@ -27,19 +27,19 @@ class Plan:
     estimate: Estimate | None
     """None for a run on the CPU."""
     steps: int | None = None
-    """Of the whole run, where the recipe says so or its data are prepared."""
+    """Steps of the whole run; None unless the recipe gives them or its data are prepared."""
 
     @property
     def days(self) -> float | None:
-        """That the whole run may take."""
+        """Return the estimated days of the whole run; None if steps or times are unknown."""
         return None if self.steps is None or self.estimate is None else self.steps * self.estimate.seconds / 86400
 
 
 def plan(recipe: Recipe, config: ModelConfig, cluster: Cluster) -> Plan:
-    """Trace the ranks that differ, and judge them.
+    """Trace one rank of every kind, compare its memory with the GPU's and estimate the time.
 
     Args:
-        recipe: checked for the cluster's world.
+        recipe: a recipe that was checked for the cluster's world.
 
     Raises:
         UserError: Megatron refuses the recipe.
@@ -57,7 +57,7 @@ def plan(recipe: Recipe, config: ModelConfig, cluster: Cluster) -> Plan:
 
 
 def steps(recipe: Recipe) -> int | None:
-    """Of the whole run; None where only its data would tell and they are not prepared."""
+    """Return the steps of the whole run; None if they depend on data that are not prepared."""
     if recipe.train.iterations is not None:
         return recipe.train.iterations
     try:

@@ -1,4 +1,4 @@
-"""Looks on while Megatron trains: names what is alive, says which pass runs, and ends the run after its second step."""
+"""A probe of Megatron's training loop: it names storages and passes for the ledger and stops after the second step."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from bft_megatron.upstream import training_loop
 
 @dataclass(frozen=True)
 class Trace:
-    """What a rank's step holds, sends and computes. Sizes in bytes."""
+    """The memory, messages and kernels of a rank's step. Sizes in bytes."""
 
     rank: int
     parameters: int
     layers: int
     micro_batches: int
-    """That the traced step had; all but what is done once a step grows with it."""
+    """Micro-batches of the traced step; all work but that done once a step grows with their number."""
     at_rest: Counter[str]
-    """By part, before the step: weights, gradients, optimizer and what else stays."""
+    """Bytes by part before the step: weights, gradients, optimizer and anything else that stays."""
     after_forward: int
-    """What the first micro-batch keeps for its backward pass."""
+    """Bytes that the first micro-batch keeps for its backward pass."""
     step: Moments
 
 
 class Enough(Exception):
-    """The step that was to be looked at is over."""
+    """The traced step is over; raised to end Megatron's loop."""
 
 
 class StepProbe:
-    """Tells the ledger what goes on in Megatron's loop."""
+    """An observer of Megatron's loop that tells the ledger the current part and phase."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.steps, self.forwards, self.backwards = ledger, 0, 0, 0
@@ -46,7 +46,7 @@ class StepProbe:
         self.optimizer: Any = None
 
     def install(self) -> None:
-        """Listen to the loop's set-up, its steps and their passes, for the rest of this process."""
+        """Wrap the loop's set-up, its steps and their passes for the rest of this process."""
         training_loop.SETUP.after(self._built)
         training_loop.TRAIN_STEP.around(self._step)
         training_loop.FORWARD_PASS.around(self._forward)
@@ -60,7 +60,7 @@ class StepProbe:
         training_loop.UPDATE.around(self._update, on=self.optimizer)
 
     def _name_states(self) -> None:
-        """Weights, gradients and optimizer state by what they are, wherever they were made."""
+        """Assign weights, gradients and optimizer state to their parts, wherever they were allocated."""
         parameters = [p for chunk in self.chunks for p in chunk.parameters()]
         self.ledger.assign((p.data for p in parameters), "weights")
         self.ledger.assign((p.main_grad for p in parameters if getattr(p, "main_grad", None) is not None), "gradients")
@@ -75,14 +75,14 @@ class StepProbe:
             self.ledger.assign(iter([*mains, *states]), "optimizer")
 
     def _name_parts(self, chunk: torch.nn.Module) -> None:
-        """While a layer runs, what is born belongs to its activations; after the last one, to the head."""
+        """Assign allocations while a layer runs to its activations, and those after the last layer to the head."""
         from megatron.core.utils import unwrap_model
 
         model, ledger = unwrap_model(chunk), self.ledger
 
         def enter(part: str) -> Callable[..., None]:
             def hook(*_: Any) -> None:
-                if ledger.phase == "forward":  # and not computed again in a backward pass
+                if ledger.phase == "forward":  # not while activations are recomputed in a backward pass
                     ledger.part = part
 
             return hook
@@ -124,8 +124,8 @@ class StepProbe:
 
     @contextmanager
     def _step(self) -> Iterator[None]:
-        """One training step; the second is the one that is measured, and the last."""
-        gc.collect()  # cycles of what the step before left
+        """Record one training step; the second is the last, and its record is kept."""
+        gc.collect()  # frees reference cycles of the step before
         self._name_states()
         self.ledger.begin()
         self.at_rest = +self.ledger.total

@@ -1,4 +1,4 @@
-"""Calls in forked processes, a few at a time: Megatron's globals are set once, and its imports take seconds."""
+"""Function calls in forked processes, a few at a time: Megatron sets its globals once, and its import takes seconds."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from typing import Any
 from bft_megatron.errors import FieldError, UserError
 
 AT_ONCE = min(4, len(os.sched_getaffinity(0)))
-"""Processes; each takes about a GiB."""
+"""Processes at a time; each takes about one GiB."""
 
 
 class Refused(UserError):
-    """Megatron itself does not accept the recipe."""
+    """Megatron itself refuses the recipe."""
 
 
 def each(function: Callable[..., Any], calls: list[tuple[Any, ...]], *, refusals: bool = False) -> list[Any]:
-    """`function(*call)` for each call, in a process of its own; what it prints goes to a file of no interest.
+    """Run `function(*call)` for each call in a process of its own and return the results; discard what they print.
 
     Args:
-        refusals: return a UserError in the place of its call's result, in place of raising it.
+        refusals: return a UserError as its call's result instead of raising it.
 
     Raises:
-        UserError, FieldError: as the call did.
-        Refused: Megatron raised something.
-        RuntimeError: anything else, with its traceback.
+        UserError, FieldError: the call raised one.
+        Refused: Megatron raised an exception.
+        RuntimeError: the call raised anything else; the message has its traceback.
     """
     results = []
     for some in batched(calls, AT_ONCE):
@@ -77,7 +77,7 @@ def _child(connection: Connection, function: Callable[..., Any], call: tuple[Any
         os.dup2(log.fileno(), 2)
         connection.send(_outcome(function, call))
         connection.close()
-    os._exit(0)  # a fake process group has nobody to say farewell to
+    os._exit(0)  # skip torch's cleanup: a fake process group has no other ranks
 
 
 def _outcome(function: Callable[..., Any], call: tuple[Any, ...]) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""What a plan says, as text and as JSON."""
+"""Reports of a plan, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bft_megatron.reporting.announce import describe_layout
 
 
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
-    """The whole plan, and what to change; sizes in GiB, times in seconds."""
+    """Return the whole plan and the changes that would help; sizes in GiB, times in seconds."""
     v, e = plan.verdict, plan.estimate
     return {
         "fits": v.fits,
@@ -49,13 +49,13 @@ def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
 
 
 def console() -> Console:
-    """Where a report goes; wide enough for its tables where no terminal says how wide it is."""
+    """Return the console for reports, wide enough for the tables if the output is no terminal."""
     found = Console()
     return found if found.is_terminal else Console(width=120)
 
 
 def parameters(plan: Plan) -> int:
-    """Of the model as Megatron holds it, vocabulary padding and tied copies included."""
+    """Return the number of parameters that Megatron holds, with vocabulary padding and tied copies."""
     return sum(stage.count * stage.trace.parameters for stage in plan.stages) * plan.recipe.parallel.tensor
 
 
@@ -89,7 +89,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def show_changes(changes: list[Change], console: Console) -> None:
-    """Print what would help."""
+    """Print the changes that would make the recipe fit, or come closest."""
     if not changes:
         console.print("no single change was found that Megatron accepts; --search looks for another layout")
         return
@@ -102,7 +102,7 @@ def show_changes(changes: list[Change], console: Console) -> None:
 
 
 def show_layouts(plans: list[Plan], console: Console) -> None:
-    """Print what a search found, the fastest that fit first."""
+    """Print the layouts that a search found, the fastest that fit first."""
     table = Table(box=None, pad_edge=False)
     for heading in ("TP", "PP", "VP", "CP", "DP", "peak GiB", "", "s a step", "tokens/s a GPU", "of peak"):
         table.add_column(heading, justify="right")

@@ -1,1 +1,1 @@
-"""What a run reports: totals, metrics.jsonl, the terminal."""
+"""Reports of a run: totals, metrics.jsonl, TensorBoard and the terminal."""

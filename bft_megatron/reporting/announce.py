@@ -15,7 +15,7 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.resolved import Run
 
 TRAINING_SHARE = 0.35
-"""Of a device's matrix-multiplication speed, what training at a sensible layout gets."""
+"""The share of a device's matrix-multiplication speed that training reaches in a sensible layout."""
 
 
 def sentence(run: Run, done: int) -> str:
@@ -39,7 +39,7 @@ def sentence(run: Run, done: int) -> str:
 
 
 def describe_layout(recipe: Recipe, world: int) -> str:
-    """The sizes above 1 of the parallel groups, and the processes."""
+    """Return the sizes above 1 of the parallel groups and the number of processes, as text."""
     p = recipe.parallel
     data = world // p.model_parallel_size
     sizes = {"TP": p.tensor, "PP": p.pipeline, "VP": p.virtual_pipeline, "CP": p.context, "DP": data}
@@ -48,7 +48,7 @@ def describe_layout(recipe: Recipe, world: int) -> str:
 
 
 def _speed(world: int) -> float:
-    """FLOP/s that the run may get: from one matrix product on this device, taken for all of them."""
+    """Estimate the run's FLOP/s from a matrix product on this device, taking all devices as equal."""
     device = current_device()
     on_gpu = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)

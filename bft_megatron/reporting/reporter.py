@@ -35,7 +35,16 @@ class Reporter:
         sources: tuple[str, ...] = (),
         valid: tuple[str, ...] = (),
     ) -> None:
-        """`sources` and `valid` are the names of the training and validation sources if reported separately."""
+        """Set up the reports of a run.
+
+        Args:
+            meter: the meter of the step's sums.
+            path: metrics.jsonl.
+            console: the terminal.
+            objective: the objective's name.
+            iterations: the steps of the whole run.
+            sources, valid: names of the training and validation sources; empty unless they are reported separately.
+        """
         self.meter, self.path, self.console = meter, path, console
         self.objective, self.iterations, self.sources, self.valid = objective, iterations, sources, valid
         self.iteration = 0
@@ -47,7 +56,7 @@ class Reporter:
         self._seconds: list[float] = []
 
     def give_up(self, max_skipped: int, rows_of: Callable[[int], list[int]]) -> None:
-        """Raise BadSteps, on every rank, after `max_skipped` skipped steps in a row; report the rows of each."""
+        """Have `stepped` raise BadSteps on every rank after so many skipped steps in a row; report the rows of each."""
         self._max_skipped, self._rows_of = max_skipped, rows_of
 
     def begin(self, start: int) -> None:

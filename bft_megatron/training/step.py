@@ -129,7 +129,7 @@ class Step:
     def _loss(
         self, logp: Tensor, geometry: Geometry, head: Head, batch: Batch
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return (sum, count, report) of logp [b, s/cp] fp32, with gradient. Collectives over CP: the objective's."""
+        """Return (sum, count, report) of logp [b, s/cp] fp32, with gradients. Collectives: the objective's, over CP."""
         assert head.correct is not None, (
             "GPTModel did not call output_processor: this is not the release that is pinned"
         )

@@ -1,13 +1,13 @@
-"""The optimizer's state, saved for the parameter that it belongs to where gradients are reduced in buckets.
+"""A fix for saving the optimizer's state with padded gradient buckets, where Megatron saves other parameters' state.
 
-For the format that any layout can load, Megatron gathers the state without the padding at the buckets' ends, then looks
-for each parameter at its place with that padding: behind the first bucket that is padded, master weights and moments of
-other parameters are saved, without an error. One bucket (no `overlap-grad-reduce`) or sizes that need no padding are
-right.
+For the format that any layout can load, Megatron gathers the state without the padding at the buckets' ends, but then
+looks for each parameter at its offset with that padding. After the first padded bucket it therefore saves master
+weights and moments of other parameters, without an error. One bucket (no `overlap-grad-reduce`) and sizes that need no
+padding are saved correctly.
 
-Megatron's own cure (pull request #5077) takes the padding out of the places; ours puts it back into the tensors. Both
-together would correct twice, so the method is tried first on a buffer of two parameters, and left alone where it is
-right.
+Megatron's own fix (pull request #5077) removes the padding from the offsets; ours puts it back into the tensors. Both
+together would correct twice, so the method is tried first on a buffer of two parameters, and is not changed if its
+result is correct.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from bft_megatron.upstream.change import Change
 
 _OPTIMIZER = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _UNTIL = (
-    "a release with [pull request #5077](https://github.com/NVIDIA/Megatron-LM/pull/5077); on such a release nothing "
-    "is changed, which a trial of the method decides at every start"
+    "a release with [pull request #5077](https://github.com/NVIDIA/Megatron-LM/pull/5077); a trial of the method at "
+    "every start finds such a release and then changes nothing"
 )
 _TEST = "tests/upstream/test_bucket_padding.py"
 
 SHARDED_STATE = Change(
     f"{_OPTIMIZER}.sharded_param_state_fully_reshardable",
     "wrapped",
-    "Behind a padded gradient bucket the state of other parameters is saved, silently.",
+    "After a padded gradient bucket Megatron silently saves the state of other parameters.",
     _UNTIL,
     _TEST,
     ("self",),
@@ -39,7 +39,7 @@ SHARDED_STATE = Change(
 GATHERED_STATE = Change(
     f"{_OPTIMIZER}.get_parameter_state_dp_zero",
     "wrapped",
-    "What it gathers gets the padding back. Of the one optimizer, while its state is collected.",
+    "The gathered tensors get the padding back. Set on one optimizer, and only while its state is collected.",
     _UNTIL,
     _TEST,
     (),
@@ -47,7 +47,7 @@ GATHERED_STATE = Change(
 
 
 def mend() -> None:
-    """Have each parameter's own state saved; changes nothing where Megatron does that already.
+    """Make Megatron save each parameter's own state; change nothing if it already does.
 
     Raises:
         RuntimeError: the trial cannot tell. No checkpoint must be written until it is known what this release saves.
@@ -61,7 +61,7 @@ def mend() -> None:
 
 
 def saves_each_its_own() -> bool:
-    """Whether the method finds the state of a parameter behind a padded bucket. On the CPU, without collectives."""
+    """Return whether the method finds the state of a parameter after a padded bucket. On the CPU, no collectives."""
     trial = _Trial()
     shards = trial.method({"0": _shard("0", trial.first), "1": _shard("1", trial.second)}, metadata={})
     found = [shards[i]["param"].data.tolist() for i in range(2)]
@@ -69,7 +69,7 @@ def saves_each_its_own() -> bool:
 
 
 class _Trial:
-    """As much of a `DistributedOptimizer` as its method reads: two parameters, the first in a bucket padded by one."""
+    """The part of a `DistributedOptimizer` that the method reads: two parameters, one in a bucket padded by one."""
 
     def __init__(self) -> None:
         self.first, self.second = (torch.nn.Parameter(torch.full((3,), x)) for x in (1.0, 2.0))
@@ -100,13 +100,13 @@ def _with_padded_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return method(*args, **kwargs)
         finally:
-            del optimizer.get_parameter_state_dp_zero  # the class's own again
+            del optimizer.get_parameter_state_dp_zero  # restores the class's method
 
     return with_padded_tensors
 
 
 def _padded(buffers: list[Any], state: dict[Any, Any] | None) -> dict[Any, Any] | None:
-    """Each buffer's tensors, without padding between its buckets -> at the places that its parameters have in it."""
+    """Put the padding between buckets back into each buffer's tensors, so that parameters are at their offsets."""
     if not state:
         return state
     for i, buffer in enumerate(buffers):

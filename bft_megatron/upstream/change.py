@@ -1,4 +1,4 @@
-"""A change to Megatron or torch: declared with its reason, and made through its declaration."""
+"""The declaration of a change to Megatron or torch, with its reason, and the means to make the change."""
 
 from __future__ import annotations
 
@@ -16,49 +16,49 @@ MEGATRON, TORCH = "megatron-core 0.19.2", "torch 2.14.1"
 
 @dataclass(frozen=True)
 class Change:
-    """A name of Megatron or torch that is used in a way its release does not offer."""
+    """The declaration that a name of Megatron or torch is replaced, wrapped, or used although it is internal."""
 
     target: str
     """`module:name` or `module:Class.name`."""
     kind: Literal["wrapped", "replaced", "internal"]
-    """wrapped: the original still runs. replaced: it does not. internal: it is used as it is, though it is no public
-    interface."""
+    """wrapped: the original still runs. replaced: it does not. internal: it is used unchanged, although it is not a
+    public interface."""
     why: str
     until: str
-    """What makes the change unnecessary."""
+    """The condition that makes the change unnecessary."""
     test: str
-    """The test that fails when the behaviour behind the change is another."""
+    """The test that fails when the behaviour behind the change is different."""
     parameters: tuple[str, ...] | None = None
-    """Names of the original's parameters. Of a wrapped or internal function those that are passed or read by name; of a
-    replaced one all of them, in their order. None: none of them matters."""
+    """Names of the original's parameters: for a wrapped or internal function those passed or read by name, for a
+    replaced one all of them in order. None: none of them matters."""
 
     @property
     def release(self) -> str:
-        """The release that the change is for."""
+        """Return the release that the change is for."""
         return MEGATRON if self.target.startswith("megatron") else TORCH
 
     @property
     def owner(self) -> Any:
-        """The module or class that holds the name."""
+        """Return the module or class that holds the name."""
         module, _, name = self.target.partition(":")
         return pkgutil.resolve_name(f"{module}:{name.rpartition('.')[0]}")
 
     @property
     def name(self) -> str:
-        """The name within its owner."""
+        """Return the name within its owner."""
         return self.target.rpartition(":")[2].rpartition(".")[2]
 
     def put(self, new: Any, *, on: Any = None) -> None:
-        """Set the name to `new` for the rest of this process; with `on` for that instance of the owner alone."""
+        """Set the name to `new` for the rest of this process; with `on`, for that instance of the owner only."""
         setattr(self.owner if on is None else on, self.name, new)
 
     def wrap(self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]], *, on: Any = None) -> None:
-        """Put `wrapper(original)` in the place of what stands there now."""
+        """Replace the current value by `wrapper(value)`; with `on`, for that instance of the owner only."""
         original = getattr(self.owner if on is None else on, self.name)
         self.put(functools.wraps(original)(wrapper(original)), on=on)
 
     def around(self, context: Callable[[], AbstractContextManager[Any]], *, on: Any = None) -> None:
-        """Run each call within a new `context()`."""
+        """Run each call within a new `context()`; with `on`, for that instance of the owner only."""
 
         def within(original: Callable[..., Any]) -> Callable[..., Any]:
             def called(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ class Change:
         self.wrap(then)
 
     def read(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The declared parameters of a call, by name, defaults included.
+        """Return the declared parameters of a call by name, with defaults.
 
         Raises:
             KeyError: the original has no parameter of that name.

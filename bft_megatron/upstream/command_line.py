@@ -1,4 +1,4 @@
-"""Megatron's arguments from a list of flags."""
+"""Megatron's arguments, parsed from a list of flags."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from bft_megatron.upstream.change import Change
 PARSE = Change(
     "megatron.training.arguments:parse_and_validate_args",
     "internal",
-    "It reads `sys.argv`, which is set for the call: nearly everything below `pretrain` asks for the global arguments "
-    "that it makes, whatever configuration object it is given.",
+    "It makes the global arguments, which nearly all code below `pretrain` reads whatever configuration object it is "
+    "given. It reads `sys.argv`, which is set for the call.",
     "it takes a list, or the loop takes its configuration objects alone",
     "tests/upstream/test_small_changes.py",
     (),
@@ -19,7 +19,7 @@ PARSE = Change(
 
 
 def parse(flags: list[str]) -> Any:
-    """Megatron's parsed and validated arguments, which also become its global ones."""
+    """Parse and validate flags; return Megatron's arguments, which also become its global ones."""
     from megatron.training.arguments import parse_and_validate_args
 
     before, sys.argv = sys.argv, ["bft-megatron", *flags]

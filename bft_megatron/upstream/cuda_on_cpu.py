@@ -1,8 +1,8 @@
 """The CUDA surface that Megatron touches, redirected to the CPU.
 
-With `install()` Megatron's GPT model, pipeline schedules, DDP, distributed optimizer, torch_dist checkpoints and
-`pretrain` run on gloo. Nothing of the computation is changed: devices are rewritten, streams and events do nothing,
-counters are zero. What stands in for Transformer Engine's layers is in `layers`.
+After `install()` Megatron's GPT model, pipeline schedules, DDP, distributed optimizer, torch_dist checkpoints and
+`pretrain` run on gloo. The computation is unchanged: devices are rewritten, streams and events do nothing, counters are
+zero. The layers that replace Transformer Engine's are in `bft_megatron.layers`.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ _TEST = "tests/upstream/test_cuda_on_cpu.py"
 
 _WHY = {
     "Moves to a device, pinned memory and device arguments are rewritten by a `TorchFunctionMode`. Megatron's "
-    "optimizers sort parameters by the string `torch.cuda.FloatTensor`, which `type` therefore gives.": (
+    "optimizers sort parameters by the string `torch.cuda.FloatTensor`, so `type` returns it.": (
         *("torch:Tensor.cuda", "torch:Tensor.to", "torch:Tensor.pin_memory", "torch:Tensor.type"),
     ),
 }
 _REDIRECTED = {
-    "A module is where it belongs from the start; on the meta device it is moved there.": ("torch.nn:Module.cuda",),
-    "The one device.": (
+    "On the CPU a module is already in place; for the meta device it is moved there.": ("torch.nn:Module.cuda",),
+    "There is one device.": (
         *("torch.cuda:current_device", "torch.cuda:set_device", "torch.accelerator:current_device_index"),
         *("torch.cuda:get_device_capability", "torch.cuda:get_device_properties"),
     ),
-    "`initialize_megatron` asserts it.": ("torch.cuda:is_available",),
+    "`initialize_megatron` asserts that it is True.": ("torch.cuda:is_available",),
     "0 would skip Megatron's set-up of model parallelism; the number itself is not used.": ("torch.cuda:device_count",),
-    "torch must not ask for the device's own allocator.": ("torch.accelerator:is_available",),
-    "Work is done when the call returns: there is nothing to wait for.": (
+    "torch must not use the accelerator's allocator.": ("torch.accelerator:is_available",),
+    "Work is finished when the call returns, so there is nothing to wait for.": (
         *("torch.cuda:synchronize", "torch.cuda:Stream", "torch.cuda:Event", "torch.cuda:stream"),
         *("torch.cuda:current_stream", "torch.cuda:default_stream", "torch.cuda:is_current_stream_capturing"),
     ),
-    "Memory is counted as 0.": (
+    "Memory is reported as 0.": (
         *("torch.cuda:memory_allocated", "torch.cuda:max_memory_allocated", "torch.cuda:memory_reserved"),
         *("torch.cuda:max_memory_reserved", "torch.cuda:device_memory_used", "torch.cuda:memory_stats"),
         *("torch.cuda:empty_cache", "torch.cuda:reset_peak_memory_stats"),
     ),
-    "There is no profiler to tell.": ("torch.cuda.nvtx:range_push", "torch.cuda.nvtx:range_pop"),
+    "There is no profiler.": ("torch.cuda.nvtx:range_push", "torch.cuda.nvtx:range_pop"),
     "The CPU's random state is the only one.": (
         *("torch.cuda:get_rng_state", "torch.cuda.random:get_rng_state", "torch.cuda:set_rng_state"),
         *("torch.cuda:manual_seed", "megatron.core.tensor_parallel.random:_set_cuda_rng_state"),
@@ -67,8 +67,8 @@ _mode: TorchFunctionMode | None = None
 
 
 def gpu_is_visible() -> bool:
-    """True where torch sees a CUDA device, also after `install()`, which makes Megatron believe that there is one."""
-    return _mode is None and torch.cuda.is_available()  # installed: there was none
+    """Return whether torch sees a CUDA device; False after `install()`, though `is_available` is then True."""
+    return _mode is None and torch.cuda.is_available()  # `install` is called only where there is none
 
 
 def install(device: str = "cpu") -> None:
@@ -78,14 +78,14 @@ def install(device: str = "cpu") -> None:
     `initialize_megatron` asserts.
 
     Args:
-        device: what to redirect to; `meta`, whose tensors have shapes and no values, for `plan`.
+        device: the device to redirect to; `plan` uses `meta`, whose tensors have shapes and no values.
     """
     global _mode
     if _mode is not None:
         return
     torch.compiler.set_stance("force_eager")  # Megatron's jit_fuser would compile C++ in every process
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron's arguments demand it where TP or CP is above 1
-    torch.set_num_threads(1)  # the processes share the cores, and one thread adds in one order
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron's arguments require it if TP or CP is above 1
+    torch.set_num_threads(1)  # the processes share the cores, and one thread adds in a fixed order
     _mode = _CudaElsewhere(torch.device(device))
     _mode.__enter__()
     stand_ins = _stand_ins(torch.device(device))
@@ -96,7 +96,7 @@ def install(device: str = "cpu") -> None:
 
 
 class _CudaElsewhere(TorchFunctionMode):
-    """Rewrites the device of every torch call that names a CUDA one."""
+    """A mode that rewrites the device of every torch call that names a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ _LOOKED_INTO = {torch.Tensor.pin_memory, torch.Tensor.cuda, torch.Tensor.type, t
 
 
 class _Stream:
-    """A stream without a device: work is done when the call returns."""
+    """A stream without a device: work is finished when the call returns."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_event(self, *_: Any) -> None: ...
@@ -151,7 +151,7 @@ class _Event:
 
 
 def _stand_ins(device: torch.device) -> dict[str, Any]:
-    """Target -> what is put there."""
+    """Return the stand-in for each target in `REDIRECTED`."""
     stream = _Stream()
     properties = types.SimpleNamespace(major=9, minor=0, name="cpu", total_memory=1 << 34, multi_processor_count=1)
     found = {
@@ -163,7 +163,7 @@ def _stand_ins(device: torch.device) -> dict[str, Any]:
         "torch.cuda:is_available": lambda: True,
         "torch.cuda:device_count": lambda: 8,
         "torch.accelerator:is_available": lambda *_, **__: False,
-        "torch.cuda:Stream": _Stream,  # a class: transformers annotates with it when it is imported later
+        "torch.cuda:Stream": _Stream,  # a class, as transformers uses it in annotations when it is imported later
         "torch.cuda:Event": _Event,
         "torch.cuda:stream": lambda *_: contextlib.nullcontext(),
         "torch.cuda:current_stream": lambda *_, **__: stream,

@@ -1,4 +1,4 @@
-"""Megatron's compiled data set helper, used as its wheel ships it."""
+"""Megatron's compiled data set helper, used as the wheel ships it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from bft_megatron.upstream.change import Change
 COMPILE_HELPERS = Change(
     "megatron.core.datasets.utils:compile_helpers",
     "replaced",
-    "The wheel ships the compiled helper without the Makefile to compile it again; Megatron would end the run.",
-    "the wheel has the Makefile, or a compiled helper is not compiled again",
+    "Megatron compiles the helper at every start and ends the run if that fails. The wheel ships the compiled helper "
+    "without the Makefile.",
+    "the wheel has the Makefile, or Megatron does not compile a compiled helper again",
     "tests/upstream/test_small_changes.py",
     (),
 )
 
 
 def without_compiling() -> None:
-    """Keep Megatron from compiling the helper when it starts."""
+    """Keep Megatron from compiling the helper at its start."""
     COMPILE_HELPERS.put(lambda: None)

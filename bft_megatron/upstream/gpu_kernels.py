@@ -1,4 +1,4 @@
-"""Where Megatron looks for a GPU's fused kernels; `plan` puts kernels there of which only shapes are known."""
+"""The names by which Megatron calls a GPU's fused kernels; `plan` replaces them by kernels that compute shapes only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bft_megatron.upstream.change import Change
 
-_WHY = "A plan without a GPU must allocate what the fused kernel would; the one found here allocates more."
+_WHY = "A plan without a GPU must allocate what the fused kernel would; the fallback allocates more."
 _UNTIL = "never: the kernel needs a GPU"
 _TEST = "tests/plan/test_published.py"
 _ROPE = "megatron.core.models.common.embeddings.rope_utils"
@@ -22,12 +22,12 @@ SWIGLU = Change("megatron.core.transformer.mlp:bias_swiglu_impl", "replaced", _W
 
 
 def use(adam: type, rope: Callable[[Tensor], Tensor], swiglu: Callable[[Tensor], Tensor]) -> None:
-    """Have Megatron use these for the rest of this process.
+    """Have Megatron use these kernels for the rest of this process.
 
     Args:
-        adam: the optimizer class, with the settings of a fused one.
-        rope: rotary embedding of a tensor, packed or padded; shape in = shape out.
-        swiglu: [..., 2 f] -> [..., f].
+        adam: the optimizer class, with the constructor of a fused Adam.
+        rope: the rotary embedding of a packed or padded tensor; keeps its shape.
+        swiglu: [..., 2f] -> [..., f].
     """
 
     def first_argument(kernel: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

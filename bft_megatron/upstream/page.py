@@ -1,4 +1,4 @@
-"""docs/megatron.md, made from the declarations: `python -m bft_megatron.upstream.page > docs/megatron.md`."""
+"""The page docs/megatron.md, made from the declarations: `python -m bft_megatron.upstream.page > docs/megatron.md`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from bft_megatron.upstream.change import MEGATRON, TORCH, Change
 _INTRODUCTION = f"""\
 # What we change in Megatron
 
-Every function, method and global of Megatron, and of torch where a GPU is missing, that is replaced or wrapped, or
-that is called although it is internal. The declarations are written for {MEGATRON} and {TORCH}, and this
+The functions, methods and globals of Megatron, and of torch where there is no GPU, that are replaced, wrapped, or used
+although they are internal. The declarations are written for {MEGATRON} and {TORCH}, and this
 page is made from them: `python -m bft_megatron.upstream.page > docs/megatron.md`. Nothing outside
 `bft_megatron/upstream/` assigns to a module or a class of Megatron or torch.
 
-*wrapped*: the original still runs. *replaced*: it does not. *internal*: used as it is, though it is no public
-interface.
+*wrapped*: the original still runs. *replaced*: it does not. *internal*: it is used unchanged, although it is not a
+public interface.
 
-A move to a new release begins with `python -m pytest tests/upstream`: a test fails for each name that is gone, each
-parameter that has another name, and each behaviour that is another. Then the other tests that are named here.
+To move to a new release, first run `python -m pytest tests/upstream`: a test fails for each name that is gone, each
+parameter that was renamed, and each behaviour that has changed. Then run the other tests that are named here.
 """
 
 
 def changes() -> dict[ModuleType, list[Change]]:
-    """What each module of the package declares, in the order that it does."""
+    """Return the changes that each module of the package declares, in order of declaration."""
     found = {}
     for info in pkgutil.iter_modules(upstream.__path__):
         module = importlib.import_module(f"{upstream.__name__}.{info.name}")
@@ -38,7 +38,7 @@ def changes() -> dict[ModuleType, list[Change]]:
 
 
 def page() -> str:
-    """The page's Markdown."""
+    """Return the page as Markdown."""
     return "\n".join([_INTRODUCTION, *(_section(module, declared) for module, declared in changes().items())])
 
 

@@ -1,6 +1,6 @@
 """Rotary embedding of packed rows without waiting for the device, on any context-parallel rank.
 
-Each token takes the frequencies of its position in its sample, so the values are Megatron's own to the bit.
+Each token takes the frequencies of its position in its sample; the values are the same bits as Megatron's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from bft_megatron.upstream.change import Change
 THD = Change(
     "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_thd",
     "replaced",
-    "It reads the samples' lengths on the host in every layer, which waits for a GPU, and rotates a sample at a time.",
+    "It reads the samples' lengths on the host in every layer, which waits for the GPU, and rotates one sample at a "
+    "time.",
     "Megatron's unfused rotary embedding of packed rows stays on the device",
     "tests/upstream/test_rotary.py",
     (
@@ -33,7 +34,7 @@ THD = Change(
 BSHD = Change(
     "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd",
     "internal",
-    "The rotation itself is Megatron's.",
+    "Megatron's own rotation is used.",
     "it is public",
     "tests/upstream/test_rotary.py",
     ("t", "freqs", "rotary_interleaved", "mla_rotary_interleaved", "mscale"),
@@ -45,7 +46,7 @@ def positions(cu_seqlens: Tensor, tokens: int, cp: int, rank: int) -> Tensor:
 
     Args:
         cu_seqlens: [B+1] int, the edges of the samples in the whole row.
-        tokens: how many of the row's tokens the rank holds.
+        tokens: the number of the row's tokens that the rank holds.
         cp, rank: the context-parallel size and this rank, which holds chunks `rank` and
             2*cp - 1 - `rank` of the 2*cp of a sample.
     """
@@ -63,7 +64,7 @@ def apply_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_group: dist.Pr
     """Rotate t [tokens, n, d] of a packed row by freqs [longest, 1, 1, d] -> [tokens, n, d].
 
     Args:
-        options: those of Megatron's `_apply_rotary_pos_emb_bshd`.
+        options: keyword arguments of Megatron's `_apply_rotary_pos_emb_bshd`.
     """
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
@@ -72,7 +73,7 @@ def apply_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, cp_group: dist.Pr
 
 
 def install() -> None:
-    """Have Megatron's unfused rotary embedding of packed rows computed by `apply_packed`."""
+    """Replace Megatron's unfused rotary embedding of packed rows by `apply_packed`."""
 
     def thd(
         t: Tensor,

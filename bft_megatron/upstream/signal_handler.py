@@ -1,4 +1,4 @@
-"""Whom Megatron's loop asks after every step whether to save and stop."""
+"""The handler that Megatron's loop asks after every step whether to save and stop."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from bft_megatron.upstream.change import Change
 
 _WHY = (
-    "Megatron's handler answers one signal, by an all-gather of one number and as many device reads as there are "
-    "ranks. Ours answers SIGUSR1, SIGTERM, SIGINT and the time limit by one MAX all-reduce."
+    "Megatron's handler handles one signal, with an all-gather of one number and one device read for each rank. Ours "
+    "handles SIGUSR1, SIGTERM, SIGINT and the time limit with one MAX all-reduce."
 )
-_UNTIL = "Megatron's handler answers several signals by one reduction"
+_UNTIL = "Megatron's handler handles several signals with one reduction"
 _TEST = "tests/upstream/test_training_loop.py"
 
 SET_HANDLER = Change(
@@ -21,7 +21,7 @@ HANDLER = Change("megatron.training.global_vars:_GLOBAL_SIGNAL_HANDLER", "replac
 
 
 class _Handler:
-    """As much of Megatron's `DistributedSignalHandler` as its loop uses."""
+    """The part of Megatron's `DistributedSignalHandler` that its loop uses."""
 
     def __init__(self, stops: Callable[[], bool]) -> None:
         self._stops = stops
@@ -33,8 +33,8 @@ class _Handler:
 def ask(stops: Callable[[], bool]) -> None:
     """Have Megatron's loop call `stops()` after every step, on every rank; True saves and ends the loop.
 
-    To be called before Megatron's arguments are parsed with `--exit-signal-handler`, when Megatron would take the
-    signal for itself.
+    Must be called before Megatron's arguments are parsed with `--exit-signal-handler`, as Megatron then installs its
+    own handler.
     """
 
     def use_ours(exit_signal: Any) -> None:

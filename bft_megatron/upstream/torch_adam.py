@@ -1,8 +1,9 @@
-"""What Megatron's distributed optimizer needs to save and resume with torch's Adam.
+"""Fixes for saving and resuming Megatron's distributed optimizer with torch's Adam.
 
-Megatron resumes with apex's or Transformer Engine's fused Adam, which keep one step count a parameter group. torch's
-Adam, the one without a GPU, keeps a tensor a parameter, and five places of `core/optimizer/distrib_optimizer.py` go
-wrong with it; each is named below by what fails without it. Nothing here changes an update.
+Megatron supports a resume with apex's or Transformer Engine's fused Adam, which keep one step count for each parameter
+group. torch's Adam, used without a GPU, keeps one tensor for each parameter, and five places of
+`core/optimizer/distrib_optimizer.py` fail with it. Each declaration says what fails without the change. No update is
+changed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _TEST = "tests/upstream/test_checkpoints.py"
 STATE_DICT = Change(
     f"{_OPTIMIZER}.state_dict",
     "wrapped",
-    "Adam before its first step has no state, and Megatron asserts on exactly one step count at every load.",
+    "Adam has no state before its first step, and Megatron asserts exactly one step count at every load.",
     _UNTIL,
     _TEST,
     ("self",),
@@ -30,8 +31,8 @@ LOAD_STATE_DICT = Change(
     f"{_OPTIMIZER}.load_state_dict",
     "wrapped",
     "Loading writes into leaves that require grad. It leaves one step count shared by all parameters, which Adam would "
-    "advance once a parameter, and in the `dp_reshardable` format puts the old count back: the first loss after a "
-    "resume is right, the second is not.",
+    "advance once for each parameter, and in the `dp_reshardable` format it restores the old count: the first loss "
+    "after a resume is correct, the second is not.",
     _UNTIL,
     _TEST,
     ("self", "state_dict"),
@@ -47,14 +48,14 @@ SET_STATES = Change(
 
 
 def in_use() -> bool:
-    """Whether Megatron's Adam is torch's: neither apex's nor Transformer Engine's is installed."""
+    """Return whether Megatron uses torch's Adam, as neither apex nor Transformer Engine is installed."""
     from megatron.core import optimizer
 
     return optimizer.Adam is torch.optim.AdamW
 
 
 def install() -> None:
-    """Wrap three methods of `DistributedOptimizer`. To be called once."""
+    """Wrap three methods of `DistributedOptimizer`. Must be called only once."""
     STATE_DICT.wrap(_with_state)
     LOAD_STATE_DICT.wrap(_with_own_steps)
     SET_STATES.wrap(_but_step)
@@ -73,7 +74,7 @@ def _with_state(state_dict: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_own_steps(load_state_dict: Callable[..., None]) -> Callable[..., None]:
-    @torch.no_grad()  # fp32 main parameters are views of the model's
+    @torch.no_grad()  # fp32 main parameters are views of the model's parameters
     def load_and_part(self: Any, state_dict: dict[str, Any]) -> None:
         step = float(state_dict["optimizer"]["param_groups"][0]["step"])
         load_state_dict(self, state_dict)

@@ -1,6 +1,6 @@
-"""Events of Megatron's training loop, which has no callbacks: it looks its functions up by name, so they are wrapped.
+"""Events of Megatron's training loop, which has no callbacks: the functions that it looks up by name are wrapped.
 
-`TrainingLoop` is what a run subscribes to. The passes and the set-up below it are wrapped by `plan` alone.
+A run subscribes to `TrainingLoop`. Only `plan` wraps the set-up and the passes.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from bft_megatron.upstream.change import Change
 
 _MODULE = "megatron.training.training"
-_UNTIL = "Megatron's loop calls back"
+_UNTIL = "Megatron's loop has callbacks"
 _TEST = "tests/upstream/test_training_loop.py"
 
 TRAIN = Change(
     f"{_MODULE}:train",
     "wrapped",
-    "Validates before the first step, which Megatron never does: the first numbers show what training changed.",
+    "Megatron never validates before the first step. The wrapper does, so that reports show what training changed.",
     "Megatron validates before the first step",
     _TEST,
     ("forward_step_func", "model", "optimizer", "valid_data_iterator", "process_non_loss_data_func", "config"),
@@ -27,8 +27,8 @@ TRAIN = Change(
 TRAINING_LOG = Change(
     f"{_MODULE}:training_log",
     "wrapped",
-    "Tells of the end of a step, on every rank. Megatron prints for the second step of every start the mean of the "
-    "first two, and for each step the learning rate of the step after it.",
+    "Reports the end of a step on every rank. Megatron's own log prints, for the second step after every start, the "
+    "mean of the first two, and for each step the learning rate of the next one.",
     _UNTIL,
     _TEST,
     ("learning_rate", "iteration", "skipped_iter", "grad_norm"),
@@ -36,7 +36,7 @@ TRAINING_LOG = Change(
 EVALUATE = Change(
     f"{_MODULE}:evaluate",
     "wrapped",
-    "Tells of a validation, and runs it once a step: Megatron validates again after the last step.",
+    "Reports a validation, and runs it only once for a step: Megatron validates again after the last step.",
     _UNTIL,
     _TEST,
     ("forward_step_func", "data_iterator", "model", "process_non_loss_data_func", "config"),
@@ -44,7 +44,7 @@ EVALUATE = Change(
 SAVE = Change(
     f"{_MODULE}:save_checkpoint_and_time",
     "wrapped",
-    "Tells of a save and how long it took.",
+    "Reports a save and its duration.",
     _UNTIL,
     _TEST,
     ("iteration",),
@@ -52,7 +52,7 @@ SAVE = Change(
 GET_ARGS = Change(
     f"{_MODULE}:get_args",
     "internal",
-    "Says at which iteration training starts and whether there is a validation set.",
+    "Gives the iteration at which training starts and whether there is a validation set.",
     _UNTIL,
     _TEST,
     (),
@@ -60,7 +60,7 @@ GET_ARGS = Change(
 LEARNING_RATE = Change(
     f"{_MODULE}:get_canonical_lr_for_logging",
     "internal",
-    "The learning rate of the first step, as Megatron reports it.",
+    "Gives the learning rate of the first step, as Megatron reports it.",
     _UNTIL,
     _TEST,
     ("param_groups",),
@@ -68,7 +68,7 @@ LEARNING_RATE = Change(
 HAS_PRE_HOOKS = Change(
     f"{_MODULE}:should_disable_forward_pre_hook",
     "internal",
-    "A validation under `overlap-param-gather` must run without the hooks that wait for parameters, as Megatron's own.",
+    "With `overlap-param-gather` a validation must run without the hooks that wait for parameters, as Megatron's does.",
     "Megatron validates before the first step",
     "tests/layouts/test_heads.py",
     ("args",),
@@ -90,11 +90,11 @@ ENABLE_PRE_HOOKS = Change(
     ("model_chunks",),
 )
 
-_PLANNED = "The plan names what is alive and ends after the second step."
+_PLANNED = "A plan assigns storages to parts and ends after the second step."
 SETUP = Change(
     f"{_MODULE}:setup_model_and_optimizer",
     "wrapped",
-    f"{_PLANNED} Here it learns of the chunks and the optimizer.",
+    f"{_PLANNED} This call gives it the chunks and the optimizer.",
     _UNTIL,
     "tests/plan/test_truth.py",
 )
@@ -108,7 +108,7 @@ BACKWARD_PASS = Change(
 UPDATE = Change(
     "megatron.core.optimizer.optimizer:MegatronOptimizer.step",
     "wrapped",
-    f"{_PLANNED} Of the one optimizer, not of the class.",
+    f"{_PLANNED} Set on one optimizer, not on the class.",
     _UNTIL,
     "tests/plan/test_truth.py",
 )
@@ -116,21 +116,21 @@ UPDATE = Change(
 
 @dataclass(frozen=True)
 class StepEnd:
-    """A step that is over."""
+    """A finished step."""
 
     iteration: int
     skipped: bool
-    """The gradient was not finite and nothing was updated."""
+    """True if the gradient was not finite, so that nothing was updated."""
     grad_norm: Any
-    """Before clipping; a number or a tensor of one, None for a skipped step."""
+    """The norm before clipping: a number or a tensor with one element; None for a skipped step."""
     learning_rate: float | None
-    """The rate of this step."""
+    """The learning rate of this step."""
     ended: float
-    """`time.monotonic()`, before Megatron's own report."""
+    """`time.monotonic()` at the end of the step, before Megatron's own log."""
 
 
 class TrainingLoop:
-    """Calls its subscribers at the events of Megatron's loop. All are called on every rank, in the order of the lists.
+    """The events of Megatron's loop: subscribers are called on every rank, in the order of the lists.
 
     Args:
         iteration: the step that the run starts from.
@@ -177,7 +177,7 @@ class TrainingLoop:
             result = training_log(*args, **kwargs)
             self.iteration = given["iteration"]
             step = StepEnd(self.iteration, bool(given["skipped_iter"]), given["grad_norm"], self._learning_rate, ended)
-            self._learning_rate = given["learning_rate"]  # which is the next step's
+            self._learning_rate = given["learning_rate"]  # Megatron passes the next step's
             for hear in self.on_step:
                 hear(step)
             return result
@@ -209,7 +209,7 @@ class TrainingLoop:
 
 
 def _validate(given: dict[str, Any], margs: Any) -> None:
-    """One validation as Megatron's loop would do it, by the arguments of `train`."""
+    """Run one validation as Megatron's loop would, with the arguments of `train`."""
     from megatron.training import training
 
     hooks = training.should_disable_forward_pre_hook(margs)

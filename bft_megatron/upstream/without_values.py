@@ -1,4 +1,4 @@
-"""Megatron's step on one rank of a cluster that is not there, over tensors without values; for `plan` alone."""
+"""Megatron's step over tensors without values, on one rank of a simulated cluster; for `plan` only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bft_megatron.upstream.change import Change
 
 _UNTIL = "never: only a plan has neither values nor other ranks"
 _TEST = "tests/plan/test_truth.py"
-_CLIPPING = "The gradients' norm would be read from values; here it is 0, and nothing is scaled."
+_CLIPPING = "The gradients' norm is read from values. The replacement returns 0, and nothing is scaled."
 
 
 def _change(target: str, why: str, *parameters: str) -> Change:
@@ -20,17 +20,19 @@ def _change(target: str, why: str, *parameters: str) -> Change:
 
 GATHER = _change(
     "torch.distributed:all_gather_object",
-    "Which parameter groups there are: on every rank the same.",
+    "Gathers the parameter groups of all ranks. The replacement takes them as equal on every rank.",
     *("object_list", "obj", "group", "weights_only"),
 )
 EXCHANGE = _change(
-    "torch.distributed:batch_isend_irecv", "Messages together would ask for the device's back end.", "p2p_op_list"
+    "torch.distributed:batch_isend_irecv",
+    "Batched messages need the device's back end, so they are issued one by one.",
+    "p2p_op_list",
 )
-AUTOCAST = _change("torch:is_autocast_enabled", "The meta device is not among those it knows.")
+AUTOCAST = _change("torch:is_autocast_enabled", "It does not support the meta device.")
 SUCCESS = Change(
     "megatron.training.training:logical_and_across_model_parallel_group",
     "wrapped",
-    "Its all-reduce is counted, and its answer, read from a value, is this rank's own.",
+    "Its all-reduce runs and is counted; its result, which is read from a value, is replaced by this rank's own.",
     _UNTIL,
     _TEST,
     ("input",),
@@ -49,14 +51,14 @@ NORM = _change(
 
 
 def join(rank: int, world: int) -> None:
-    """Form a group of which no other rank exists."""
+    """Form a process group in which this is the only rank that exists."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
 
 
 def install() -> None:
-    """Replace what looks at values, or at other ranks', where it cannot be answered by a 0."""
+    """Replace the functions that read values or other ranks' objects and for which 0 is no answer."""
     GATHER.put(_own_everywhere)
     EXCHANGE.put(_one_by_one)
     AUTOCAST.put(lambda *_: False)

@@ -37,9 +37,7 @@ def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, 
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(n)]
 
 
-def _fork(
-    rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...], megatron: bool, gpu: bool
-) -> int:
+def _fork(rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...], megatron: bool) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -97,4 +95,5 @@ def _only_rank(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         s.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    multiprocessing.set_start_method("fork", force=True)  # for the workers of data loaders, as outside of tests
     return fn(*args)

@@ -94,7 +94,7 @@ REFUSED = {
     "the ranks are started and joined before Megatron is": "local-rank lazy-mpu-init fake-process-group",
     "it replaces every other flag": "yaml-cfg",
     "it prints Megatron's flags and exits": "help",
-    "this trains on given answers": "perform-rl-step rl-* grpo-* langrl-env-config refit-method",
+    "a run learns from given answers": "perform-rl-step rl-* grpo-* langrl-env-config refit-method",
     "it is for inference": """
         inference-* max-tokens-to-oom use-legacy-static-engine decode-only-cuda-graphs enable-chunked-prefill
         num-speculative-tokens use-same-sampling-seed-across-dp-ranks flash-decode symmetric-ar-type

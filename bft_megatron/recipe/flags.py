@@ -140,7 +140,7 @@ MADE = (
 )
 """Every flag that a run sets, beside those of the model's architecture and of the device."""
 
-_SPELLINGS = {"persistent-save-interval": "save-interval"}
+_SPELLINGS = {"persistent-save-interval": "save-interval", "h": "help"}
 _OPPOSITES = ("no-", "disable-")
 
 

@@ -73,13 +73,19 @@ def test_another_schedule_objective_or_data_is_refused(undisturbed: Path, change
 
 @pytest.fixture(scope="module")
 def after_an_out_of_memory(undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run as it was at step 4, resumed with less memory, other validation data and longer time-outs."""
+    """The run as it was at step 4, resumed on another layout with less memory, other validation data and time-outs."""
     out = tmp_path_factory.mktemp("changed") / "run"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(RunFolder(out).checkpoint(STEPS))
     memory = ["objective.head=chunked", "objective.chunk_size=64", "objective.kernels=torch"]
     memory += [f"megatron.recompute_{flag}" for flag in ("granularity=full", "method=uniform", "num_layers=1")]
     rest = ["megatron.distributed-timeout-minutes=5", "megatron.log-timers-to-tensorboard=true"]
+    rest += [
+        "megatron.overlap-grad-reduce=true",
+        "megatron.overlap-param-gather=true",
+        "megatron.ddp-bucket-size=20000",
+    ]
+    rest += ["parallel.tensor=1", "parallel.data=2", "megatron.num-workers=1"]
     with pytest.MonkeyPatch.context() as patch:
         words = arguments(out, f"data.valid={TINY / 'train.jsonl'}", "train.save_every=1", *memory, *rest)
         assert run_command(patch, *words) == 0

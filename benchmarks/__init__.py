@@ -1,4 +1,4 @@
-"""One script for each measured table of docs/; what Megatron says of kernels that a CPU does not have is left out."""
+"""One script for each measured table of docs/. Megatron's warnings about kernels missing on a CPU are silenced here."""
 
 import logging
 import warnings

@@ -1,6 +1,6 @@
-"""How far `cp_windows: per_rank` is from `exact` on real text: the lowest confidence c and the weight 1 - c.
+"""Compares `cp_windows: per_rank` with `exact` on real text: the lowest confidence c and the weight 1 - c.
 
-Needs a model folder and a JSONL of conversations; `make demo` leaves both:
+It needs a model folder and a JSONL of conversations; `make demo` leaves both:
 
     python benchmarks/cp_windows.py runs/cpu_demo/smollm2 runs/cpu_demo/data/valid.jsonl
 
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from bft_megatron.data import chat, tokenizers
 
 TURNS = {1: 48, 4: 12, 16: 3}
-"""Turns joined into a conversation, and how many of these conversations."""
+"""Turns joined into one conversation -> number of such conversations."""
 CONTEXT = (2, 4, 8)
 GROUPS = (64, 256)
 
@@ -48,15 +48,15 @@ def main(model_folder: Path, data: Path) -> None:
 
 
 @torch.no_grad()
-def log_probs(model: torch.nn.Module, tokens: list[int], learned: list[bool]) -> np.ndarray:
-    """log p [t] of a conversation's tokens after the first; NaN where nothing is learned."""
+def log_probs(model: torch.nn.Module, tokens: list[int], supervised: list[bool]) -> np.ndarray:
+    """Return log p [t] of a conversation's tokens after the first; NaN where the token is not supervised."""
     logits = model(torch.tensor([tokens])).logits[0, :-1]
     logp = logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
-    return np.where(learned[1:], logp.double().numpy(), np.nan)
+    return np.where(supervised[1:], logp.double().numpy(), np.nan)
 
 
 def lowest(logp: np.ndarray, chunks: int, g: int) -> tuple[float, bool]:
-    """c with windows that stay within `chunks` equal chunks, and whether there was any window."""
+    """Return c with windows that stay within `chunks` equal chunks, and whether there was any window."""
     padded = np.pad(logp, (0, -len(logp) % chunks), constant_values=np.nan)
     means = []
     for chunk in np.split(padded, chunks):
@@ -67,7 +67,7 @@ def lowest(logp: np.ndarray, chunks: int, g: int) -> tuple[float, bool]:
 
 
 def row(turns: int, samples: list[np.ndarray], cp: int, g: int) -> str:
-    """A line of the table: means over the samples."""
+    """Return a row of the table: means over the samples."""
     exact = np.array([lowest(s, 1, g)[0] for s in samples])
     ranked = [lowest(s, 2 * cp, g) for s in samples]
     per_rank = np.array([c for c, _ in ranked])

@@ -20,7 +20,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 
 def draw(runs: list[Path], plot: Path) -> None:
-    """Write one panel a metric and one line a run as a PNG or SVG."""
+    """Write a PNG or SVG with one panel per metric and one line per run."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""Peak memory of an export of Llama-3.1-70B's shapes, from a checkpoint of zeros that is written first.
+"""Measures the peak memory of exporting a model of Llama-3.1-70B's shapes from a checkpoint of zeros, written first.
 
-    python benchmarks/export.py FOLDER 1 3      # so many layers of the 80, which all are alike; 19 GB of disk for three
+    python benchmarks/export.py FOLDER 1 3      # numbers of layers out of 80 equal ones; three take 19 GB of disk
 
-Each is exported in a process of its own; what it takes before it begins, the libraries, is given beside the peak.
+Each export runs in its own process; the memory that the libraries take before it starts is printed beside the peak.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LLAMA_70B = {
 
 
 def write_checkpoint(folder: Path, model: Path) -> None:
-    """A checkpoint of zeros in bf16, its layers stacked and cut over TP ranks as Megatron writes them."""
+    """Write a checkpoint of zeros in bf16, with layers stacked and TP-sharded as Megatron writes them."""
     config = read_config(model)
     target = folder / "iter_0000001"
     target.mkdir(parents=True)
@@ -76,14 +76,14 @@ def write_checkpoint(folder: Path, model: Path) -> None:
 
 
 def _cut(weight: Weight) -> tuple[list[int], list[int], list[int]]:
-    """A parameter's shape, that of a TP rank's part, and how many parts there are along each axis."""
+    """Return a parameter's shape, the shape of a TP rank's part, and the number of parts along each axis."""
     size = [sum(t.shape[0] for t in weight.tensors), *weight.tensors[0].shape[1:]]
     counts = [TP if axis == weight.axis else 1 for axis in range(len(size))]
     return size, [n // c for n, c in zip(size, counts, strict=True)], counts
 
 
 def measure(checkpoints: Path, model: Path, out: Path) -> None:
-    """Export, and print the time and the peak of this process's resident memory."""
+    """Export, and print the time and this process's peak resident memory."""
     before, start = _peak(), time.monotonic()
     export(checkpoints, out, model)
     layers, files = read_config(model).layers, len(list(out.glob("*.safetensors")))

@@ -1,14 +1,15 @@
-"""The loss head, forward and backward, side by side: CPU time of one thread, peak memory, errors; tables and a plot.
+"""Compares loss heads, forward and backward: CPU time of one thread, peak memory, errors; prints tables, draws a plot.
 
     OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.head --errors --plot docs/images/head.png
     ... python -m benchmarks.head 2048x49152:fp32 2048x576x49152:bf16:0.5:tp2 --heads Megatron ours
 
-A case is rows x vocabulary (over logits that are there) or rows x hidden x vocabulary (the product with the weight is
-part of the time), dtype, share of supervised rows (1 where left out), tensor-parallel processes. All heads get the same
-inputs, and BFT's loss on top of their log p. Heads take turns, the minimum of the repetitions counts, in CPU time of
-the thread: wall time means little on a machine that others use. Memory is the peak of live tensor storage, counted
-operation by operation: with the logits, or beyond hidden states, weight and the gradients of both. The weight has an
-fp32 `main_grad` beside it, as in training; who does not add to it itself has its gradient added to it.
+A case is rows x vocabulary (the logits are given) or rows x hidden x vocabulary (the product with the weight is timed
+too), dtype, share of supervised rows (default 1), number of tensor-parallel processes. All heads get the same inputs,
+and BFT's loss is computed from their log p. Heads take turns, and the minimum of the repetitions is reported, in CPU
+time of the thread, because wall time means little on a shared machine. Memory is the peak of live tensor storage,
+counted operation by operation: with the logits given, it includes them; otherwise it excludes the hidden states, the
+weight and the gradients of both. The weight has an fp32 `main_grad`, as in training; the gradient of a head that does
+not add to it itself is added to it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.measuring import in_processes
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Geometry
 from tests.helpers.memory import Peak
 
 DEFAULT_CASES = [
@@ -50,7 +51,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured; h is None over logits that are there."""
+    """The sizes of a measurement; h is None if the logits are given."""
 
     s: int
     h: int | None
@@ -61,7 +62,7 @@ class Case:
 
     @staticmethod
     def parse(text: str) -> Case:
-        """`2048x576x49152:bf16:0.5:tp2`, of which the last two may be left out."""
+        """Parse `2048x576x49152:bf16:0.5:tp2`; the last two parts are optional."""
         shape, dtype, *more = text.split(":")
         share, tp = (more + ["1", "tp1"][len(more) :])[:2]
         sizes = [int(x) for x in shape.split("x")]
@@ -74,14 +75,14 @@ class Case:
         return f"{shape} {self.dtype}{share}{'' if self.tp == 1 else f', TP {self.tp}'}"
 
     def targets(self) -> Tensor:
-        """[s, 1]; the rows that are not supervised come first, as a prompt does."""
+        """Return targets [s, 1] whose unsupervised rows come first, like a prompt."""
         targets = torch.randint(self.v, (self.s, 1), generator=torch.Generator().manual_seed(1))
         targets[: round(self.s * (1 - self.share))] = IGNORE_INDEX
         return targets
 
 
 class Given(torch.autograd.Function):
-    """Logits that something made, as a model does: nothing but the head holds them, and `taken` gets their gradient."""
+    """Logits as a model's output: only the head holds a reference to them, and `taken` gets their gradient."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, source: Tensor, taken: list[Tensor]) -> Tensor:
@@ -95,14 +96,14 @@ class Given(torch.autograd.Function):
 
 
 def loss_of(logp: Tensor, targets: Tensor) -> Tensor:
-    """BFT's loss on log p [s, 1]: one sample."""
-    rows = Rows(targets.flatten(), torch.tensor([0, len(targets)]), torch.tensor([True]), torch.ones(1))
+    """Return BFT's loss of one sample from log p [s, 1]."""
+    geometry = Geometry(targets.flatten(), torch.tensor([0, len(targets)]), torch.tensor([True]), torch.ones(1))
     logp = logp.flatten()
-    return objective_sum(bft, rows, rows.view(logp), logp).loss
+    return objective_sum(bft, geometry, geometry.view(logp), logp).loss
 
 
 class OverLogits:
-    """The inputs of a case over logits, and a step of a head on them."""
+    """The inputs of a case with given logits, and a step of a head on them."""
 
     def __init__(self, case: Case) -> None:
         generator = torch.Generator().manual_seed(dist.get_rank())
@@ -111,7 +112,7 @@ class OverLogits:
         self.known, self.gradients = [self.source, self.leaf, self.targets], 0
 
     def step(self, head: peers.OverLogits) -> float:
-        """-> CPU seconds, without the making of the logits and the release of their gradient."""
+        """Return the CPU seconds of a step, without creating the logits and releasing their gradient."""
         taken: list[Tensor] = []
         logits = Given.apply(self.leaf, self.source, taken)
         start = time.thread_time()
@@ -135,7 +136,7 @@ class FromHidden:
         self.gradients = self.hidden.nbytes + self.weight.nbytes
 
     def step(self, head: peers.FromHidden) -> float:
-        """-> CPU seconds."""
+        """Return the CPU seconds of a step."""
         start = time.thread_time()
         self.weight.grad_added_to_main_grad = False
         loss = loss_of(head(self.hidden, self.weight, self.targets), self.targets)
@@ -146,10 +147,10 @@ class FromHidden:
 
 
 def measure(case: Case, heads: dict[str, Callable[..., Tensor]], repetitions: int) -> Found:
-    """On a rank: what each head takes."""
+    """Measure each head's time and peak memory on this rank."""
     given = OverLogits(case) if case.h is None else FromHidden(case)
     peaks = {}
-    for name, head in heads.items():  # first, and so the warm-up
+    for name, head in heads.items():  # also the warm-up
         with Peak(*given.known) as peak:
             given.step(head)
         peaks[name] = (peak.peak - given.gradients) / 2**20
@@ -161,7 +162,7 @@ def measure(case: Case, heads: dict[str, Callable[..., Tensor]], repetitions: in
 
 
 def report(cases: list[Case], prefixes: list[str], repetitions: int) -> dict[Case, Found]:
-    """Print a markdown table, a row a case -> what was found, of the rank that has most of either."""
+    """Print a Markdown table with a row per case; return each case's largest time and memory over the ranks."""
     every = peers.OVER_LOGITS if cases[0].h is None else peers.FROM_HIDDEN
     names = [name for name in every if name.startswith(tuple(prefixes))]
     print(f"\n| {'rows x ' + ('' if cases[0].h is None else 'hidden x ') + 'vocabulary'} | {' | '.join(names)} |")
@@ -184,7 +185,7 @@ def _cell(name: str, found: Found) -> str:
 
 
 def errors(dtype: str) -> None:
-    """Print how far each head is from float64 on the same inputs, half of the labels likely, random upstream."""
+    """Print each head's error against float64 on the same inputs; half of the labels are likely, upstream is random."""
     n, h, v = 768, 512, 16000
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(n, 1, h, generator=generator), torch.randn(v, h, generator=generator) / h**0.5
@@ -207,7 +208,7 @@ def errors(dtype: str) -> None:
 
 
 def plot(found: dict[Case, Found], path: Path) -> None:
-    """Draw what a case of one process takes relative to Megatron: time and memory, a bar a head."""
+    """Draw a case of one process relative to Megatron: time and memory, one bar per head."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -234,7 +235,7 @@ def plot(found: dict[Case, Found], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the tables of the cases, and what else was asked for."""
+    """Print the tables of the cases, the errors and the plot as the options ask."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=DEFAULT_CASES)
     parser.add_argument("--heads", nargs="+", default=[""], help="beginnings of their names; Megatron's must be in it")

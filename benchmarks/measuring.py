@@ -1,4 +1,4 @@
-"""Real processes for the benchmarks: a gloo world of one thread a rank."""
+"""Running a benchmark in real processes: a gloo world with one thread per rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def in_processes(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-    """Call `fn(*args)` in n forked processes, ranks of one gloo world of one thread each -> what they return, by rank.
+    """Call `fn(*args)` in n forked processes, the ranks of a gloo world, one thread each; return the results by rank.
 
     Raises:
         RuntimeError: a process ended without a result.
@@ -44,5 +44,5 @@ def _rank(rank: int, n: int, store: Path, pipe: Any, fn: Callable[..., Any], arg
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", store=dist.FileStore(str(store), n), rank=rank, world_size=n)
     pipe.send(fn(*args))
-    if dist.is_initialized():  # Megatron's loop ends it itself
+    if dist.is_initialized():  # Megatron's loop destroys it itself
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""Every head that benchmarks/head.py compares: log p of the labels from logits, or from hidden states and weight.
+"""The heads that benchmarks/head.py compares: log p of the labels from logits, or from hidden states and weight.
 
-Ours, Megatron's two cross entropies, the method's definition restated, and two libraries that do without logits. Each
-gives log p [s, b] with its gradient, 0 without a label; BFT's loss on top of it is the same for all.
+They are ours, Megatron's two cross entropies, the method's definition, and two libraries that avoid the logits. Each
+returns log p [s, b], with its gradient, and 0 without a label; BFT's loss computed from it is the same for all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_ent
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 
@@ -28,8 +28,10 @@ BASELINE = "Megatron, unfused"
 
 
 def definition(logits: Tensor, targets: Tensor) -> Tensor:
-    """As the method's definition reads, and its authors' code: the loss from one log-softmax in fp32, what its weights
-    are made of from a second one, detached. For an unsharded vocabulary."""
+    """Compute log p as the method's definition and its authors' code do, for an unsharded vocabulary.
+
+    The loss comes from one log-softmax in fp32, its weights from a second, detached one.
+    """
     logits = logits.float()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     with torch.no_grad():
@@ -38,29 +40,29 @@ def definition(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def megatron_unfused(logits: Tensor, targets: Tensor) -> Tensor:
-    """Megatron's vocab-parallel cross entropy, which is its default."""
+    """Compute Megatron's default, its unfused vocab-parallel cross entropy."""
     loss = vocab_parallel_cross_entropy(logits, targets.clamp(min=0), tp_group=dist.group.WORLD)
     return -loss * (targets != IGNORE_INDEX)
 
 
 def megatron_fused(logits: Tensor, targets: Tensor) -> Tensor:
-    """Megatron's `--cross-entropy-loss-fusion`, here as eager PyTorch; its gradient is always bf16."""
+    """Compute Megatron's `--cross-entropy-loss-fusion`, here as eager PyTorch; its gradient is always bf16."""
     loss = fused_vocab_parallel_cross_entropy(logits, targets.clamp(min=0), dist.group.WORLD)
     return -loss * (targets != IGNORE_INDEX)
 
 
 def ours_over_logits(logits: Tensor, targets: Tensor) -> Tensor:
-    """`objective.head: logits`, which takes over the logits' storage."""
+    """Compute `objective.head: logits`, which overwrites the logits' storage."""
     return vocab_parallel_logprobs(logits, targets, group=dist.group.WORLD, overwrite=True)
 
 
 def ours_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """`objective.head: chunked`."""
+    """Compute `objective.head: chunked`."""
     return vocab_parallel_linear_statistics(hidden, weight, targets, group=dist.group.WORLD, fuse_main_grad=True).logp
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Liger's scaled cross entropy in the PyTorch form that it has for machines without its kernels."""
+    """Compute Liger's scaled cross entropy in its PyTorch fallback for machines without its kernels."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import _FusedLinearPPOFallbackFunction
 
     loss = _FusedLinearPPOFallbackFunction.apply(
@@ -70,7 +72,7 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """cut-cross-entropy in its PyTorch form, which has the logits: for its time alone."""
+    """Compute cut-cross-entropy in its PyTorch form, which materialises the logits, so only its time is reported."""
     from cut_cross_entropy import linear_cross_entropy
 
     loss = linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), reduction="none", impl="torch_compile")
@@ -78,7 +80,7 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 
 
 def with_product(head: OverLogits) -> FromHidden:
-    """A head over logits, behind Megatron's column-parallel product."""
+    """Return a head over logits with Megatron's column-parallel product in front."""
 
     def from_hidden(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         hidden = copy_to_tensor_model_parallel_region(hidden, dist.group.WORLD)
@@ -102,8 +104,8 @@ FROM_HIDDEN: dict[str, FromHidden] = {
     "cut-cross-entropy": cut_cross_entropy,
 }
 PACKAGES = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"}
-"""What a head is imported from, where that is not here or Megatron's."""
+"""The package of each head that is neither in this project nor in Megatron."""
 UNSHARDED = {"definition", "Liger", "cut-cross-entropy"}
-"""Run without tensor parallelism alone."""
+"""Heads that run only without tensor parallelism."""
 TIME_ALONE = {"cut-cross-entropy"}
-"""Whose memory here says nothing about its kernels."""
+"""Heads whose memory here says nothing about their kernels."""

@@ -1,11 +1,11 @@
-"""Preparing against the tokenizer alone: tokens a second, peak memory and how full the rows are.
+"""Compares preparing data with the tokenizer alone: tokens per second, peak memory, and how full the rows are.
 
     python benchmarks/prepare.py MODEL [--conversations 100000] [--seq-length 4096]
 
-MODEL is a Hugging Face folder with a tokenizer and a chat template; after `make demo` there is runs/cpu_demo/smollm2.
-The conversations are passages of Python's own documentation, some 500 tokens each. The tokenizer alone is one call of
-`tokenizer(texts)` a thousand rendered conversations, with all its threads; it runs before and after preparing. CPU time
-is of all threads and processes: it says more than the clock on a machine that others use.
+MODEL is a Hugging Face folder with a tokenizer and a chat template; `make demo` leaves runs/cpu_demo/smollm2. The
+conversations are passages of Python's own documentation, about 500 tokens each. The tokenizer alone is one call of
+`tokenizer(texts)` per thousand rendered conversations, with all its threads; it runs before and after preparing. CPU
+time is that of all threads and processes, which says more than wall time on a shared machine.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def write_conversations(path: Path, count: int) -> None:
-    """Passages of 80 to 500 words, a third of each as the question, the rest as the answer."""
+    """Write passages of 80 to 500 words, the first third of each as the question, the rest as the answer."""
     words = " ".join(topics.values()).split()
     rng = random.Random(1)
     with path.open("w") as file:
@@ -70,13 +70,13 @@ def write_conversations(path: Path, count: int) -> None:
 
 
 def apart(function: Callable[..., dict[str, float]], *arguments: object) -> dict[str, float]:
-    """The result of a function in a process of its own, so that each has its own peak of memory."""
+    """Return the result of a function run in its own process, so that each has its own peak of memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def bare(source: Path, model: str) -> dict[str, float]:
-    """The tokenizer's own call on rendered conversations; only the call is timed."""
+    """Measure the tokenizer's own call on rendered conversations; only the call is timed."""
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
@@ -93,7 +93,7 @@ def bare(source: Path, model: str) -> dict[str, float]:
 
 
 def whole(source: Path, model: str, seq_length: int, folder: str) -> dict[str, float]:
-    """`prepare`, from the file to the packed rows on disk."""
+    """Measure `prepare`, from the file to the packed rows on disk."""
     from bft_megatron.data.prepare import prepare
     from bft_megatron.recipe.schema import DataSettings
 
@@ -106,7 +106,7 @@ def whole(source: Path, model: str, seq_length: int, folder: str) -> dict[str, f
         "tokens": prepared.counts.tokens,
         "seconds": seconds,
         "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in used),
-        "mib": peak[0] + len(os.sched_getaffinity(0)) * peak[1],  # what they share is counted more than once
+        "mib": peak[0] + len(os.sched_getaffinity(0)) * peak[1],  # counts shared memory more than once
         "efficiency": prepared.efficiency,
     }
 

@@ -1,11 +1,12 @@
-"""A whole training step by its loss, side by side: sft, dft, bft against Megatron's own plain loss; CPU time.
+"""Compares whole training steps by their loss: sft, dft and bft against Megatron's own plain loss; CPU time.
 
     OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 python -m benchmarks.step recipes/tiny.yaml
     ... python -m benchmarks.step recipes/cpu_demo.yaml parallel.tensor=1 train.global_batch_size=1 --rounds 3
 
-One process, one run of Megatron's training loop in which the losses take turns, step by step, on the same model; the
-minimum of a loss's steps counts, in CPU time of the thread. Megatron's is what `GPTModel` gives for labels: vocab-
-parallel cross entropy and its mean over tokens. The last line is the objective alone: weights and loss of 8,192 tokens.
+One run of Megatron's training loop in one process, in which the losses take turns, step by step, on the same model; the
+minimum over a loss's steps is reported, in CPU time of the thread. Megatron's loss is what `GPTModel` returns for
+labels: vocab-parallel cross entropy, averaged over tokens. The last line is the objective alone: weights and loss of
+8,192 tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.measuring import in_processes
@@ -26,12 +28,13 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import bft
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Geometry
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import ObjectiveSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import loop
 from bft_megatron.training.step import Batch, LossFunction, Step
 
@@ -40,7 +43,7 @@ LOSSES = [PLAIN, "sft", "dft", "bft"]
 
 
 class TakingTurns(Step):
-    """A step whose loss is another one in every step."""
+    """A training step whose loss changes from step to step."""
 
     def __init__(self, settings: ObjectiveSettings, *args: Any) -> None:
         super().__init__(replace(settings, name="bft"), *args)
@@ -50,7 +53,7 @@ class TakingTurns(Step):
     def forward(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, LossFunction]:
-        """As `Step.forward`, of the loss whose turn it is."""
+        """Run `Step.forward` with the loss whose turn it is."""
         if self.turn != PLAIN:
             return self.steps[self.turn].forward(data_iterator, model)
         batch = Batch(**next(data_iterator))
@@ -71,7 +74,7 @@ def _plain_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str,
 
 
 def measure(made: Recipe) -> dict[str, float]:
-    """On the one rank: loss -> seconds of its fastest step but the first."""
+    """Return the seconds of each loss's fastest step, the first excluded; runs in a single rank."""
     from megatron.training import training
 
     seconds: dict[str, list[float]] = {name: [] for name in LOSSES}
@@ -95,14 +98,14 @@ def measure(made: Recipe) -> dict[str, float]:
     config = read_config(model)
     prepared = prepare_rows(made, model, config.vocab_size)
     with output_to(RunFolder.of(made).log(0)) as console:
-        loop.run(made, config, model, prepared, console)
+        loop.train(Run(made, config, model, prepared, dist.get_world_size()), console)
     return {name: min(found[1:]) for name, found in seconds.items()}
 
 
 def objective_alone(tokens: int = 8192, samples: int = 16) -> float:
-    """Milliseconds of BFT's weights and loss, forward and backward, of a packed row."""
+    """Return the milliseconds of BFT's weights and loss for a packed row, forward and backward."""
     edges = torch.arange(samples + 1) * (tokens // samples)
-    geometry = Rows(torch.zeros(tokens, dtype=torch.int64), edges, torch.ones(samples) > 0, torch.ones(samples))
+    geometry = Geometry(torch.zeros(tokens, dtype=torch.int64), edges, torch.ones(samples) > 0, torch.ones(samples))
     logp = -torch.rand(tokens)
 
     def once() -> float:
@@ -115,7 +118,7 @@ def objective_alone(tokens: int = 8192, samples: int = 16) -> float:
 
 
 def main() -> None:
-    """Print a markdown table of the losses."""
+    """Print a Markdown table of the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", help="fields of the recipe, key=value")

@@ -1,11 +1,11 @@
-"""What the objective sends beside what the model sends: the table of docs/costs.md, from formulas.
+"""Compares the objective's communication with the model's, by formulas: the table of docs/costs.md.
 
     python -m benchmarks.traffic
 
-tests/training/test_communication.py holds `objective` to the collectives of real processes. The model's share is
+tests/training/test_communication.py checks `objective` against the collectives of real processes. The model's share is
 counted by hand, for `recipes/llama31_70b.yaml` on 64 GPUs and the same layout with more data parallelism: Megatron's
-collectives under sequence parallelism, fp32 gradients, weights gathered in bf16, keys and values going round over
-context parallelism. Bytes are those that a GPU of the last stage sends if every collective is a ring.
+collectives under sequence parallelism, fp32 gradients, weights gathered in bf16, keys and values passed around the
+context-parallel ring. Bytes are those that a GPU of the last stage sends if every collective is a ring.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.helpers.traffic import objective
 TENSOR, PIPELINE, CHUNKS, CONTEXT = 4, 4, 5, 2
 LAYERS, HIDDEN, KV_WIDTH, PARAMETERS = 80, 8192, 1024, 70.6e9
 TOKENS, SAMPLES, MICRO_BATCHES = 8192, 16, 16
-"""Of a row, supervised samples in it, rows that a rank works through in a step."""
+"""Tokens of a row, supervised samples in it, rows that a rank processes in a step."""
 
 
 def _all_reduce(given: float, ranks: int) -> float:
@@ -23,18 +23,18 @@ def _all_reduce(given: float, ranks: int) -> float:
 
 
 def _gather(whole: float, ranks: int) -> float:
-    """An all-gather or a reduce-scatter of so many bytes in all."""
+    """Return the bytes that a rank sends in an all-gather or reduce-scatter of `whole` bytes in total."""
     return whole * (ranks - 1) / ranks
 
 
 def model(data: int) -> dict[str, float]:
-    """Bytes that a rank sends in a step for the model itself, by group."""
+    """Return the bytes that a rank sends in a step for the model itself, by group."""
     hidden = TOKENS // CONTEXT * HIDDEN * 2  # bf16, whole sequence of a context-parallel rank
     stage_layers = LAYERS // PIPELINE
-    # A layer: two gathers and two reduce-scatters forward, the same backward, and two gathers again for the weights.
+    # Per layer: two gathers and two reduce-scatters forward, the same backward, and two gathers for the weights' grads.
     tensor = 10 * stage_layers * _gather(hidden, TENSOR) + 3 * _gather(hidden, TENSOR)  # and the output layer's three
     keys_values = TOKENS // CONTEXT * KV_WIDTH // TENSOR * 2 * 2
-    context = 3 * stage_layers * (CONTEXT - 1) * keys_values  # forward; backward with their gradients
+    context = 3 * stage_layers * (CONTEXT - 1) * keys_values  # once forward; twice backward, with their gradients
     pipeline = 2 * CHUNKS * hidden / TENSOR
     shard = PARAMETERS / TENSOR / PIPELINE
     return {
@@ -46,7 +46,7 @@ def model(data: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a markdown table, a row a number of GPUs."""
+    """Print a Markdown table with a row per number of GPUs."""
     print("| GPUs | data parallel | model: TP | CP | PP | DP | objective: TP | CP | DP x CP | share |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for gpus in (64, 512, 4096):

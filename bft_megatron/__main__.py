@@ -1,11 +1,11 @@
 """`python -m bft_megatron` and `bft-megatron`: the command line. A rank listens to signals before all else."""
 
-import os
+from bft_megatron.processes import ranks
 
 
 def main() -> None:
     """Entry point."""
-    if "RANK" in os.environ:
+    if ranks.in_rank():
         from bft_megatron.processes import signals
 
         signals.listen()

@@ -1,8 +1,7 @@
-"""The command line. Each command reads its input, refuses what is wrong with it, and calls the module that does the
-work.
+"""The command line: each command reads and checks its input, then calls the module that does the work.
 
-Whatever takes seconds to import (torch, Megatron, transformers) is imported inside the command that needs it, after the
-checks.
+Modules that take seconds to import (torch, Megatron, transformers) are imported inside the commands that need them,
+after the checks.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from bft_megatron import __version__
 from bft_megatron.checkpoint.hf_copies import HFCopies
+from bft_megatron.commands import files
 from bft_megatron.commands.request import Request, read
 from bft_megatron.errors import USER_ERROR, UserError
-from bft_megatron.processes import launcher
+from bft_megatron.processes import launcher, ranks
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe import reader, rules
 from bft_megatron.run.folder import RunFolder
@@ -37,12 +38,27 @@ Overrides = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bft-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command's name."""
+
+
 @app.command()
 def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
-    """Fine-tune as the recipe says; the same command again goes on where the run stopped.
+    """Fine-tune as the recipe says; the same command again resumes the run.
 
-    Watch mean p and accuracy for bft and dft, lm loss for sft: the loss of bft and dft, p (-log p), is not the function
-    that they descend, and their plain cross entropy may rise while mean p rises.
+    Watch mean p and accuracy for bft and dft, lm loss for sft. The reported loss of bft and dft, p (-log p), is not the
+    function being minimised, and their plain cross entropy may rise while mean p rises.
     """
     request = read(recipe_file, overrides)
     recipe, folder = request.recipe, request.folder
@@ -50,28 +66,28 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     if recipe.train.iterations == 0:
         return _convert(request)
     rows = request.rows_of_rank() if in_rank else request.prepare()
-    if folder.is_done(rows.steps(recipe)):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps(recipe)}")
+    if folder.is_done(rows.steps):
+        if ranks.rank() == 0:
+            print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps}")
             if recipe.train.save_hf:
                 HFCopies(folder, sys.stdout).complete()
         return
     request.check_adapters()
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
-    rank = int(os.environ["RANK"])
-    if rank == 0:
+    if ranks.rank() == 0:
         request.describe_run()
         folder.mark_unfinished("running")
-    with output_to(folder.log(rank)) as console:
-        from bft_megatron.training import loop as training
+    with output_to(folder.log(ranks.rank())) as console:
+        from bft_megatron.run.resolved import Run
+        from bft_megatron.training import loop
 
-        training.run(recipe, request.config, request.model_folder, rows, console)
+        loop.train(Run(recipe, request.config, request.model_folder, rows, processes), console)
 
 
 @app.command()
 def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
-    """Tokenise and pack the recipe's data, so that a job starts at once. `train` does it by itself on one machine."""
+    """Tokenise and pack the recipe's data before a job on many machines. On one machine `train` does it itself."""
     read(recipe_file, overrides).prepare()
 
 
@@ -79,31 +95,27 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 def inspect(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    row: Annotated[int, typer.Option(help="Which row, from 0.")] = 0,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page instead.")] = None,
+    row: Annotated[int, typer.Option(help="Number of the row, from 0.")] = 0,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page instead.")] = None,
 ) -> None:
-    """Show a row of the training data as it will be trained: its samples' text, and which of it is learned."""
+    """Show a row of the training data: the text of its samples, and which tokens are learned."""
     request = read(recipe_file, overrides)
-    from bft_megatron.data import inspect, page, sources, tokenizers
+    from bft_megatron.data import inspection, page, sources, tokenizers
     from bft_megatron.run.prepared import prepare_rows
 
     data = request.recipe.data
     rows = request.check(lambda: prepare_rows(request.recipe, request.model_folder, request.config.vocab_size))
-    files = [sources.open_source(source).files for source in data.sources("train")]
-    shown = inspect.read(rows.train, files, tokenizers.load(request.model_folder, data.chat_template), row)
+    origins = [sources.open_source(source).files for source in data.sources("train")]
+    shown = inspection.read(rows.train, origins, tokenizers.load(request.model_folder, data.chat_template), row)
     if html is None:
-        inspect.print_row(shown, Console())
+        inspection.print_row(shown, Console())
         return
-    try:
-        html.write_text(page.page(shown), encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot write the page: {e.strerror}", str(html)) from None
-    print(f"wrote {html}")
+    files.write(html, page.page(shown), "the page")
 
 
 @app.command()
 def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
-    """Compare the recipe's layout with transformers on real rows, before the long run: green, or red and status 1."""
+    """Compare the recipe's layout with transformers on real rows before a long run. Exit status 1: they differ."""
     request = read(recipe_file, overrides)
     in_rank, processes = request.world()
     request.check(lambda: rules.check_comparable(request.recipe))
@@ -111,7 +123,7 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         request.prepare()
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
-    with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
+    with output_to(request.folder.log(ranks.rank())) as console:
         from bft_megatron.commands import compare as checking
 
         good = checking.run(request.recipe, request.config, request.model_folder, rows, console)
@@ -122,13 +134,15 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 def score(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    data: Annotated[Literal["train", "valid"], typer.Option(help="Whose samples.")] = "train",
+    data: Annotated[Literal["train", "valid"], typer.Option(help="The samples to score.")] = "train",
     trained: Annotated[
-        bool, typer.Option("--trained", help="By the run's newest checkpoint, not by the model it began with.")
+        bool, typer.Option("--trained", help="Use the run's newest checkpoint, not the model it began with.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Else scores.jsonl in the run's folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File to write; default: scores.jsonl in the run's folder.")
+    ] = None,
 ) -> None:
-    """Write how sure the model is of every sample, and what the objective makes of that, a line a sample."""
+    """Write the model's confidence in every sample and the objective's weight of it, one line of JSON a sample."""
     request = read(recipe_file, overrides)
     in_rank, processes = request.world()
     model = request.trained() if trained else request
@@ -137,19 +151,20 @@ def score(
     file = out or request.folder.root / "scores.jsonl"
     if not in_rank:
         request.prepare()
-        _make_folder(file)
+        files.make_folder(file)
         sys.exit(launcher.launch(sys.argv[1:], processes))
     rows = request.rows_of_rank()
-    with output_to(request.folder.log(int(os.environ["RANK"]))) as console:
+    with output_to(request.folder.log(ranks.rank())) as console:
         from bft_megatron.commands import score as scoring
 
         blend = rows.train if data == "train" else rows.valid
+        assert blend is not None, "a recipe with data.valid has validation rows"
         scoring.run(model.recipe, request.config, model.model_folder, blend, data, file, console)
 
 
 @app.command()
 def convert(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
-    """Write the recipe's model as a Megatron checkpoint and stop; so does `train` with train.iterations=0."""
+    """Write the recipe's model as a Megatron checkpoint; `train` with train.iterations=0 does the same."""
     _convert(read(recipe_file, overrides))
 
 
@@ -160,7 +175,7 @@ def preflight(
     world: Annotated[int, typer.Option(help="Ranks of the job.")] = 1,
     per_node: Annotated[int, typer.Option(help="Ranks on this node.")] = 1,
 ) -> None:
-    """What launch/ asks on every node before the ranks start; the first one names the run's folder."""
+    """Check this node before the ranks start, for launch/; the first node prints the run's folder."""
     from bft_megatron.commands.preflight import preflight
 
     request = read(recipe_file, overrides)
@@ -173,14 +188,18 @@ def preflight(
 def plan(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Left out: as few as hold the model once.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes; default: as few as hold the model once.")] = None,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
-    gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB.")] = "h100-80g",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of the report.")] = False,
-    html: Annotated[Path | None, typer.Option(help="File to write: the memory of a step over its time.")] = None,
+    gpu: Annotated[
+        str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or a memory in GiB.")
+    ] = "h100-80g",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the report.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="File to write: a page with the memory of a step over time.")
+    ] = None,
     search: Annotated[bool, typer.Option("--search", help="Rank the layouts of this many GPUs instead.")] = False,
 ) -> None:
-    """Say whether the recipe fits a cluster, and how fast it may run, without one. Exit status 1: it does not fit."""
+    """Report whether the recipe fits a cluster and how fast it may run, without using one. Exit status 1: no fit."""
     from bft_megatron.plan import command
 
     request = command.read(recipe_file, overrides)
@@ -197,41 +216,40 @@ def plan(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output folder.")],
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder to write, for transformers or vLLM.")],
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Of a LoRA run: base and adapters as one whole model.")
-    ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="For a LoRA run: base and adapters as one model.")] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights; else as they are."),
+        typer.Option(help="Data type of the weights; default: unchanged."),
     ] = None,
-    iteration: Annotated[int | None, typer.Option(help="Step of the checkpoint; else the newest.")] = None,
+    iteration: Annotated[int | None, typer.Option(help="Step of the checkpoint; default: the newest.")] = None,
 ) -> None:
-    """Write a checkpoint of a run as a Hugging Face model; of a LoRA run, its adapters as a PEFT folder.
+    """Write a checkpoint of a run as a Hugging Face model; for a LoRA run, its adapters as a PEFT folder.
 
-    Cut short, the same command goes on with the weights that are not written yet.
+    If interrupted, the same command again resumes with the weights that are not written yet.
     """
     import torch
 
-    source, chosen = RunFolder(run), {"iteration": iteration, "dtype": getattr(torch, dtype or "", None)}
+    source = RunFolder(run)
+    chosen: torch.dtype | None = getattr(torch, dtype or "", None)
     recipe = reader.load(source.config) if source.config.exists() else None
     if recipe is not None and recipe.lora is not None:
         from bft_megatron.lora.peft import export_adapter, export_merged
 
-        (export_merged if merge else export_adapter)(source, recipe, folder, **chosen)
+        (export_merged if merge else export_adapter)(source, recipe, folder, iteration=iteration, dtype=chosen)
     elif merge:
         raise UserError("is no LoRA run: there is nothing to merge, leave out --merge", str(run))
     else:
         from bft_megatron.hf.export import export
 
-        export(source.checkpoints, folder, source.model, **chosen)
+        export(source.checkpoints, folder, source.model, iteration=iteration, dtype=chosen)
     print(f"wrote {folder}")
 
 
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face model folder.")],
-    prompt: Annotated[str, typer.Argument(help="What the user says.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    prompt: Annotated[str, typer.Argument(help="The user's message.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer, in tokens.")] = 256,
 ) -> None:
     """Answer a prompt with a model, greedily, through transformers."""
     from bft_megatron.hf.generate import generate
@@ -241,11 +259,13 @@ def generate(
 
 @app.command("from-llamafactory")
 def from_llamafactory(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What `llamafactory-cli train` takes.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of `llamafactory-cli train`.")],
     recipe_file: Annotated[Path | None, typer.Argument(metavar="[OUT.yaml]", help="Recipe to write.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="On how many the config runs; its batch counts them.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs that the config runs on; its batch size counts them.")
+    ] = None,
 ) -> None:
-    """Write the recipe that does what a LLaMA-Factory SFT config does, and name what it could not carry over."""
+    """Write the recipe that does the same as a LLaMA-Factory SFT config, and list what it could not carry over."""
     from bft_megatron.llamafactory import convert, print_table, recipe_text
 
     conversion = convert(config, gpus)
@@ -254,12 +274,7 @@ def from_llamafactory(
     if recipe_file is None:
         print(text, end="")
         return
-    try:
-        with recipe_file.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as e:
-        raise UserError(f"cannot write the recipe: {e.strerror}", str(recipe_file)) from None
-    print(f"wrote {recipe_file}")
+    files.write(recipe_file, text, "the recipe", new=True)
 
 
 def _convert(request: Request) -> None:
@@ -268,31 +283,20 @@ def _convert(request: Request) -> None:
     request.check(lambda: folder.check_converts(recipe))
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
-    rank = int(os.environ["RANK"])
-    if rank == 0:
+    if ranks.rank() == 0:
         folder.write_config(recipe, request.model_folder)
-    with output_to(folder.log(rank)) as console:
+    with output_to(folder.log(ranks.rank())) as console:
         from bft_megatron.commands import convert as converting
 
         converting.run(recipe, request.config, request.model_folder, console)
 
 
-def _make_folder(file: Path) -> None:
-    """Of a file that is written at the end of long work."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write it: {e.strerror}", str(file)) from None
-    if not os.access(file.parent, os.W_OK):
-        raise UserError("cannot write it: no permission", str(file))
-
-
 def main() -> None:
-    """Entry point: user errors end with status 2 and one line, in every rank alike; said once, by rank 0."""
-    sys.path.insert(0, "")  # a recipe's own objective, `package.module:record`, is found from where the command runs
+    """Run the command line; a user error ends every rank with status 2, and rank 0 prints it in one line."""
+    sys.path.insert(0, "")  # so that `package.module:record` objectives are found from the working directory
     try:
         app()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
+        if ranks.rank() == 0:
             Console(stderr=True).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
         sys.exit(USER_ERROR)

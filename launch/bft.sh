@@ -11,13 +11,13 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 # Any recipe:  sbatch --nodes=2 launch/bft.sh RECIPE.yaml [KEY=VALUE ...]
-# What else can be set: bft_70b.sh, lib.sh.
+# Further settings: bft_70b.sh, lib.sh.
 set -uo pipefail
-# The job runs a copy of this file, so the checkout is known by where sbatch was called.
+# The job runs a copy of this file, so the checkout is found by the folder that sbatch was called in.
 BFT_SCRIPT=${BASH_SOURCE[0]}
 : "${BFT_HOME:=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$BFT_SCRIPT")/.." && pwd)}}"
 [ -r "$BFT_HOME/launch/lib.sh" ] || { echo "call sbatch in the checkout's folder, or set BFT_HOME" >&2; exit 2; }
-# Without sbatch, its options may stand on either side of the recipe.
+# When the script is called itself, sbatch's options may precede or follow the recipe.
 options=()
 while [[ ${1:-} == -* ]]; do options+=("$1"); shift; done
 recipe=${1:?sbatch launch/bft.sh RECIPE.yaml [KEY=VALUE ...]}

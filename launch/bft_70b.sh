@@ -17,7 +17,7 @@
 #   PREPARE=1 launch/bft_70b.sh --account=mine train.lr=1e-5     # packs the data in a CPU job first
 # Ten minutes before the time limit the run saves and the job is requeued, until it is done: see lib.sh.
 set -uo pipefail
-# The job runs a copy of this file, so the checkout is known by where sbatch was called.
+# The job runs a copy of this file, so the checkout is found by the folder that sbatch was called in.
 BFT_SCRIPT=${BASH_SOURCE[0]}
 : "${BFT_HOME:=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$BFT_SCRIPT")/.." && pwd)}}"
 [ -r "$BFT_HOME/launch/lib.sh" ] || { echo "call sbatch in the checkout's folder, or set BFT_HOME" >&2; exit 2; }

@@ -11,9 +11,9 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
 # Llama 3.1 8B on one node of 8 GPUs:  sbatch launch/bft_8b.sh [KEY=VALUE ...]
-# What else can be set: bft_70b.sh, lib.sh.
+# Further settings: bft_70b.sh, lib.sh.
 set -uo pipefail
-# The job runs a copy of this file, so the checkout is known by where sbatch was called.
+# The job runs a copy of this file, so the checkout is found by the folder that sbatch was called in.
 BFT_SCRIPT=${BASH_SOURCE[0]}
 : "${BFT_HOME:=${SLURM_SUBMIT_DIR:-$(cd "$(dirname "$BFT_SCRIPT")/.." && pwd)}}"
 [ -r "$BFT_HOME/launch/lib.sh" ] || { echo "call sbatch in the checkout's folder, or set BFT_HOME" >&2; exit 2; }

@@ -1,26 +1,26 @@
 # shellcheck shell=bash
-# What the launch scripts share: checks, the environment, one srun task a GPU, signals, and what happens when it ends.
-# Sourced by them, inside the job that sbatch starts, or on a login node, where they submit themselves.
+# Shared by the launch scripts: checks, the environment, one srun task per GPU, signals, and requeueing.
+# The scripts source this file inside the job that sbatch starts, or on a login node, where they submit themselves.
 #
 # Settings (environment variables), all optional:
 #   BFT_HOME          checkout of bft-megatron; default: the folder that sbatch was called in
-#   BFT_COMMAND       how the command is called; default: bft-megatron of the image or the checkout's .venv, or else of PATH
+#   BFT_COMMAND       the command to call; default: bft-megatron of the image or the checkout's .venv, or else of PATH
 #   CONTAINER_IMAGE   image for pyxis (srun --container-image); CONTAINER_MOUNTS: default, the working folder
-#   PREPARE=1         pack the data first, in a CPU job of its own (call the script itself, not through sbatch);
+#   PREPARE=1         pack the data first, in its own CPU job (call the script itself, not through sbatch);
 #                     PREPARE_OPTIONS: sbatch options of that job, for example "--partition=cpu --time=4:00:00"
-#   PLAN=1            first see whether the layout fits the GPUs (the script itself, as for PREPARE): a minute on the login
-#                     node, nothing is submitted where it does not; PLAN_GPU: default h100-80g
-#   MAX_REQUEUES      of one job, default 100
-#   MAX_FAILURES      in a row without a new checkpoint, default 3
-#   REQUEUE=0         never requeue: for a chain of jobs, `sbatch --dependency=singleton` several times. In a job array
-#                     (`--array=1-10%1`) it is off by itself: the next task goes on
-#   FT_LAUNCHER=1     ft_launcher of nvidia-resiliency-ext, one a node, starts the ranks; FT_OPTIONS: its own options
+#   PLAN=1            first check whether the layout fits the GPUs (call the script itself, as for PREPARE): takes a minute
+#                     on the login node; submits nothing if it does not fit; PLAN_GPU: default h100-80g
+#   MAX_REQUEUES      requeues of one job, default 100
+#   MAX_FAILURES      failures in a row without a new checkpoint, default 3
+#   REQUEUE=0         never requeue: for a chain of jobs, `sbatch --dependency=singleton` several times. It is the default
+#                     in a job array (`--array=1-10%1`), whose next task resumes
+#   FT_LAUNCHER=1     ft_launcher of nvidia-resiliency-ext, one per node, starts the ranks; FT_OPTIONS: its own options
 #
-# Exit status: the training's (that of the first rank that failed); 75 when a cap is reached.
+# Exit status: that of the training (of the first rank that failed); 75 if a cap is reached.
 
 USER_ERROR=2    # bft-megatron: the input is at fault
 BAD_STEPS=65    # bft-megatron: too many steps in a row without a finite gradient
-CAP_REACHED=75  # ours: unfinished, and not to be tried again without a person
+CAP_REACHED=75  # this script: unfinished, and not to be retried without a person
 
 say() { echo "$(date +%T) ${SLURM_JOB_NAME:-bft}: $*" >&2; }
 die() { say "$1"; exit "${2:-$USER_ERROR}"; }
@@ -38,7 +38,7 @@ main() {
   if [ -n "${SLURM_JOB_ID:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then run_job "$@"; else submit "$@"; fi
 }
 
-# On a login node: submit this script, after the job that packs the data where PREPARE asks for one.
+# On a login node: submits this script, after a job that packs the data if PREPARE=1.
 submit() {
   local recipe=$1 options=() overrides=() job
   shift
@@ -63,7 +63,7 @@ submit() {
   PREPARE=0 PLAN=0 exec sbatch "${options[@]}" "$BFT_SCRIPT" ${BFT_TAKES_RECIPE:+"$recipe"} "${overrides[@]}"
 }
 
-# sbatch_value NAME OPTIONS...: what an option of the form --NAME=VALUE is, here or else in the script's own lines.
+# sbatch_value NAME OPTIONS...: prints the value of --NAME=VALUE, from the options or else the script's #SBATCH lines.
 sbatch_value() {
   local name=$1 word value
   shift
@@ -72,15 +72,15 @@ sbatch_value() {
   echo "$value"
 }
 
-# Inside the job.
+# Runs inside the job.
 run_job() {
   [ "${PREPARE:-0}${PLAN:-0}" = 00 ] ||
     die "with PREPARE=1 or PLAN=1 call launch/*.sh itself, not through sbatch: they come before the job"
   step='' asked=0 cancelled=0
-  # The time limit is near: to this script alone (--signal=B:USR1). A signal that came before srun's tasks were there is
-  # lost, so it is sent again until they end; they save once.
+  # The time limit is near: Slurm signals only this script (--signal=B:USR1). A signal that comes before srun's tasks
+  # exist is lost, so it is sent again until they end; they save once.
   trap 'asked=1; tell_ranks' USR1
-  # To ranks and this script: a person (scancel), or the time limit itself. Preemption's TERM goes to the ranks alone.
+  # scancel and the time limit signal the ranks and this script, preemption only the ranks.
   trap 'cancelled=1' TERM
   tasks=${SLURM_NTASKS_PER_NODE:?ask for --ntasks-per-node, as many as a node has GPUs}
   attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
@@ -99,7 +99,7 @@ run_job() {
   "${srun_line[@]}" &
   step=$!
   [ "$asked" = 0 ] || tell_ranks
-  # `wait` ends early at every signal; bash remembers the status of a process that has ended.
+  # `wait` returns early at every signal; bash remembers the status of a process that has ended.
   while wait "$step"; kill -0 "$step" 2> /dev/null; do :; done
   wait "$step"
   status=$?
@@ -116,10 +116,10 @@ tell_ranks() {
   teller=$!
 }
 
-# After the ranks: done, go on, or give up.
+# After the ranks have ended: finishes, requeues or gives up.
 conclude() {
   local who=srun
-  # srun's status is the largest of all tasks', those that it ended itself included: the first failure's is in a file.
+  # srun's status is the largest of all tasks, including those that it killed; the first failure's status is in a file.
   if [ -s "$RUN/launch/$attempt" ]; then read -r status who < "$RUN/launch/$attempt"; fi
   if [ "$status" = 0 ]; then
     [ ! -e "$RUN/done" ] || exit 0
@@ -131,7 +131,7 @@ conclude() {
   [ "$cancelled" = 0 ] || exit "$status"
   case $status in
     "$USER_ERROR" | "$BAD_STEPS")
-      # The rest of an array would meet the same.
+      # The other tasks of the array would fail in the same way.
       [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
       die "not tried again: starting anew would meet the same" "$status"
       ;;
@@ -141,17 +141,17 @@ conclude() {
   go_on "status $status" "$status"
 }
 
-# A node that is lost: Slurm requeues the job itself once it has noticed. Asked for before that, some releases lose
-# count of the job's GPUs and never start it again.
+# Waits if a node is lost: Slurm requeues the job itself once it has noticed. If a requeue is requested before that, some
+# releases lose count of the job's GPUs and never start it again.
 leave_to_slurm() {
   timeout 60 "${on_every_node[@]}" true 2> /dev/null && return
   say "a node does not answer: waiting for Slurm to take it out"
   sleep 600 &
   wait $!
-  [ "$cancelled" = 0 ] || exit "$status"  # Slurm has, and ends this script
+  [ "$cancelled" = 0 ] || exit "$status"  # Slurm has requeued the job and ends this script
 }
 
-# Failures in a row that brought no new checkpoint, over the restarts of this job.
+# Counts the failures in a row without a new checkpoint, over the restarts of this job.
 count_failure() {
   local newest failures=0 before='' file=$RUN/launch/failures.$SLURM_JOB_ID
   newest=$(cat "$RUN/checkpoints/latest_checkpointed_iteration.txt" 2> /dev/null || echo none)
@@ -162,7 +162,7 @@ count_failure() {
   [ $failures -lt "${MAX_FAILURES:-3}" ] || die "failed $failures times without a new checkpoint" $CAP_REACHED
 }
 
-# go_on WHY [STATUS]: the same job again, unless a chain of jobs does that.
+# go_on WHY [STATUS]: requeues the job, unless a chain of jobs continues it.
 go_on() {
   if [ "${REQUEUE:-1}" = 0 ] || [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
     die "unfinished ($1): left to the next job of the chain" "${2:-0}"
@@ -176,7 +176,7 @@ go_on() {
   exit $CAP_REACHED
 }
 
-# Checks on every node, in the container where there is one; sets RUN, the folder of the run.
+# Checks every node, in the container if there is one; sets RUN, the folder of the run.
 preflight() {
   local line status=0
   line=$("${on_every_node[@]}" "${container[@]}" "${command[@]}" \
@@ -185,7 +185,7 @@ preflight() {
     0) ;;
     "$USER_ERROR") die "not started, by the checks above" "$status" ;;
     *)
-      # A first start that fails is the set-up's fault and told at once; later it is a node's, or a preemption.
+      # If the first start fails, the set-up is at fault: report it at once. Later it is a node or a preemption.
       if [ "$cancelled" = 1 ] || { [ "$status" -lt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; }; then
         die "not started: status $status of srun" "$status"
       fi
@@ -196,29 +196,29 @@ preflight() {
   mkdir -p "$RUN/launch" || die "cannot write to $RUN"
 }
 
-# Flags of srun for pyxis.
+# Sets container, srun's flags for pyxis.
 compose_container() {
   container=()
   [ -n "${CONTAINER_IMAGE:-}" ] || return 0
   container=(
     "--container-image=$CONTAINER_IMAGE"
-    "--container-mounts=${CONTAINER_MOUNTS:-$PWD:$PWD}"  # the same path inside: recipe, data and output are found
+    "--container-mounts=${CONTAINER_MOUNTS:-$PWD:$PWD}"  # the same path inside, so recipe, data and output are found
     "--container-workdir=$PWD"
-    --no-container-mount-home  # else packages of ~/.local come before the image's own
+    --no-container-mount-home  # otherwise packages of ~/.local take precedence over the image's own
   )
 }
 
-# srun_line: the command that starts the ranks.
+# Sets srun_line, the command that starts the ranks.
 compose_step() {
   local count=$SLURM_NTASKS each=$tasks
   if [ "${FT_LAUNCHER:-0}" = 1 ]; then count=$SLURM_JOB_NUM_NODES each=1; fi
   srun_line=(
     srun
     "--nodes=$SLURM_JOB_NUM_NODES" "--ntasks=$count" "--ntasks-per-node=$each"
-    # All cores of the node, shared out evenly, unbound within the step: data workers and NCCL's threads need some too.
+    # The node's cores are divided evenly and not bound within the step: data workers and NCCL's threads need some too.
     "--cpus-per-task=$((SLURM_CPUS_ON_NODE / each > 0 ? SLURM_CPUS_ON_NODE / each : 1))" --cpu-bind=none
-    --kill-on-bad-exit=1  # else the others wait for a lost rank until their collective times out
-    --wait=300            # and for one that never ends
+    --kill-on-bad-exit=1  # otherwise the others wait for a lost rank until their collective times out
+    --wait=300            # seconds after the first rank's exit until srun kills those that never end
     "${container[@]}"
     bash -c "$RANK_SCRIPT" rank "$RUN/launch/$attempt"
   )
@@ -234,9 +234,9 @@ compose_step() {
   fi
 }
 
-# A task of srun: FILE COMMAND.... Megatron and torch read RANK and its like, not Slurm's variables. Slurm signals every
-# process of the step, so this shell ignores what the rank answers; the rank starts with the signals held back until it
-# listens, as `bft_megatron.processes.signals` does before it imports anything. The first failure's status is kept.
+# Script of an srun task, called with FILE COMMAND.... Megatron and torch read RANK etc., not Slurm's variables. Slurm
+# signals every process of the step, so this shell ignores the signals that the rank handles; the rank starts with them
+# blocked until it listens (`bft_megatron.processes.signals`). FILE keeps the status of the first failure.
 # shellcheck disable=SC2016  # expanded by the task's own shell
 RANK_SCRIPT='
 trap "" USR1 TERM
@@ -253,33 +253,34 @@ status=$?
 exit $status'
 
 set_environment() {
-  # Where the ranks find each other. The port follows the job, so that two jobs on a node do not meet.
+  # The rendezvous of the ranks. The port depends on the job, so that two jobs on a node do not collide.
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
   export MASTER_ADDR MASTER_PORT
-  # One queue into the GPU: kernels start in the order of their launch, which overlapped communication relies on.
+  # One hardware queue: kernels start in the order of their launch, which overlapped communication relies on.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-  # Packed rows change shapes; segments that grow fragment less, and our layouts fill most of 80 GB.
+  # Packed rows change shapes; expandable segments fragment less, and our layouts fill most of 80 GB.
   export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-  # Tensors in flight are kept by reference, not by stream: memory is free again as soon as they are not used.
+  # Tensors in flight are kept by reference, not by stream, so their memory is free as soon as they are not used.
   export TORCH_NCCL_AVOID_RECORD_STREAMS=${TORCH_NCCL_AVOID_RECORD_STREAMS:-1}
-  # NVLink SHARP takes GPU memory for each communicator; off leaves it to activations.
+  # NVLink SHARP takes GPU memory for each communicator; switching it off leaves that to activations.
   export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
-  # The layer norms leave some of the GPU's processors to NCCL, or overlapped communication waits for them.
+  # The layer norms leave some SMs to NCCL; otherwise overlapped communication waits for them.
   export NVTE_FWD_LAYERNORM_SM_MARGIN=${NVTE_FWD_LAYERNORM_SM_MARGIN:-16}
   export NVTE_BWD_LAYERNORM_SM_MARGIN=${NVTE_BWD_LAYERNORM_SM_MARGIN:-16}
-  # When a collective times out, each rank writes which ones it was in.
+  # When a collective times out, each rank dumps its recent collectives.
   export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}
   export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-  # 64 ranks do not ask the hub; weights come from a folder or the cache (`hf download` before the job).
+  # Keeps the ranks from asking the hub; weights come from a folder or the cache (`hf download` before the job).
   export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
-  # Tokenizer threads and forked data workers do not go together.
+  # Tokenizer threads can deadlock with forked data workers.
+
   export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-  # Compiled kernels on the node's own disk: thousands of small files, written by every rank at once.
+  # Compiled kernels go to the node's own disk: thousands of small files, written by every rank at once.
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$SLURM_JOB_ID}
   export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor-$SLURM_JOB_ID}
-  # A rank's share of a node's cores is not all of them.
+  # A rank gets only a share of the node's cores.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-  # What is printed is in the log at once, also of a rank that is killed.
+  # Output is in the log at once, even if a rank is killed.
   export PYTHONUNBUFFERED=1
 }

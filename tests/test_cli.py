@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import bft_megatron
 from tests.helpers.commands import ROOT, command, run_command
 
 RECIPE = """\
@@ -133,6 +135,15 @@ def test_a_rank_without_prepared_rows_refuses_and_names_the_command(recipe: Path
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "bft-megatron prepare RECIPE" in " ".join(done.stderr.split())
+
+
+def test_the_version_is_the_packages_and_takes_no_torch():
+    words = [sys.executable, "-X", "importtime", "-m", "bft_megatron", "--version"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == f"bft-megatron {bft_megatron.__version__}\n"
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "typer" in imported
+    assert not imported & {"torch", "megatron", "transformers"}
 
 
 def test_help_says_which_numbers_to_watch():

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.head import Case, Given, loss_of
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.triton_tiles import TRITON

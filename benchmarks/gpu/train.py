@@ -95,6 +95,7 @@ def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> 
     from bft_megatron.recipe import reader
     from bft_megatron.run.folder import RunFolder
     from bft_megatron.run.prepared import prepare_rows
+    from bft_megatron.run.resolved import Run
     from bft_megatron.training import loop
 
     times: dict[str, list[float]] = {loss: [] for loss in losses}
@@ -124,7 +125,7 @@ def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> 
         run = RunFolder.of(made)
         run.write_config(made, Path(made.model))
         with output_to(run.log(0)) as console:
-            loop.run(made, config, Path(made.model), rows, console)
+            loop.train(Run(made, config, Path(made.model), rows, 1), console)
         lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     return {
         "card": torch.cuda.get_device_name(),

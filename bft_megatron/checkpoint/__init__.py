@@ -1,6 +1,6 @@
-"""Runs that survive: stopping, whole checkpoints, which are kept. A module a concern; importing this one costs nothing.
+"""Checkpoints over a run's life: stopping, integrity, recovery, retention. Importing this package costs nothing.
 
-stopping    all ranks agree, save and stop      integrity   is a checkpoint whole
-recovery    the newest whole one, at a start    retention   which are deleted
-hf_copies   those kept as Hugging Face models
+stopping    all ranks agree to save and stop    integrity   check a checkpoint for damage
+recovery    the newest intact one, at a start   retention   delete old ones
+hf_copies   export the kept ones for Hugging Face
 """

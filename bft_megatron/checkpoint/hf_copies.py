@@ -1,38 +1,36 @@
-"""`train.save_hf`: every kept checkpoint as a Hugging Face model too, in the run's folder. Called on rank 0.
+"""`train.save_hf`: exports every kept checkpoint to a Hugging Face model in the run's folder. Called on rank 0.
 
-By the export command in a process of its own, one at a time: the ranks go on meanwhile, and what a kill cuts short is
-gone on with.
+The export command runs in its own process, one at a time, while training continues; an export that was killed is
+resumed.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import TextIO
 
+from bft_megatron.processes import ranks
 from bft_megatron.run.folder import RunFolder
-
-_RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-"""Variables that would make the process one of the run's ranks."""
 
 
 class HFCopies:
-    """The copies of a run.
+    """The Hugging Face copies of a run's checkpoints.
 
     Args:
-        folder: of the run.
-        console: where a copy that failed is told of.
+        folder: the run's folder.
+        console: gets a line for each copy that failed.
     """
 
     def __init__(self, folder: RunFolder, console: TextIO) -> None:
         self.folder, self.console = folder, console
-        self._iteration, self._export = 0, None
+        self._iteration = 0
+        self._export: subprocess.Popen[bytes] | None = None
 
     def follow(self) -> None:
-        """After a save: remove copies of checkpoints that are gone, and begin one of the newest that has none."""
+        """Remove copies of deleted checkpoints and start exporting the newest without a copy. Call it after a save."""
         self._reap()
         if self._export is None:
             self._remove_others()
@@ -40,18 +38,17 @@ class HFCopies:
                 self._begin(missing[0])
 
     def complete(self) -> None:
-        """At the end of the run: wait until every checkpoint has its copy, or has failed to get one."""
+        """Wait until every checkpoint has a copy or its export has failed. Call it at the end of the run."""
         tried: set[int] = set()
         while self._export is not None or (missing := [i for i in self._missing() if i not in tried]):
-            if self._export is None:
-                self._begin(missing[0])
+            export = self._export or self._begin(missing[0])
             tried.add(self._iteration)
-            self._export.wait()
+            export.wait()
             self._reap()
         self._remove_others()
 
     def stop(self) -> None:
-        """End the export that is running, before the time limit does."""
+        """Kill the running export, so that it does not run into the time limit."""
         if self._export is not None:
             self._export.kill()
             self._export.wait()
@@ -63,16 +60,17 @@ class HFCopies:
     def _missing(self) -> list[int]:
         return [i for i in self._kept() if not self.folder.hf_copy(i).exists()]
 
-    def _begin(self, iteration: int) -> None:
-        environment = {k: v for k, v in os.environ.items() if k not in _RANKS} | {"CUDA_VISIBLE_DEVICES": ""}
+    def _begin(self, iteration: int) -> subprocess.Popen[bytes]:
+        environment = ranks.as_no_rank() | {"CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "bft_megatron", "export", str(self.folder.root)]
         command += [str(self.folder.hf_copy(iteration)), "--iteration", str(iteration)]
         with self._log.open("w") as log:
-            self._export = subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
-        self._iteration = iteration
+            export = subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
+        self._iteration, self._export = iteration, export
+        return export
 
     def _reap(self) -> None:
-        """Forget an export that has ended; say so where it failed and its checkpoint is still there."""
+        """Forget an export that has ended; report a failure if its checkpoint still exists."""
         if self._export is None or self._export.poll() is None:
             return
         if self._export.returncode and self._iteration in self._kept():
@@ -82,7 +80,7 @@ class HFCopies:
 
     def _remove_others(self) -> None:
         names = {self.folder.hf_copy(i).name for i in self._kept()}
-        for copy in self.folder.hf_copies.glob("*iter_*"):  # also what an export left unfinished, `.iter_*.partial`
+        for copy in self.folder.hf_copies.glob("*iter_*"):  # including unfinished exports, `.iter_*.partial`
             if copy.name.strip(".").removesuffix(".partial") not in names:
                 shutil.rmtree(copy, ignore_errors=True)
 

@@ -1,8 +1,8 @@
-"""Is a checkpoint whole? Megatron finds a missing or short file by failing, and loads flipped bytes without a word.
+"""Checking a checkpoint for damage. Megatron fails on a missing or short file, and loads flipped bytes silently.
 
-A torch_dist checkpoint is `.metadata` (a pickle that says which record lies where), files of records, each written by
-`torch.save` as a zip archive with a CRC-32 a member, which `torch.load` does not look at, and `metadata.json`, written
-last. Which checkpoint to use is `recovery`'s affair.
+A torch_dist checkpoint is `.metadata` (a pickle with the place of each record), files of records, each a zip archive
+written by `torch.save` with a CRC-32 for each member, which `torch.load` does not check, and `metadata.json`, written
+last. `recovery` chooses the checkpoint to load.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from bft_megatron.hf.record import crc_fault
 from bft_megatron.hf.torch_dist import read_index
 
 SEAL = "metadata.crc32"
-"""Our own file in a checkpoint: the CRC-32 of `.metadata`, which has none of its own."""
+"""Our own file in a checkpoint: the CRC-32 of `.metadata`, which Megatron saves without one."""
 
 _Record = tuple[int, int]  # offset, length
 
 
 def damage(path: Path, rank: int = 0, world: int = 1, *, contents: bool = True) -> str | None:
-    """The first fault of a checkpoint, or None where it is whole.
+    """Return the first fault of a checkpoint, or None if it is intact.
 
-    The sizes of the files and the CRCs of the records are dealt over `world` callers, so that together they read the
-    checkpoint once; each of them reads `.metadata`. No collectives.
+    Files (their sizes) and records (their CRCs) are divided among `world` callers, which together read the checkpoint
+    once; each of them reads `.metadata`. No collectives.
 
     Args:
-        path: the checkpoint's own folder, `iter_0000006`.
-        contents: whether to read the records; without, what a save cut short leaves is found, in milliseconds.
+        path: the checkpoint's own folder, such as `iter_0000006`.
+        contents: whether to read the records; without, only an interrupted save is found, in milliseconds.
     """
     try:
         json.loads((path / "metadata.json").read_text())
         _check_seal(path)
         files = _records(path)
-    except Exception as e:  # of a pickle that was cut or flipped anything may come
+    except Exception as e:  # a truncated or corrupted pickle may raise anything
         return f"{type(e).__name__}: {e}"
     for name in sorted(files)[rank::world]:
         if fault := _size(path / name, files[name]):
@@ -50,7 +50,7 @@ def damage(path: Path, rank: int = 0, world: int = 1, *, contents: bool = True) 
 
 
 def seal(path: Path) -> None:
-    """Write down the CRC of a finished checkpoint's `.metadata`."""
+    """Write the CRC-32 of a finished checkpoint's `.metadata` beside it."""
     temporary = path / f"{SEAL}.tmp"
     temporary.write_text(str(zlib.crc32((path / ".metadata").read_bytes())))
     temporary.replace(path / SEAL)

@@ -1,7 +1,7 @@
-"""Before a run goes on: the newest whole checkpoint, agreed over all ranks; what is damaged is put out of the way.
+"""Choosing the checkpoint to resume from: damaged ones are reported and renamed, and the newest intact one is loaded.
 
-Megatron goes by its tracker file alone: an empty one ends the run with status 0, a missing one starts it from scratch,
-and there is no falling back to an earlier checkpoint. Here the tracker is a hint, rewritten to what was found.
+Megatron relies on its tracker file alone: an empty one ends the run with status 0, a missing one restarts training from
+scratch, and it never falls back to an earlier checkpoint. Here the tracker is a hint, and is corrected.
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ import torch.distributed as dist
 
 from bft_megatron.checkpoint import integrity
 from bft_megatron.errors import UserError
+from bft_megatron.processes.device import current_device
 from bft_megatron.run.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What lies in the folder, as rank 0 sees it."""
+    """The state of the folder of checkpoints, as rank 0 sees it."""
 
     iterations: list[int]
-    """Of all checkpoint folders, finished or not, the newest first."""
+    """Iterations of all checkpoint folders, finished or not, newest first."""
     tracker: int | None
-    """The tracker's word, None where there is none that can be read."""
+    """The iteration in the tracker file; None if it is missing or unreadable."""
     ever: bool
     """Whether a checkpoint was ever finished here."""
 
 
 def newest_whole(folder: RunFolder, console: TextIO) -> int:
-    """Iteration of the newest whole checkpoint, which Megatron will load; 0 where there never was one.
+    """Return the iteration of the newest intact checkpoint, which Megatron will load; 0 if there never was any.
 
-    Collectives over all ranks: a broadcast, a MAX all-reduce for each checkpoint that is looked at, a barrier. Each
-    rank reads its share of the files. Rank 0 renames what is damaged to `damaged_iter_*`, removes what a save that was
-    cut short left behind, rewrites the tracker, and says so on the console.
+    Collectives over all ranks: a broadcast, a MAX all-reduce for each checkpoint examined, an all-gather for each
+    damaged one, a barrier. Each rank reads its share of the files. Rank 0 renames damaged checkpoints to
+    `damaged_iter_*`, removes the remains of an interrupted save, corrects the tracker, and reports this on the console.
 
     Raises:
-        UserError: there were checkpoints and none is whole; nothing is touched then.
+        UserError: there were checkpoints and none is intact; nothing is changed in that case.
     """
     rank = dist.get_rank()
     found = _broadcast(_look(folder) if rank == 0 else None)
@@ -75,12 +76,14 @@ def _look(folder: RunFolder) -> _Found:
 def _broadcast(found: _Found | None) -> _Found:
     box = [found]
     dist.broadcast_object_list(box, src=0)
-    return box[0]
+    (sent,) = box
+    assert sent is not None, "rank 0 has looked"
+    return sent
 
 
 def _agreed(fault: str | None) -> str | None:
-    """The fault that any rank found, the lowest rank's where there are several."""
-    bad = torch.tensor(int(fault is not None), device="cuda")
+    """Return the fault found by the lowest rank that found one, or None. Collectives: as in `newest_whole`."""
+    bad = torch.tensor(int(fault is not None), device=current_device())
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if not bad.item():
         return None
@@ -90,7 +93,7 @@ def _agreed(fault: str | None) -> str | None:
 
 
 def _set_aside(folder: RunFolder, found: _Found, faults: dict[int, str], newest: int, console: TextIO) -> None:
-    """On rank 0. Not left in place: the run would save into the old folder, whose stale marks call a mix whole."""
+    """Rename or remove damaged checkpoints (rank 0): a save into such a folder would mix old and new files."""
     for iteration, fault in faults.items():
         path = folder.checkpoint(iteration)
         cut_short = not (path / "metadata.json").exists() and (found.tracker or 0) < iteration

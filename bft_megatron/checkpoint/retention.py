@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the last few, and the best few by a validation's number. Called on rank 0 after a save."""
+"""Deleting old checkpoints: the last few and the best few by a validation metric are kept. Called on rank 0."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ LOWER_IS_BETTER = {"loss", "lm_loss"}
 
 @dataclass(frozen=True)
 class Retention:
-    """What to keep.
+    """The checkpoints to keep.
 
     Args:
-        last: so many of the newest.
-        best: so many of the best besides, by `metric` of the validation at the checkpoint's own step.
+        last: number of newest ones.
+        best: number of best ones besides, by `metric` of the validation at the checkpoint's own step.
+        metric: name of a validation metric.
     """
 
     last: int
@@ -28,24 +29,24 @@ class Retention:
     metric: str
 
     def kept(self, whole: list[int], scores: dict[int, float]) -> set[int]:
-        """Which of these iterations stay; the newest always does."""
+        """Return which of these iterations are kept; the newest always is."""
         scored = [i for i in whole if i in scores]
         sign = 1 if self.metric in LOWER_IS_BETTER else -1
         best = sorted(scored, key=lambda i: (sign * scores[i], -i))[: self.best]
         return {*sorted(whole)[-max(1, self.last) :], *best}
 
     def apply(self, folder: RunFolder, *, wait: bool = False) -> list[int]:
-        """Delete the others -> their iterations; in the background, where ranks would wait for a terabyte to go.
+        """Delete the others and return their iterations; in the background, so that ranks don't wait for it.
 
-        A checkpoint that is not whole by its marks and sizes does not count as a newer one and is not touched; so the
-        only good one is never deleted.
+        A checkpoint with missing files or wrong sizes is not counted and not touched, so the only good one is never
+        deleted.
         """
         whole = [i for i in folder.iterations() if integrity.damage(folder.checkpoint(i), contents=False) is None]
         gone = sorted(set(whole) - self.kept(whole, _scores(folder.metrics, self.metric)))
         for iteration in gone:
             path = folder.checkpoint(iteration)
-            path.rename(path.with_name(f"deleted_{path.name}"))  # a half-deleted one must not be taken for one
-        leftovers = list(folder.checkpoints.glob("deleted_iter_*"))  # also of a process that was killed meanwhile
+            path.rename(path.with_name(f"deleted_{path.name}"))  # a half-deleted one must not pass for a checkpoint
+        leftovers = list(folder.checkpoints.glob("deleted_iter_*"))  # including those of a killed process
         deletion = threading.Thread(target=_delete, args=(leftovers,), daemon=True)
         deletion.start()
         if wait:
@@ -54,7 +55,7 @@ class Retention:
 
 
 def _scores(metrics: Path, name: str) -> dict[int, float]:
-    """Iteration -> its validation's metric, where that is a number; of a step validated twice the last line counts."""
+    """Return each iteration's validation metric if it is finite; of a step validated twice, the last line counts."""
     lines = (json.loads(line) for line in metrics.read_text().splitlines()) if metrics.exists() else ()
     found = {line["iteration"]: line[name] for line in lines if line.get("split") == "valid"}
     return {iteration: score for iteration, score in found.items() if score is not None}

@@ -1,4 +1,4 @@
-"""Saving and stopping when asked: by a signal to any rank, or because `train.exit_after` would be passed."""
+"""Deciding when to save and stop early: on a signal to any rank, or before `train.exit_after` would be exceeded."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 import torch.distributed as dist
 
 from bft_megatron.processes import signals
+from bft_megatron.processes.device import current_device
 from bft_megatron.reporting.reporter import Reporter
 
 
 class Stop:
-    """Decides after every step whether the run is saved and ends there.
+    """The decision after every step whether to save and stop there.
 
     Args:
-        reporter: knows the step and how long it took.
+        reporter: knows the current step and its duration.
         last: the run's last step, after which there is nothing to stop.
-        exit_after: minutes from the start of the process by which it should have saved and ended, or None.
+        exit_after: minutes from the start of the process by which it must have saved and ended, or None.
     """
 
     def __init__(self, reporter: Reporter, last: int, exit_after: float | None) -> None:
@@ -28,15 +29,15 @@ class Stop:
         self._save_seconds = 0.0
 
     def saved(self, _: int, seconds: float) -> None:
-        """A save took so long; the last one before `exit_after` may take as long again."""
+        """Note the duration of a save, because the last one before `exit_after` may take as long."""
         self._save_seconds = max(self._save_seconds, seconds)
 
     def asked(self) -> bool:
-        """Whether to save and stop now, alike on all ranks. Collective over all: a MAX all-reduce of two numbers."""
+        """Return whether to save and stop now, the same on all ranks. Collective over all: a MAX all-reduce of two."""
         step = self.reporter.iteration
         if step >= self.last:
             return False
-        asked = torch.tensor([signals.received(), self._late()], device="cuda")
+        asked = torch.tensor([signals.received(), self._late()], device=current_device())
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         number, late = asked.tolist()
         if number or late:
@@ -44,7 +45,7 @@ class Stop:
         return self.reason is not None
 
     def _late(self) -> bool:
-        """True where one more step and a save (until one was seen: as long as a step) would end past `exit_after`."""
+        """Return whether one more step and a save (before the first save: a second step) would exceed `exit_after`."""
         if self.exit_after is None:
             return False
         step = self.reporter.step_seconds

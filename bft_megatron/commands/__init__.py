@@ -1,1 +1,1 @@
-"""What each command does with a checked request."""
+"""The work of each command on a checked request."""

@@ -1,7 +1,7 @@
-"""One rank of `bft-megatron check`: real rows through the recipe's own layout, held to what transformers makes of them.
+"""One rank of `bft-megatron check`: compare the recipe's layout with transformers on real rows.
 
-Rank 0 runs transformers, on the CPU in fp32, and leaves its numbers in a file for the others. Then all ranks run the
-training step's own forward pass, and each compares what it holds of every layer's output: no activation is gathered.
+Rank 0 runs transformers on the CPU in fp32 and writes the results to a file for the other ranks. Then all ranks run the
+training step's own forward pass, and each compares its own part of every layer's output: no activation is gathered.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from bft_megatron.data.dataset import validation_rows
 from bft_megatron.hf import reference
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.reference import Row
+from bft_megatron.processes import ranks
+from bft_megatron.processes.device import current_device
 from bft_megatron.recipe.schema import Recipe
-from bft_megatron.reporting.announce import layout
+from bft_megatron.reporting.announce import describe_layout
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows
@@ -36,34 +38,37 @@ from bft_megatron.training.model import build, forward
 from bft_megatron.training.step import Batch, Step
 
 ALLOWED = 1e-4
-"""Of the largest element of a layer's output, and of a loss: many times what fp32's rounding makes of deep models."""
+"""Allowed difference, relative to the largest element of a layer's output or to a loss: many times fp32's rounding."""
 
 ROUNDING = 3
-"""In bf16: so many times what rounding to bf16 makes of transformers' own numbers."""
+"""Allowed difference in bf16, in multiples of the error that rounding to bf16 gives transformers itself."""
 
 
 def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, console: TextIO) -> bool:
-    """Compare, and say on the last rank what was found -> whether all is as it should be, the same on every rank.
+    """Compare the layout with transformers and print the result on the last rank.
 
-    Windows are those of one process (`objective.cp_windows: exact`), since transformers has no other.
+    Confidence windows are those of one process (`objective.cp_windows: exact`), as transformers has no others.
+
+    Returns:
+        Whether everything agrees, the same on every rank.
 
     Raises:
-        UserError, FieldError: as `build`.
+        UserError, FieldError: as for `build`.
     """
     recipe = replace(recipe, objective=replace(recipe.objective, cp_windows="exact"))
     file = RunFolder.of(recipe).root / "check.safetensors"
     step = Step(recipe.objective, config.vocab_size, Meter(recipe.data.most_sources))
     batches = _batches(recipe, rows)
-    first = os.environ["RANK"] == "0"
+    first = ranks.rank() == 0
     try:
-        if first:  # before Megatron's model takes its memory; the others wait where the group is formed
+        if first:  # before Megatron's model takes memory; the other ranks wait in `build`, where the group is formed
             _write_reference(file, batches, recipe, config, model_folder, step)
         chunks = build(recipe, config, model_folder)
         dist.barrier()
-        watch = Watch(file, config, step)
-        watch.install([chunk.eval() for chunk in unwrap_model(chunks)])
-        forward(chunks, batches, watch.forward, recipe)
-        good = watch.verdict(recipe, console)
+        comparison = LayerComparison(file, config, step)
+        comparison.install([chunk.eval() for chunk in unwrap_model(chunks)])
+        forward(chunks, batches, comparison.forward, recipe)
+        good = comparison.verdict(recipe, console)
     finally:
         if first:
             file.unlink(missing_ok=True)
@@ -72,7 +77,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
 
 
 def _batches(recipe: Recipe, rows: RunRows) -> list[Row]:
-    """The first rows as micro-batches, the same on every data-parallel rank: two, or what the schedule needs."""
+    """Return the first rows as micro-batches, the same on every data-parallel rank: two, or as many as VP needs."""
     b, count = recipe.train.micro_batch_size, 2
     if recipe.parallel.virtual_pipeline > 1:
         count = max(count, recipe.parallel.pipeline)
@@ -103,13 +108,13 @@ def _write_reference(
     torch.set_num_threads(threads)
 
 
-class Watch:
-    """Compares what passes through this rank's part of the model with the reference.
+class LayerComparison:
+    """A comparison of the layers on this rank with the reference, made while the model runs.
 
     Args:
-        file: the reference's.
-        config: of the model.
-        step: whose forward pass it is.
+        file: the reference's results, as `_write_reference` wrote them.
+        config: the model's configuration.
+        step: the training step whose forward pass is compared.
     """
 
     def __init__(self, file: Path, config: ModelConfig, step: Step) -> None:
@@ -117,11 +122,11 @@ class Watch:
         self.vocab_size = config.vocab_size
         self._file = safe_open(file, "pt")
         self.scale = self._file.get_tensor("scale")
-        self.error = torch.zeros(len(self.stages), device="cuda")
-        """[stages]: the largest difference so far, by the reference's largest element."""
+        self.error = torch.zeros(len(self.stages), device=current_device())
+        """[stages] fp32: the largest difference so far, relative to the reference's largest element."""
 
     def install(self, chunks: list[Any]) -> None:
-        """Listen to every layer of this rank's chunks."""
+        """Register a forward hook on every layer of this rank's chunks."""
         for chunk in chunks:
             if chunk.pre_process:
                 chunk.embedding.register_forward_hook(partial(self._hear, chunk, 0))
@@ -131,16 +136,16 @@ class Watch:
                 chunk.decoder.final_layernorm.register_forward_hook(partial(self._hear, chunk, len(self.stages) - 2))
 
     def forward(self, rows: Iterator[Row], chunk: Any) -> Any:
-        """Megatron's `forward_step_func`: the training step's, with its rows noted."""
+        """Run the training step's forward pass, as Megatron's `forward_step_func`, and remember its batch."""
         item = next(rows)
         self._batch = Batch(**item)
         return self.step.forward(iter([item]), chunk)
 
     @torch.no_grad()
     def _hear(self, chunk: Any, stage: int, _: Any, __: Any, output: Any) -> None:
-        """output [s/cp (/tp under sequence parallelism), b, h]; the logits are computed from the last one, over TP."""
+        """Compare a layer's output [s/cp (/tp under sequence parallelism), b, h]; after the last one the logits too."""
         hidden, groups = output[0] if isinstance(output, tuple) else output, chunk.pg_collection
-        positions = self._batch.rows("exact").positions.view(len(self._batch.tokens), -1).t()  # [s/cp, b]
+        positions = self._batch.geometry("exact").positions.view(len(self._batch.tokens), -1).t()  # [s/cp, b]
         own = positions.chunk(groups.tp.size())[groups.tp.rank()] if chunk.config.sequence_parallel else positions
         self._compare(stage, hidden, own)
         if stage == len(self.stages) - 2:
@@ -150,10 +155,10 @@ class Watch:
             self._compare(stage + 1, logits[..., : max(self.vocab_size - first, 0)], positions, first)
 
     def _compare(self, stage: int, x: Tensor, positions: Tensor, first: int = 0) -> None:
-        """x [n, b, w], at the positions [n, b] of the flattened rows, against the reference's columns from `first`."""
+        """Compare x [n, b, w], at positions [n, b] of the flattened rows, with the reference's columns from `first`."""
         s = self._batch.tokens.shape[1]
         edges, counted = self._batch.edges, self._batch.counted
-        real = torch.repeat_interleave(counted, edges.diff())  # [b * s], where a sample is
+        real = torch.repeat_interleave(counted, edges.diff())  # [b * s] bool, False for padding
         for k, row in enumerate(self._batch.row.tolist()):
             if row < 0:
                 continue
@@ -165,10 +170,10 @@ class Watch:
                 self.error[stage] = torch.maximum(self.error[stage], worst)
 
     def verdict(self, recipe: Recipe, console: TextIO) -> bool:
-        """Put all ranks' findings together; the last one, which has the losses, prints them. Collective over all.
+        """Combine all ranks' findings and print them on the last rank, which has the losses. Collective over all ranks.
 
         Returns:
-            Whether every layer's output, the logits and both losses are within what is allowed.
+            Whether every layer's output, the logits and both losses are within the allowed difference.
         """
         from megatron.core import parallel_state
 
@@ -187,7 +192,7 @@ class Watch:
         about = self._file.metadata()
         console.print(
             f"{about['rows']} rows, {about['tokens']} supervised tokens, {recipe.train.precision}, "
-            f"{layout(recipe, dist.get_world_size())}"
+            f"{describe_layout(recipe, dist.get_world_size())}"
         )
         table = Table("", "transformers", "this layout", "difference", "allowed")
         names = ("lm loss", f"{recipe.objective.name} loss")

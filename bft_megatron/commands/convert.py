@@ -1,4 +1,4 @@
-"""One rank of `bft-megatron convert`: the recipe's model as a Megatron checkpoint of weights alone, a `release`."""
+"""One rank of `bft-megatron convert`: write the model as a Megatron checkpoint of weights alone, a `release`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from bft_megatron.upstream import checkpoint_writer
 
 
 def run(recipe: Recipe, config: ModelConfig, model_folder: Path, console: TextIO) -> None:
-    """Load the weights into the recipe's layout and save them, where stock Megatron-LM's `--load` finds them too.
+    """Load the weights into the recipe's layout and save them where Megatron-LM's own `--load` finds them too.
 
     Raises:
-        UserError, FieldError: as `build`.
+        UserError, FieldError: as for `build`.
     """
     checkpoint_writer.without_helper_process()
     chunks = build(recipe, config, model_folder, ["--no-save-optim", "--no-save-rng"])

@@ -1,6 +1,6 @@
-"""Checks on one node before a batch job's ranks start: what would else end the job after its hours in the queue.
+"""Checks on one node before a batch job's ranks start, of faults that would end the job after hours in the queue.
 
-Called through `srun`, once a node, by launch/lib.sh. It claims no GPU.
+launch/lib.sh calls it through `srun`, once a node. It claims no GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES, OPTIMIZER_BYTES
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.weights import parameter_count
@@ -18,24 +19,19 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import open_rows
 
-CHECKPOINT_BYTES = 14
-"""A parameter's in a checkpoint: bf16 weight, fp32 copy and two moments of Adam."""
-STATE_BYTES = 12
-"""A parameter's on the host while a rank's optimizer state is gathered for a save or a load."""
-
 SHARED_MEMORY = 2**30
-"""Bytes of /dev/shm that NCCL's ranks of a node and the data workers share; a container has 64 MiB by default."""
+"""Bytes of /dev/shm that a node's NCCL ranks and data workers need; a container has 64 MiB by default."""
 
 
 def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) -> None:
-    """Check layout, rows, GPUs, disk and memory.
+    """Check the layout, the prepared rows, and this node's GPUs, disk and memory.
 
     Args:
         world: ranks of the job.
         per_node: ranks on this node.
 
     Raises:
-        FieldError, UserError: the first that is wrong, with this node's name.
+        FieldError, UserError: the first fault that is found; one of this node names the node.
     """
     check_world(recipe, world)
     open_rows(recipe)
@@ -54,7 +50,8 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
             raise UserError(
                 f"has {_gib(free)} free; the checkpoints to keep and one more take {_gib(need)}", str(folder)
             )
-        state = STATE_BYTES * parameters / (parallel.tensor * parallel.pipeline) * per_node
+        # On the host, while a rank's optimizer state is gathered for a save or a load.
+        state = OPTIMIZER_BYTES * parameters / (parallel.tensor * parallel.pipeline) * per_node
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if memory < state:
             raise UserError(

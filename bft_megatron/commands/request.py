@@ -1,8 +1,7 @@
-"""What a command was asked to do: a recipe file and the fields beside it, read and checked."""
+"""A command's request: a recipe file and the overrides beside it, read and checked."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from rich.console import Console
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
-from bft_megatron.processes import launcher
+from bft_megatron.processes import launcher, ranks
 from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """A recipe, where its fields were set, and its model's configuration."""
+    """A recipe, the file and overrides that set its fields, and its model's configuration."""
 
     file: Path
     overrides: list[str]
@@ -35,50 +34,50 @@ class Request:
 
     @cached_property
     def model_folder(self) -> Path:
-        """The model's own folder, of its files. Raises UserError where they are not here."""
+        """Return the folder of the model's files. Raises UserError if they are not on this machine."""
         return find_model(self.recipe.model)
 
     @property
     def folder(self) -> RunFolder:
-        """Of the run."""
+        """Return the run's folder."""
         return RunFolder.of(self.recipe)
 
     def check[T](self, check: Callable[[], T]) -> T:
-        """Call a function; an error about a field gets the file and line, or the override, that set the field."""
+        """Call a function; add to a FieldError the file and line, or the override, that set the field."""
         try:
             return check()
         except FieldError as e:
             raise UserError(e.message, reader.where(self.file, self.overrides, e.field)) from None
 
     def check_fields(self) -> None:
-        """Raise UserError, with the place, for a recipe that cannot be run anywhere."""
+        """Raise UserError, with file and line, for a recipe that cannot run on any machine."""
         self.check(lambda: rules.check_recipe(self.recipe, self.config))
         self.check(lambda: arguments.passed_through(self.recipe))
 
     def world(self) -> tuple[bool, int]:
-        """Whether this process is a rank already, and how many there are or will be. Raises UserError."""
-        in_rank = launcher.started_by_launcher()
-        processes = int(os.environ["WORLD_SIZE"]) if in_rank else launcher.local_processes(self.recipe)
+        """Return whether this process is a rank, and the number of processes of the run. Raises UserError."""
+        in_rank = ranks.in_rank()
+        processes = ranks.world_size() if in_rank else launcher.local_processes(self.recipe)
         self.check(lambda: rules.check_world(self.recipe, processes))
         return in_rank, processes
 
     def prepare(self) -> RunRows:
-        """Prepare the rows, or find them prepared, and print what became of the data. Raises UserError."""
-        from bft_megatron.data.report import report
+        """Prepare the rows, unless they are prepared already, and print a report of the data. Raises UserError."""
+        from bft_megatron.data.summary import summary_table
         from bft_megatron.run.prepared import prepare_rows
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
-        Console().print(report(rows.named))
+        Console().print(summary_table(rows.named))
         return rows
 
     def rows_of_rank(self) -> RunRows:
-        """The prepared rows, on a rank; see `rows.rows_of_rank`."""
+        """Return the prepared rows on a rank; see `run.prepared.rows_of_rank`."""
         from bft_megatron.run.prepared import rows_of_rank
 
         return rows_of_rank(self.recipe, self.prepare)
 
     def trained(self) -> Request:
-        """The same with the run's own newest checkpoint for a model. Raises UserError where it cannot be one."""
+        """Return the request with the run's newest checkpoint as its model. Raises UserError if it has none."""
         if self.recipe.lora is not None:
             raise UserError("a LoRA run's adapters: export them, and set lora.adapter to their folder", "--trained")
         if not self.folder.saved_iteration():
@@ -86,8 +85,10 @@ class Request:
         return replace(self, recipe=replace(self.recipe, model=str(self.folder.root), init="pretrained"))
 
     def check_adapters(self) -> None:
-        """Of a LoRA run: raise UserError where the base is not the model it began with, or `lora.adapter` does not fit
-        it.
+        """Check a LoRA run's base model and adapters.
+
+        Raises:
+            UserError: the base is not the model that the run began with, or `lora.adapter` does not fit it.
         """
         if self.recipe.lora is None:
             return
@@ -99,7 +100,7 @@ class Request:
             AdapterFolder(Path(self.recipe.lora.adapter), self.config, self.recipe.lora)
 
     def describe_run(self) -> None:
-        """Write into the run's folder what it is made of, for the export and for a later start."""
+        """Write the recipe, a LoRA run's base and the chat template into the run's folder, for export and resume."""
         self.folder.write_config(self.recipe, self.model_folder)
         if self.recipe.lora is not None:
             from bft_megatron.lora.base import record_base
@@ -108,7 +109,7 @@ class Request:
         if self.recipe.data.chat_template is not None:
             from bft_megatron.data import tokenizers
 
-            # What the run learned from goes with its model; this file comes before the tokenizer's own template.
+            # The exported model keeps the template it was trained with; this file overrides the tokenizer's own.
             template = tokenizers.load(self.model_folder, self.recipe.data.chat_template).template
             (self.folder.model / "chat_template.jinja").write_text(template, encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""One rank of `bft-megatron score`: how sure the model is of every sample, and what the objective makes of that.
+"""One rank of `bft-megatron score`: write the model's confidence in every sample and the objective's weight of it.
 
-All rows go once through the recipe's own layout, without gradients. A sample's numbers are those that a training step
-would weigh it by.
+All rows go once through the recipe's own layout, without gradients. A sample gets the same numbers that a training step
+would compute for it.
 """
 
 from __future__ import annotations
@@ -24,38 +24,39 @@ from bft_megatron.data.dataset import RowDataset, validation_rows
 from bft_megatron.data.sources import open_source
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.objective.loss import LossSum
-from bft_megatron.objective.view import Rows, View
+from bft_megatron.objective.view import Geometry, View
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.totals import Meter
-from bft_megatron.training.datasets import validation_shape
+from bft_megatron.run.resolved import WholePass
 from bft_megatron.training.model import build, forward
 from bft_megatron.training.step import Batch, Step
 
 NUMBERS = ("tokens", "lm_loss", "mean_p", "accuracy", "confidence", "weight")
-"""Of a sample: its supervised tokens, means over them, c_b, and the objective's s_b without the data's own weight."""
+"""Numbers of a sample: its supervised tokens, means over them, c_b, and the objective's s_b, without data weights."""
 LEAST_SURE = 5
-"""Samples that the summary names."""
+"""The number of samples of lowest confidence that the summary lists."""
 
 Score = dict[str, Any]
 """A sample's `source`, `where` (file and line) and NUMBERS."""
 
 
 class Scorer(Step):
-    """A step that keeps every sample's numbers; the totals are nobody's concern."""
+    """A step that keeps every sample's numbers instead of totals."""
 
     def __init__(self, recipe: Recipe, config: ModelConfig) -> None:
         super().__init__(recipe.objective, config.vocab_size, Meter())
         self.found: list[tuple[Tensor, Tensor]] = []
-        """Of each micro-batch: the rows [B] of its samples, their NUMBERS [B, 6] fp64; on the CPU."""
+        """For each micro-batch, on the CPU: the rows of its samples [B] int64 and their NUMBERS [B, 6] fp64."""
 
     def measure(
-        self, result: LossSum, view: View, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch
+        self, result: LossSum, view: View, confidence: Tensor, geometry: Geometry, correct: Tensor, batch: Batch
     ) -> None:
-        """Keep a micro-batch's samples. Collectives: three SUM all-reduces [B] over context parallelism."""
-        means = [view.mean(x) for x in (-view.logp, view.logp.double().exp(), rows.take(correct.flatten()))]
+        """Keep the numbers of the batch's samples. Collectives: three SUM all-reduces [B] over context parallelism."""
+        means = [view.mean(x) for x in (-view.logp, view.logp.double().exp(), geometry.take(correct.flatten()))]
         numbers = torch.stack([x.double() for x in (view.n, *means, confidence, result.sample_weight)], dim=1).cpu()
-        row = batch.row if batch.cu_seqlens is None else batch.row.expand(len(rows.counted))
-        self.found.append((row[rows.counted], numbers[rows.counted]))
+        row = batch.row if batch.cu_seqlens is None else batch.row.expand(len(geometry.counted))
+        self.found.append((row[geometry.counted], numbers[geometry.counted]))
 
 
 def run(
@@ -67,21 +68,24 @@ def run(
     out: Path,
     console: TextIO,
 ) -> None:
-    """Score every sample once, whatever its source's weight, and write a line of JSON each, in the rows' order.
+    """Score every sample once, whatever its source's weight, and write one line of JSON each, in the order of the rows.
 
     Args:
-        blend: the prepared rows, of the recipe's `data.train` or `data.valid` as `data` says.
-        out: the file to write, by the last rank; it appears when it is whole.
-        console: where a person looks.
+        blend: the prepared rows of the recipe's `data.train` or `data.valid`.
+        data: which of the two they are.
+        out: the file that the last rank writes; it appears when it is complete.
+        console: the terminal, for the progress bar and the summary.
 
     Raises:
-        UserError, FieldError: as `build`.
+        UserError, FieldError: as for `build`.
     """
-    rows, passes = validation_shape(recipe, blend)
-    dataset, scorer = validation_rows(blend, batch=rows), Scorer(recipe, config)
+    whole = WholePass.over(blend, recipe, ranks.world_size())
+    dataset, scorer = validation_rows(blend, batch=whole.batch), Scorer(recipe, config)
     chunks = [chunk.eval() for chunk in build(recipe, config, model_folder)]
-    for first in _progress(passes, console):
-        batches = _batches(dataset, range(first * rows, (first + 1) * rows), recipe.train.micro_batch_size)
+    for first in _progress(whole.iterations, console):
+        batches = _batches(
+            dataset, range(first * whole.batch, (first + 1) * whole.batch), recipe.train.micro_batch_size
+        )
         forward(chunks, batches, scorer.forward, recipe)
     found = _gather(scorer)
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -96,7 +100,7 @@ def run(
 
 
 def _progress(passes: int, console: TextIO) -> Iterator[int]:
-    """0 to passes - 1, with a bar on the last rank where someone looks at a terminal."""
+    """Yield 0 to passes - 1, with a progress bar on the last rank if the console is a terminal."""
     looks = console.isatty() and dist.get_rank() == dist.get_world_size() - 1
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=console), disable=not looks, transient=True) as progress:
@@ -104,7 +108,7 @@ def _progress(passes: int, console: TextIO) -> Iterator[int]:
 
 
 def _batches(dataset: RowDataset, places: range, b: int) -> list[dict[str, Tensor]]:
-    """This data-parallel rank's share of some places of the data set, in micro-batches of b rows."""
+    """Return this data-parallel rank's share of some places of the data set, in micro-batches of b rows."""
     from megatron.core import parallel_state
 
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -113,7 +117,10 @@ def _batches(dataset: RowDataset, places: range, b: int) -> list[dict[str, Tenso
 
 
 def _gather(scorer: Scorer) -> tuple[Tensor, Tensor]:
-    """Rows [B] and NUMBERS [B, 6] of all samples, by row; on the last stage. All-gathers over data parallelism."""
+    """Gather rows [B] and NUMBERS [B, 6] of all samples, sorted by row, on the last stage.
+
+    One all_gather_object over data parallelism.
+    """
     from megatron.core import parallel_state
 
     if not scorer.found:
@@ -122,7 +129,7 @@ def _gather(scorer: Scorer) -> tuple[Tensor, Tensor]:
     shares: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
     dist.all_gather_object(shares, own, group=parallel_state.get_data_parallel_group())
     row, numbers = (torch.cat(parts) for parts in zip(*shares, strict=True))
-    order = row.argsort(stable=True)  # a row's samples come from one rank, in their order
+    order = row.argsort(stable=True)  # all samples of a row come from one rank, in order
     return row[order], numbers[order]
 
 
@@ -136,7 +143,7 @@ def _scores(row: Tensor, numbers: Tensor, dataset: RowDataset, files: list[tuple
 
 
 def _summarise(scores: list[Score], sources: tuple[str, ...], console: Console) -> None:
-    """A line a source, and the samples that the model is least sure of."""
+    """Print one line for each source, and the samples of lowest confidence."""
     table = Table("", "samples", "tokens", "lm loss", "mean p", "c: lowest tenth", "median", "highest tenth", "weight")
     for source in sources:
         own = [score for score in scores if score["source"] == source]

@@ -1,4 +1,5 @@
-"""From a file of conversations to rows of tokens: reading, masking, packing, caching, and the data set of a run.
+"""The data pipeline: from a file of conversations to rows of tokens.
 
-Only `dataset` imports torch; the rest runs before anything slow or distributed starts.
+The modules read, mask, pack and cache the data and serve it as a run's data set. Only `dataset` imports torch; the rest
+runs before anything slow or distributed starts.
 """

@@ -1,4 +1,4 @@
-"""Prepared sources that a run learns from together, each as often as its weight says."""
+"""A blend: several prepared sources that a run trains on together, each with a weight."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class Part:
     """A prepared source of a blend.
 
     Attributes:
-        name: in the reports.
-        prepared: its rows. A row holds samples of one source, so that adding a source leaves the others as they are.
-        weight: how often an epoch goes through it.
+        name: the source's name in reports.
+        prepared: its rows. A row holds samples of one source only, so adding a source leaves the others' rows as they
+            are.
+        weight: how many times an epoch goes through the source; may be a fraction.
     """
 
     name: str
@@ -27,54 +28,54 @@ class Part:
 
     @property
     def taken(self) -> int:
-        """Rows that an epoch takes of it."""
+        """The number of rows that an epoch takes from this source."""
         return max(1, round(self.weight * self.prepared.rows))
 
 
 @dataclass(frozen=True)
 class Blend:
-    """Sources whose rows have one shape."""
+    """Prepared sources with the same row length and packing."""
 
     parts: tuple[Part, ...]
 
     @classmethod
     def of(cls, blend: Blend | Prepared) -> Blend:
-        """A blend, or one of a single source."""
+        """Return `blend` itself, or wrap a single source as a blend of one part."""
         return blend if isinstance(blend, Blend) else cls((Part("", blend),))
 
     @property
     def rows(self) -> int:
-        """Rows of one epoch."""
+        """The number of rows in one epoch."""
         return sum(part.taken for part in self.parts)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Rows of each source."""
+        """The number of rows in each source."""
         return tuple(part.prepared.rows for part in self.parts)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the sources, in the reports."""
+        """The sources' names in reports."""
         return tuple(part.name for part in self.parts)
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a row."""
+        """The number of tokens in a row."""
         return self.parts[0].prepared.seq_length
 
     @property
     def packing(self) -> bool:
-        """Whether a row holds many samples."""
+        """Whether a row holds more than one sample."""
         return self.parts[0].prepared.packing
 
     @property
     def pad_multiple(self) -> int:
-        """What a packed sample is padded to a multiple of."""
+        """The multiple that the length of a packed sample is padded to."""
         return self.parts[0].prepared.pad_multiple
 
     @cached_property
     def counts(self) -> Counts:
-        """Of all sources, each once, whatever its weight."""
+        """The counts added over all sources, each counted once whatever its weight."""
         counts = Counts()
         for part in self.parts:
             counts.add(part.prepared.counts)
@@ -82,11 +83,11 @@ class Blend:
 
     @property
     def tokens(self) -> float:
-        """Tokens of one epoch, padding not among them."""
+        """The number of tokens in one epoch, without padding."""
         return sum(part.taken * part.prepared.counts.tokens / part.prepared.rows for part in self.parts)
 
     def find(self, row: int) -> tuple[int, int]:
-        """A row's number, counted through the sources -> its source, its number there."""
+        """Return the source of a row and the row's number within it; `row` is numbered through all sources."""
         source = int(np.searchsorted(self._edges, row, side="right")) - 1
         return source, row - int(self._edges[source])
 

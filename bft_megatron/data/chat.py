@@ -1,10 +1,10 @@
-"""Masks by position: which tokens of a conversation are learned. Loading and rendering are in `tokenizers`.
+"""Rendering a conversation and finding its supervised tokens. Loading the tokenizer is in `tokenizers`.
 
-The conversation is rendered to text once and tokenised once; spans of characters become spans of tokens through the
-tokenizer's offsets, so that merges at their edges are those of the text as a whole. A token that overlaps a span
-belongs to it, as in transformers' `return_assistant_tokens_mask`. The spans come from the template's {% generation %}
-markers where it has them. Else the conversation is rendered up to each answer and after it: where these texts are
-prefixes of the whole, what lies between is the turn.
+The loss mask comes from positions, not token ids. A conversation is rendered to text once and tokenised once, and spans
+of characters become spans of tokens through the tokenizer's offsets, so that merges at the edges of a span are those of
+the whole text. A token that overlaps a span belongs to it, as in transformers' `return_assistant_tokens_mask`. The
+spans come from the template's {% generation %} markers if it has them. Otherwise the conversation is rendered up to
+each answer and again including it; if both texts are prefixes of the whole, the text between them is the turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the spans of its characters that are learned, in order."""
+    """A conversation as text, with its supervised spans of characters in order."""
 
     text: str
     spans: list[Span]
@@ -36,17 +36,19 @@ class Rendered:
 def encode(
     messages: list[dict[str, Any]], tokenizer: ChatTokenizer, supervise: Supervise
 ) -> tuple[list[int], list[bool]]:
-    """A conversation's tokens, and whether each is learned: answers with their end of turn, never the roles' headers.
+    """Return a conversation's tokens and, for each, whether it is supervised.
+
+    Answers and their end-of-turn tokens are supervised, the roles' headers never.
 
     Raises:
         UserError: the template refuses the conversation, or doesn't tell where the assistant's turns lie.
     """
-    ((tokens, learned),) = tokenise([render(Conversation(0, messages, 1.0), tokenizer, supervise)], tokenizer)
-    return tokens.tolist(), learned.tolist()
+    ((tokens, supervised),) = tokenise([render(Conversation(0, messages, 1.0), tokenizer, supervise)], tokenizer)
+    return tokens.tolist(), supervised.tolist()
 
 
 def split(conversation: Conversation) -> list[Conversation]:
-    """A conversation for each turn of the assistant that is learned: all that is said up to it, it alone learned."""
+    """Return one conversation per supervised assistant turn: the messages up to it, with only that turn supervised."""
     turns = _assistant(conversation.messages)
     return [
         replace(conversation, messages=conversation.messages[: i + 1], masked=frozenset(j for j in turns if j < i))
@@ -56,9 +58,10 @@ def split(conversation: Conversation) -> list[Conversation]:
 
 
 def render(conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supervise) -> Rendered:
-    """A conversation as text with its learned spans, in which the control tokens that it spells out are broken up.
+    """Render a conversation and its supervised spans; control tokens spelled out in messages are broken up.
 
-    What follows the assistant's last turn is left out unless everything is learned: it comes after all that is learned.
+    The messages after the assistant's last turn are left out unless everything is supervised, because they come after
+    the last supervised token.
 
     Raises:
         UserError: as `encode`.
@@ -70,7 +73,7 @@ def render(conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supe
 
 
 class _Renderer:
-    """A conversation whose beginnings are rendered to find its turns."""
+    """Renders prefixes of one conversation to find where its turns lie in the text."""
 
     def __init__(self, conversation: Conversation, tokenizer: ChatTokenizer) -> None:
         self.messages = tokenizer.quote(conversation.messages)
@@ -84,21 +87,21 @@ class _Renderer:
         text, marked = self.text(self.messages)
         if supervise == "all":
             return Rendered(text, _without_spans((0, len(text)), [self.turn(i, text) for i in sorted(masked)]))
-        learned = [i for i in (turns if supervise == "assistant" else turns[-1:]) if i not in masked]
+        supervised = [i for i in (turns if supervise == "assistant" else turns[-1:]) if i not in masked]
         if not self.tokenizer.has_markers:
-            return Rendered(text, [self.turn(i, text) for i in learned])
-        if learned == turns:
+            return Rendered(text, [self.turn(i, text) for i in supervised])
+        if supervised == turns:
             return Rendered(text, marked)
         if len(marked) == len(turns):
-            return Rendered(text, [marked[turns.index(i)] for i in learned])
-        wholes = [self.whole(i, text) for i in learned]
+            return Rendered(text, [marked[turns.index(i)] for i in supervised])
+        wholes = [self.whole(i, text) for i in supervised]
         return Rendered(text, [span for span in marked if any(a <= span[0] < b for a, b in wholes)])
 
     def text(self, messages: list[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]:
         return self.tokenizer.render(messages, prompt, *self.given)
 
     def turn(self, i: int, text: str) -> Span:
-        """Characters of turn i that are learned: from after its header to the end of its end-of-turn token."""
+        """Return the supervised span of turn i: from after its header to the end of its end-of-turn token."""
         opened, closed = self.opening(i, text), self.before(i + 1, text)
         self.check(i, opened, text)
         self.check(i, closed, text)
@@ -106,34 +109,34 @@ class _Renderer:
         return len(opened), len(trimmed) if trimmed.endswith(self.tokenizer.control) else len(closed)
 
     def whole(self, i: int, text: str) -> Span:
-        """Characters of turn i with its header."""
+        """Return the span of turn i with its header."""
         edges = self.before(i, text), self.before(i + 1, text)
         for edge in edges:
             self.check(i, edge, text)
         return len(edges[0]), len(edges[1])
 
     def before(self, i: int, text: str) -> str:
-        """The text of the first i messages."""
+        """Return the text of the first i messages."""
         if i == len(self.messages):
             return text
         return self.text(self.messages[:i])[0] if i else ""
 
     def opening(self, i: int, text: str) -> str:
-        """The text before turn i with the turn's header: what the template writes when asked to let the assistant
-        answer.
+        """Return the text before turn i followed by the turn's header.
 
-        Where it ignores the request, or nothing stands before the turn: what is the same whatever the turn says.
+        This is the template's text with `add_generation_prompt`. If the template ignores that, or if nothing stands
+        before the turn, the header is the longest prefix that two turns with different content share.
         """
         messages = self.messages
         if i:
             opened, _ = self.text(messages[:i], prompt=True)
-            # Where the answer follows at once, a header is in it: no need to see that it is longer than without one.
+            # If the answer follows directly, the header is included, and the text without it need not be rendered.
             answer = self.tokenizer.asks and messages[i]["content"].strip()
             if (answer and text.startswith(answer, len(opened))) or opened != self.text(messages[:i])[0]:
                 return opened
         one, other = (self.text([*messages[:i], {"role": "assistant", "content": said}])[0] for said in "01")
         header = one[: _common(one, other)]
-        return header[: _common(header, text)]  # a turn that calls a function may have another header, or none
+        return header[: _common(header, text)]  # a turn with a tool call may have another header, or none
 
     def check(self, i: int, part: str, text: str) -> None:
         if not text.startswith(part):
@@ -150,14 +153,14 @@ def _without_spans(whole: Span, spans: list[Span]) -> list[Span]:
 
 
 def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens [n] int32 and mask [n] bool of each conversation, in one call of the tokenizer."""
+    """Return the tokens, [n] int32, and mask, [n] bool, of each conversation; calls the tokenizer once for all."""
     encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
     broken = np.array(tokenizer.broken)
     return [_without(broken, np.array(e.ids, np.int32), _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
 
 
 def _common(a: str, b: str) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -179,29 +182,29 @@ def _mask(encoding: Encoding, rendered: Rendered) -> np.ndarray:
     mask = np.zeros(len(encoding), bool)
     for start, end in rendered.spans:
         first = _token_at(encoding, start, end)
-        if first is None:  # an empty span, or nothing in it but spaces that the tokenizer's offsets leave out
+        if first is None:  # an empty span, or one of spaces that the tokenizer's offsets leave out
             continue
         after = _token_at(encoding, end, len(rendered.text))
         if after is None:
             after = len(mask)
-        elif encoding.token_to_chars(after)[0] < end:
+        elif (chars := encoding.token_to_chars(after)) is not None and chars[0] < end:
             after += 1
         mask[first:after] = True
     return mask
 
 
 def _token_at(encoding: Encoding, char: int, stop: int) -> int | None:
-    """The first token that holds a character of [char, stop)."""
+    """Return the first token that holds a character of [char, stop), or None."""
     tokens = (encoding.char_to_token(position) for position in range(char, stop))
     return next((token for token in tokens if token is not None), None)
 
 
 def _without(broken: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask without those that spell `BREAK`."""
+    """Return the tokens and mask without the tokens that spell `BREAK`."""
     if broken[0] not in ids:
         return ids, mask
-    begins = np.flatnonzero(ids == broken[0])
-    begins = [at for at in begins if np.array_equal(ids[at : at + len(broken)], broken)]
+    maybe = np.flatnonzero(ids == broken[0])
+    begins = [at for at in maybe if np.array_equal(ids[at : at + len(broken)], broken)]
     kept = np.ones(len(ids), bool)
     kept[np.add.outer(np.array(begins, int), np.arange(len(broken)))] = False
     return ids[kept], mask[kept]

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's dataset_info.json, read as it is: an entry becomes the settings of a source."""
+"""Reading LLaMA-Factory's dataset_info.json: an entry becomes the settings of a source."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _REFUSED = {
 
 
 def resolve(settings: SourceSettings, field: str) -> SourceSettings:
-    """The source that an entry, `settings.name`, describes; what the recipe says itself wins.
+    """Return the source that the entry `settings.name` describes; fields that the recipe sets win over the entry's.
 
     Raises:
-        FieldError: no such entry, or one that is not what a fine-tune of text can learn from.
+        FieldError: no such entry, or an entry that a text fine-tune cannot train on.
     """
     path = Path(settings.path)
     try:
@@ -51,17 +51,17 @@ def resolve(settings: SourceSettings, field: str) -> SourceSettings:
         if entry.get(key) or columns.get(key):
             raise FieldError(field, f"{path}: {settings.name} {reason} (`{key}`)")
     tags = entry.get("tags", {})
-    sharegpt = entry.get("formatting", "alpaca") in ("sharegpt", "openai")  # which differ in their tags alone
-    names = {key: value for key, value in columns.items() if key in _COLUMNS and value}
+    sharegpt = entry.get("formatting", "alpaca") in ("sharegpt", "openai")  # they differ in their tags only
+    named = {key: value for key, value in columns.items() if key in _COLUMNS and value}
     if sharegpt:
-        names |= {key: tags[f"{key}_tag"] for key in ("role", "content") if f"{key}_tag" in tags}
+        named |= {key: tags[f"{key}_tag"] for key in ("role", "content") if f"{key}_tag" in tags}
     return replace(
         settings,
         path=_path(path, entry, settings.name, field),
         subset=settings.subset or entry.get("subset"),
         split=entry.get("split", settings.split),
         format="sharegpt" if sharegpt else "alpaca",
-        columns=names | settings.columns,
+        columns=named | settings.columns,
         roles={tags.get(tag, usual): role for tag, (usual, role) in _ROLES.items()} | settings.roles,
     )
 
@@ -73,5 +73,5 @@ def _path(info: Path, entry: dict[str, Any], name: str | None, field: str) -> st
             raise FieldError(field, f"{info}: {name} names {path}, which is not there")
         return str(path)
     if entry.get("hf_hub_url"):
-        return entry["hf_hub_url"]
+        return str(entry["hf_hub_url"])
     raise FieldError(field, f"{info}: {name} has neither `file_name` nor `hf_hub_url`")

@@ -1,6 +1,6 @@
-"""A chunk of a source as samples: conversations rendered, tokenised, fitted to rows, counted. Runs in many processes.
+"""Encoding a chunk of a source into samples: render, tokenise, fit to the row length, count. Runs in many processes.
 
-What is on disk in the end, and when, is in `prepare`.
+Writing the samples to disk is in `prepare`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Counts:
-    """What became of a source's conversations.
+    """Numbers of conversations, samples and tokens of a source, kept and dropped.
 
     Attributes:
-        conversations: those in the source.
-        refused: rows left out because they are no conversation (`data.on_error: skip`), which `conversations` has not.
+        conversations: conversations in the source.
+        refused: rows left out because they are not conversations (`data.on_error: skip`); not in `conversations`.
         overlong: samples longer than a row, dropped or truncated as the recipe says.
-        unsupervised: samples dropped because nothing of them is learned.
-        samples: those kept.
-        rows: the rows that these fill.
-        tokens: inputs of the kept samples, padding not among them.
-        supervised: labels that are learned.
-        highest_token: the largest token of the kept samples, which the model's vocabulary has to reach.
-        lengths: samples by length, before any is dropped: entry k counts those of 2^(k-1) < tokens <= 2^k.
+        unsupervised: samples dropped because they have no supervised token.
+        samples: kept samples.
+        rows: rows that the kept samples fill.
+        tokens: input tokens of the kept samples, without padding.
+        supervised: supervised labels.
+        highest_token: the largest token id of the kept samples, which must be inside the model's vocabulary.
+        lengths: histogram of samples by length, before any is dropped: entry k counts 2^(k-1) < tokens <= 2^k.
     """
 
     conversations: int = 0
@@ -53,7 +53,7 @@ class Counts:
     lengths: list[int] = field(default_factory=list)
 
     def add(self, other: Counts) -> None:
-        """Count what the other has counted, too."""
+        """Add another chunk's or source's counts to these."""
         for name in (f.name for f in fields(Counts)):
             mine, its = getattr(self, name), getattr(other, name)
             if name == "lengths":
@@ -65,15 +65,15 @@ class Counts:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk's kept samples.
+    """The kept samples of a chunk.
 
     Attributes:
-        samples: a table of tokens (list of int32), learned (list of bool), weight (float32), line (int64) and file
-            (int32). A sample has n + 1 tokens: the row holds the first n, each with the next one as its label where
-            that one is learned.
-        lengths: n of each.
-        counts: what became of the chunk.
-        refused: why a row was left out, each with its place.
+        samples: a table of tokens (list of int32), learned (list of bool: supervised), weight (float32), line (int64)
+            and file (int32). A sample has n + 1 tokens: the row holds the first n, each with the next one as its label
+            if that one is supervised.
+        lengths: n of each sample.
+        counts: the chunk's counts.
+        refused: for each row left out, its place and the reason.
     """
 
     samples: pyarrow.Table
@@ -84,17 +84,18 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns chunks of one source into samples."""
+    """A function from the chunks of one source to samples."""
 
     source: Source
     tokenizer: ChatTokenizer
     settings: DataSettings
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """The chunk's samples.
+        """Return the chunk's samples.
 
         Raises:
-            UserError: the first row that is no conversation, or that the template refuses, unless these are skipped.
+            UserError: at the first row that is not a conversation or that the template refuses, unless
+                `data.on_error` is skip.
         """
         counts, refused = Counts(), list[str]()
         rendered: list[tuple[Conversation, chat.Rendered]] = []
@@ -111,7 +112,7 @@ class Encoder:
         return Encoded(_table(kept), np.array([len(s.tokens) - 1 for s in kept], np.int64), counts, refused)
 
     def _rendered(self, chunk: Chunk) -> Iterator[list[tuple[Conversation, chat.Rendered]] | UserError]:
-        """Each conversation as the texts of its samples, or what is wrong with its row."""
+        """Yield each conversation as the rendered texts of its samples, or the error of its row."""
         for found in self.source.convert(chunk):
             if isinstance(found, UserError):
                 yield found
@@ -124,32 +125,32 @@ class Encoder:
                 yield UserError(str(e), chunk.place(found.line))
 
     def _kept(self, rendered: list[tuple[Conversation, chat.Rendered]], counts: Counts) -> Iterator[_Sample]:
-        """The samples that go into rows; counts those that do not."""
+        """Yield the samples that go into rows, and count the ones that don't."""
         longest, lengths = self.settings.seq_length, Counter[int]()
         encoded = chat.tokenise([text for _, text in rendered], self.tokenizer)
-        for (conversation, _), (tokens, learned) in zip(rendered, encoded, strict=True):
+        for (conversation, _), (tokens, supervised) in zip(rendered, encoded, strict=True):
             lengths[max(len(tokens) - 2, 0).bit_length()] += 1
             if len(tokens) - 1 > longest:
                 counts.overlong += 1
                 if self.settings.overlong == "drop":
                     continue
-                tokens, learned = tokens[: longest + 1], learned[: longest + 1]
-            supervised = int(learned[1:].sum())
-            if not supervised:
+                tokens, supervised = tokens[: longest + 1], supervised[: longest + 1]
+            labels = int(supervised[1:].sum())
+            if not labels:
                 counts.unsupervised += 1
                 continue
             counts.samples += 1
             counts.tokens += len(tokens) - 1
-            counts.supervised += supervised
+            counts.supervised += labels
             counts.highest_token = max(counts.highest_token, int(tokens.max()))
-            yield _Sample(tokens, learned, conversation)
+            yield _Sample(tokens, supervised, conversation)
         counts.lengths = [lengths[k] for k in range(max(lengths, default=-1) + 1)]
 
 
 @dataclass(frozen=True)
 class _Sample:
     tokens: np.ndarray  # [n + 1] int32
-    learned: np.ndarray  # [n + 1] bool
+    supervised: np.ndarray  # [n + 1] bool
     conversation: Conversation
 
 
@@ -164,7 +165,7 @@ def _table(samples: list[_Sample]) -> pyarrow.Table:
     return pa.table(
         {
             "tokens": lists([s.tokens for s in samples], pa.int32()),
-            "learned": lists([s.learned for s in samples], pa.bool_()),
+            "learned": lists([s.supervised for s in samples], pa.bool_()),
             "weight": pa.array([s.conversation.weight for s in samples], pa.float32()),
             "line": pa.array([s.conversation.line for s in samples], pa.int64()),
             "file": pa.array([s.conversation.file for s in samples], pa.int32()),

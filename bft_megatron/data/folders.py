@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, whatever happens while they are written."""
+"""Writing a folder atomically: it appears complete or not at all, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bft_megatron.errors import UserError
 
 @contextmanager
 def appearing_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write in that gets its name when all is written, and is gone if that fails.
+    """Yield a temporary folder to write in; rename it to `folder` on success, remove it on failure.
 
-    What a killed process of this machine left unfinished beside it is removed. If another process has given the name to
-    a folder of its own meanwhile, that one stays: it holds the same.
+    Unfinished folders that killed processes of this machine left beside it are removed. If another process has created
+    `folder` in the meantime, that one stays: it has the same content.
 
     Raises:
-        UserError: there is no place to write.
+        UserError: the folder cannot be written.
     """
     host = socket.gethostname()
     part = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.{os.getpid()}.{host}"
@@ -41,7 +41,7 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
 
 
 def _sweep(parent: Path, host: str) -> None:
-    """Remove the unfinished folders of processes that are no more; another machine's may still be written."""
+    """Remove unfinished folders of this machine's dead processes; those of other machines may still be in use."""
     for path in parent.glob(f".*.{host}"):
         pid = path.name.removesuffix(f".{host}").rpartition(".")[2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():

@@ -1,6 +1,6 @@
-"""A row of a source as a conversation, whatever its columns are called. Which files the rows come from is in `sources`.
+"""Converting a row of a source to a conversation, for each format of conversations. `sources` finds the files.
 
-Plain Python only. What a conversation becomes is in `chat`.
+Plain Python only. Rendering a conversation is in `chat`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ Messages = list[dict[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool")
 CALL = "function_call"
-"""ShareGPT's turn of the assistant whose text is a call of a function, as JSON."""
+"""ShareGPT's role for an assistant turn whose text is a function call as JSON."""
 
 _ALIASES = {role: role for role in (*ROLES, CALL)} | {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row of a source.
+    """A row of a source as messages.
 
     Attributes:
-        line: its number in the file, from 1.
+        line: the row's number in the file, from 1.
         messages: dicts with at least `role` and `content`, at least one of them from the assistant.
-        weight: what its sample's weight is multiplied by.
-        masked: which messages are not learned though the assistant's.
-        tools: what the assistant could call, for the template.
+        weight: factor of the sample's weight.
+        masked: indices of the assistant's messages that are not supervised.
+        tools: functions that the assistant could call, for the template.
         template: further variables of the template, such as `enable_thinking`.
-        file: which of the source's files it is from.
+        file: index of the file among the source's files.
     """
 
     line: int
@@ -47,14 +47,14 @@ class Conversation:
 
 
 def conversation(row: Any, source: SourceSettings, line: int, file: int, where: str) -> Conversation:
-    """A row as a conversation, by the source's format, or by its columns.
+    """Convert a row to a conversation, by the source's format or, with `auto`, by the row's columns.
 
     Args:
         row: a JSON value, or the columns of a table.
         where: the row's place, for errors.
 
     Raises:
-        UserError: what is wrong with the row, by its field.
+        UserError: the row is not a conversation; names the field at fault.
     """
     if not isinstance(row, dict):
         raise UserError('must be an object such as {"messages": [...]}', where)
@@ -66,18 +66,18 @@ def conversation(row: Any, source: SourceSettings, line: int, file: int, where: 
     if all(message["role"] != "assistant" for message in messages):
         place = columns.get("messages", columns.get("response"))
         raise UserError("no message is the assistant's, so there is nothing to learn", f"{where}: {place}")
-    masked = frozenset(i for i, message in enumerate(messages) if not message.pop(_LEARNED, True))
+    masked = frozenset(i for i, message in enumerate(messages) if not message.pop(_SUPERVISED, True))
     template = _parsed(row.get(columns["template"]), dict, f"{where}: {columns['template']}") or {}
     tools = _parsed(row.get(columns["tools"]), list, f"{where}: {columns['tools']}") or None
     weight = _weight(row.get(columns["weight"], 1.0), f"{where}: {columns['weight']}")
     return Conversation(line, messages, weight, masked, tools, template, file)
 
 
-_LEARNED = "\0learned"  # a message's mark until the conversation is made
+_SUPERVISED = "\0supervised"  # marks a message that is not supervised, until the conversation is built
 
 
 def _format(row: dict[str, Any], source: SourceSettings, where: str) -> tuple[str, dict[str, str]]:
-    """The row's format and the names of its columns."""
+    """Return the row's format and the names of its columns."""
     names = [source.format] if source.format != "auto" else list(COLUMNS)
     for name in names:
         columns = {**COLUMNS[name], **COMMON_COLUMNS, **source.columns}
@@ -118,7 +118,7 @@ def _sharegpt(row: dict[str, Any], columns: dict[str, str], roles: dict[str, str
 
 
 def _pair(row: dict[str, Any], columns: dict[str, str], roles: dict[str, str], where: str) -> Messages:
-    """A question and its answer, each text or messages, after earlier pairs of them."""
+    """Read a prompt and its response, each text or messages, after the pairs of its history."""
     messages: Messages = []
     history, place = row.get(columns["history"]), f"{where}: {columns['history']}"
     for i, turn in enumerate(_parsed(history, list, place) or []):
@@ -147,7 +147,7 @@ _READERS = {"messages": _messages, "sharegpt": _sharegpt, "alpaca": _pair, "pair
 
 
 def _list(value: Any, columns: dict[str, str], roles: dict[str, str], where: str) -> Messages:
-    if isinstance(value, str):  # a table's cell
+    if isinstance(value, str):  # a table's cell holds JSON
         value = _parsed(value, list, where)
     if not isinstance(value, list) or not value:
         raise UserError("must be a list of at least one message", where)
@@ -168,18 +168,18 @@ def _message(message: Any, columns: dict[str, str], roles: dict[str, str], where
         made["tool_calls"], role, content = _calls(content, f"{where}.{content_name}"), "assistant", None
     elif "tool_calls" in made:
         made["tool_calls"] = _tool_calls(made["tool_calls"], f"{where}.tool_calls")
-    learned = _learned(message, where)
+    supervised = _is_supervised(message, where)
     if isinstance(content, list):
         content = "".join(_part(part, f"{where}.{content_name}[{i}]") for i, part in enumerate(content))
-    may_be_empty = bool(made.get("tool_calls")) or not learned
+    may_be_empty = bool(made.get("tool_calls")) or not supervised
     if content is None and made.get("tool_calls"):
         content = ""
     content = _text(content, f"{where}.{content_name}", answer=role == "assistant" and not may_be_empty)
-    return {"role": role, "content": content, **made, **({} if learned else {_LEARNED: False})}
+    return {"role": role, "content": content, **made, **({} if supervised else {_SUPERVISED: False})}
 
 
-def _learned(message: dict[str, Any], where: str) -> bool:
-    """A message's `weight: 0` or `loss: false` leaves it in the conversation and takes it out of what is learned."""
+def _is_supervised(message: dict[str, Any], where: str) -> bool:
+    """Return whether a message may be supervised; `weight: 0` or `loss: false` keeps it as context only."""
     weight, loss = message.get("weight"), message.get("loss")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise UserError(f"must be 0 or 1, not {_shown(weight)}: a part of a weight is the row's", f"{where}.weight")
@@ -189,7 +189,7 @@ def _learned(message: dict[str, Any], where: str) -> bool:
 
 
 def _part(part: Any, where: str) -> str:
-    """OpenAI's parts of a content, of which only text can be learned from here."""
+    """Return the text of one of OpenAI's content parts; other kinds of parts are refused."""
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, dict) else part
         raise UserError(f'must be {{"type": "text", "text": "..."}}, not {_shown(kind)}', where)
@@ -197,7 +197,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """ShareGPT's text of a call, an object or a list of them -> OpenAI's `tool_calls`."""
+    """Convert ShareGPT's text of a call, a JSON object or a list of them, to OpenAI's `tool_calls`."""
     try:
         found = json.loads(_text(value, where, answer=True))
     except (ValueError, RecursionError):
@@ -208,7 +208,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """OpenAI's calls, whose arguments may be JSON as text: templates write them as JSON, and would quote it twice."""
+    """Check OpenAI's calls and parse arguments given as JSON text, which a template's `tojson` would quote twice."""
     if not isinstance(calls, list):
         raise UserError(f"must be a list of calls, not {_shown(calls)}", where)
     made = []
@@ -230,7 +230,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _parsed(value: Any, kind: type, where: str) -> Any:
-    """A list or an object, or its JSON as text, which is how tables hold it; None for none."""
+    """Return a list or an object that a cell holds, parsed if it is JSON text as in tables; None if it is empty."""
     name = "list" if kind is list else "object"
     if value is None or value == "":
         return None
@@ -260,7 +260,7 @@ def _weight(value: Any, where: str) -> float:
     if value is None:
         return 1.0
     try:
-        if isinstance(value, bool) or not isinstance(value, int | float | str):  # CSV has but text
+        if isinstance(value, bool) or not isinstance(value, int | float | str):  # every CSV cell is text
             raise ValueError
         weight = float(value)
     except ValueError:

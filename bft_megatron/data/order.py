@@ -1,4 +1,4 @@
-"""Which row stands at which place of a run: a function of the place alone, so that there is no state to lose."""
+"""The order of rows in a run: a function from place to row, without state that a checkpoint would have to hold."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from bft_megatron.data.packing import padded
 
 
 class Order(Protocol):
-    """Which row stands at a place."""
+    """A function from a place in the run to the row that stands there."""
 
     def row(self, place: int) -> int | None:
-        """The row's number, or None for a row without samples."""
+        """Return the row's number, or None for a row without samples."""
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """Epoch after epoch, each in a permutation of its own, up to `limit` places in all.
+    """Epochs one after another, each with its own permutation of the rows, up to `limit` places in total.
 
-    rows: of each source. Their numbers run on from one source to the next.
-    taken: how many rows an epoch takes of each source. Of one that is taken in part, epochs go on where the last one
-        stopped, so that no row comes again before all have come once; each pass through it has an order of its own.
+    rows: number of rows of each source; rows are numbered through the sources.
+    taken: number of rows that an epoch takes from each source. If that is only a part of the source, the next epoch
+        continues where the last one stopped, so every row comes once before any comes again; each pass through the
+        source has its own permutation.
     """
 
     rows: tuple[int, ...]
@@ -52,14 +53,14 @@ class Shuffled:
 
 @dataclass(frozen=True)
 class Repeated:
-    """All rows in order, filled up to a multiple of `batch`, again and again: every `batch`-wise pass is whole."""
+    """All rows in order, filled up to a multiple of `batch` and repeated: each pass is a whole number of batches."""
 
     rows: int
     batch: int
 
     @property
     def places(self) -> int:
-        """Places of one pass."""
+        """The number of places in one pass."""
         return padded(self.rows, self.batch)
 
     def row(self, place: int) -> int | None:
@@ -68,8 +69,8 @@ class Repeated:
         return within if within < self.rows else None
 
 
-@lru_cache(maxsize=32)  # an epoch needs its own, and two of each source that is taken in part
+@lru_cache(maxsize=32)  # an epoch needs its own permutation, and two for each source that is taken in part
 def _permutation(rows: int, seed: tuple[int, ...]) -> np.ndarray:
-    """By sorting raw random numbers: numpy keeps those the same in every release, but not its shuffles."""
+    """Return a permutation by sorting raw random numbers, which numpy keeps the same over releases, unlike shuffles."""
     keys = np.random.PCG64(seed).random_raw(rows)
     return np.argsort(keys, kind="stable").astype(np.int32)

@@ -1,4 +1,4 @@
-"""Which samples share a row: best-fit decreasing. What a row holds is in `dataset`."""
+"""Packing samples into rows by best-fit decreasing. Building a row's tensors is in `dataset`."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], seq_length: int, pad_multiple: int) -> list[list[int]]:
-    """Put samples into rows by best-fit decreasing: the longest first, each where it leaves the least space.
+    """Pack samples into rows by best-fit decreasing: longest first, each into the fullest row that has space for it.
 
     A sample takes its length rounded up to a multiple of `pad_multiple`. Rows with the same space left are
-    interchangeable, so one sorted list of the spaces that occur finds the row: O(n log n) comparisons. The same input
-    gives the same rows.
+    interchangeable, so one sorted list of the distinct spaces is enough to find a row: O(n log n) comparisons. The
+    result is deterministic.
 
     Args:
         lengths: tokens of each sample, 1 to seq_length.
         seq_length: tokens of a row, a multiple of `pad_multiple`.
-        pad_multiple: what a sample is padded to a multiple of.
+        pad_multiple: the multiple that a sample's length is padded to.
 
     Returns:
         The samples of each row, as indices into `lengths`.
 
     Raises:
-        ValueError: a length or the row does not fit the above.
+        ValueError: a length is out of range, or seq_length is not a multiple of `pad_multiple`.
     """
     if seq_length % pad_multiple:
         raise ValueError(f"seq_length {seq_length} is no multiple of pad_multiple {pad_multiple}")
     if len(lengths) and not 1 <= min(lengths) <= max(lengths) <= seq_length:
         raise ValueError(f"lengths from {min(lengths)} to {max(lengths)} in rows of {seq_length}")
     rows: list[list[int]] = []
-    spaces: list[int] = []  # those that occur, ascending
+    spaces: list[int] = []  # distinct spaces left in rows, ascending
     rows_with: dict[int, list[int]] = {}  # space left -> rows
     for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         size = padded(lengths[sample], pad_multiple)
@@ -51,5 +51,5 @@ def pack(lengths: Sequence[int], seq_length: int, pad_multiple: int) -> list[lis
 
 
 def padded(length: int, multiple: int) -> int:
-    """`length` rounded up to a multiple."""
+    """Return `length` rounded up to a multiple."""
     return -(-length // multiple) * multiple

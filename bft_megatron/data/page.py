@@ -1,10 +1,10 @@
-"""A row as one self-contained HTML page. Reading the row and showing it in a terminal is in `inspect`."""
+"""A prepared row as one self-contained HTML page. Reading and printing the row is in `inspection`."""
 
 from __future__ import annotations
 
 from html import escape
 
-from bft_megatron.data.inspect import Row, Sample, Span, heading, visible
+from bft_megatron.data.inspection import Row, Sample, Span, heading, visible
 
 _STYLE = """
 :root { color-scheme: light dark; --learned: light-dark(#bfe8c5, #1d5a2b); --masked: light-dark(#5c5f66, #a0a4ab);
@@ -23,10 +23,10 @@ mark { background: var(--learned); color: canvastext; } b { border: 1px solid; b
 
 
 def page(row: Row) -> str:
-    """The page: a bar with every place of the row to scale, then the samples with what is learned marked."""
+    """Return the page: a bar with every place of the row to scale, then the samples with supervised text marked."""
     bar = "".join(
         f'<a href="#sample-{k}" title="{escape(heading(sample))}" style="flex:{sample.tokens + sample.padding} 0 0">'
-        f"{''.join(_part(span.tokens, 'learned' if span.learned else '') for span in sample.spans)}"
+        f"{''.join(_part(span.tokens, 'learned' if span.supervised else '') for span in sample.spans)}"
         f"{_part(sample.padding, 'empty')}</a>"
         for k, sample in enumerate(row.samples)
     )
@@ -54,4 +54,4 @@ def _span(span: Span) -> str:
     text = escape(visible(span.text))
     if span.control:
         text = f"<b>{text}</b>"
-    return f"<mark>{text}</mark>" if span.learned else text
+    return f"<mark>{text}</mark>" if span.supervised else text

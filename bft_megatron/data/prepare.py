@@ -1,11 +1,11 @@
-"""A source as tokens and rows on disk: tokenised, packed, written once, found again. Reading rows is in `dataset`.
+"""Preparing a source: tokenise, pack and write it to a cache once, and find it again. `dataset` reads the rows.
 
 A prepared folder holds `samples.arrow` (one sample each), `rows.arrow` (the samples of each row), `prepared.json`
-(shape and counts), and `refused.txt` where rows were left out. The Arrow streams are written through
-`datasets.ArrowWriter`: batch by batch in bounded memory, read memory-mapped, and opened by anyone with
-`datasets.Dataset.from_file`; Megatron's indexed format has no place for masks and weights, and `from_generator` would
-write the same through a second cache of its own, keyed on the generator's code. The folder's name is a hash of all that
-it depends on, and it gets that name last, so whatever has the name is whole.
+(shape and counts), and `refused.txt` if rows were left out. `datasets.ArrowWriter` writes the Arrow streams batch by
+batch in bounded memory; they are read memory-mapped, and anyone can open them with `datasets.Dataset.from_file`.
+Megatron's indexed format has no place for masks and weights, and `from_generator` would add a second cache, keyed on
+the generator's code. The folder's name is a hash of everything its content depends on, and it is given last, so a
+folder with that name is complete.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import SourceSettings
 
 FORMAT = 2
-"""Part of the folder's name: to be raised when the same input is written otherwise than before."""
+"""Part of the hash in the folder's name; raised whenever the same input is written differently."""
 
 SAMPLES = Features(
     {
@@ -54,12 +54,12 @@ class Prepared:
     """A prepared source.
 
     Attributes:
-        folder: where it lies.
+        folder: the prepared folder.
         seq_length: tokens of a row.
-        packing: whether a row holds many samples.
-        pad_multiple: what a packed sample is padded to a multiple of.
-        overlong: what was done with samples longer than a row.
-        counts: what became of the conversations.
+        packing: whether a row holds more than one sample.
+        pad_multiple: the multiple that the length of a packed sample is padded to.
+        overlong: whether samples longer than a row were dropped or truncated.
+        counts: numbers of conversations, samples and tokens.
     """
 
     folder: Path
@@ -71,7 +71,7 @@ class Prepared:
 
     @property
     def rows(self) -> int:
-        """Rows of one epoch."""
+        """The number of rows in one epoch."""
         return self.counts.rows
 
     @property
@@ -88,18 +88,18 @@ def prepare(
     cache: str | Path,
     field: str = "data.train",
 ) -> Prepared:
-    """Tokenise and pack a source, or find it as prepared before. For one process; the others read what it wrote.
+    """Tokenise and pack a source, or find it in the cache. Call it on one process; the others read what it wrote.
 
     Args:
-        source: its settings, or a path alone.
+        source: its settings, or only its path.
         model: Hugging Face folder with the tokenizer and its chat template.
-        settings: how conversations become rows (its own `pad_multiple` may be left out of a recipe, so isn't read).
-        pad_multiple: what a packed sample is padded to a multiple of; divides `settings.seq_length`.
-        cache: folder that prepared sources lie in; made where it is missing.
+        settings: how conversations become rows (its own `pad_multiple` is optional in a recipe and not read here).
+        pad_multiple: the multiple that a packed sample's length is padded to; divides `settings.seq_length`.
+        cache: folder of the prepared sources; created if missing.
         field: the recipe's field that names the source, for errors.
 
     Raises:
-        UserError: a fault in the source, no tokenizer or template, nothing kept, or no place to write.
+        UserError: a fault in the source, no tokenizer or template, no sample kept, or a folder that cannot be written.
     """
     opened = open_source(source, field)
     folder = Path(cache) / _key(opened, model, settings, pad_multiple)
@@ -121,7 +121,7 @@ def prepare(
 
 
 def load(folder: str | Path) -> Prepared:
-    """A prepared source, by its folder."""
+    """Open the prepared source in a folder."""
     stored = json.loads((Path(folder) / "prepared.json").read_text())
     return Prepared(**stored | {"folder": Path(folder), "counts": Counts(**stored["counts"])})
 
@@ -141,7 +141,7 @@ _MAKE_ROWS = ("seq_length", "packing", "overlong", "supervise", "turns", "on_err
 
 
 def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
-    """The samples of a source, in order, with a bar where someone looks at a terminal."""
+    """Yield the samples of a source in order, with a progress bar if stderr is a terminal."""
     console = Console(stderr=True)
     total = source.count_rows() if console.is_terminal else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -153,7 +153,7 @@ def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
 
 
 def _write_samples(folder: Path, batches: Iterator[Encoded]) -> tuple[array[int], Counts]:
-    """Write samples as they come; their lengths and counts are all that stays in memory."""
+    """Write samples as they come; only their lengths and counts stay in memory."""
     lengths, counts = array("l"), Counts()
     with ArrowWriter(path=str(folder / "samples.arrow"), features=SAMPLES) as writer:
         for batch in batches:

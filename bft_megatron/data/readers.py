@@ -1,7 +1,7 @@
-"""Rows of a file, in chunks that are small enough to hold and large enough to hand to another process.
+"""Reading a file's rows in chunks, small enough to hold in memory and large enough to hand to another process.
 
-JSON Lines, JSON and CSV are read here, so that an error can name the line; Parquet and Arrow through pyarrow, as
-`datasets` does. What a row means is in `formats`.
+JSON Lines, JSON and CSV are parsed here, so that an error can name the line; Parquet and Arrow are read through
+pyarrow, as in `datasets`. Converting a row to a conversation is in `formats`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bft_megatron.errors import UserError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 CHUNK_ROWS = 256
-CHUNK_BYTES = 1 << 22  # of text, after which a chunk ends early
+CHUNK_BYTES = 1 << 22  # of text; a chunk that exceeds it ends early
 BLOCK = 1 << 20
 
 
@@ -31,11 +31,11 @@ class Chunk:
     """Consecutive rows of a file.
 
     Attributes:
-        path: the file's.
-        file: its number among the source's files.
-        numbers: of lines or rows, from 1.
-        rows: bytes of lines, JSON values, or a table.
-        unit: what the numbers count.
+        path: the file's path.
+        file: the file's index among the source's files.
+        numbers: number of each line or row, from 1.
+        rows: lines as bytes, JSON values, or a table.
+        unit: what is numbered: line or row.
     """
 
     path: str
@@ -45,11 +45,11 @@ class Chunk:
     unit: str = "line"
 
     def place(self, number: int) -> str:
-        """Where a row is, for errors."""
+        """Return the place of a row, for errors."""
         return f"{self.path}:{number}" if self.unit == "line" else f"{self.path}: row {number}"
 
     def __iter__(self) -> Iterator[tuple[int, str, Any]]:
-        """Number, place and value of each row that is not blank; a value may be an error in its place."""
+        """Yield number, place and value of each non-blank row; if a row cannot be read, its value is a UserError."""
         rows = self.rows if isinstance(self.rows, list) else self.rows.to_pylist()
         for number, row in zip(self.numbers, rows, strict=True):
             where = self.place(number)
@@ -66,12 +66,12 @@ def _parse(line: bytes, where: str) -> Any:
         return UserError(f"not UTF-8 at byte {e.start + 1} of the line", where)
     except json.JSONDecodeError as e:
         return UserError(f"not JSON: {e.msg} at column {e.colno}", where)
-    except (RecursionError, ValueError) as e:  # nested too deeply; a number of thousands of digits
+    except (RecursionError, ValueError) as e:  # too deeply nested, or a number of thousands of digits
         return UserError(f"not JSON that can be read: {e}", where)
 
 
 def read_jsonl(path: str, file: int) -> Iterator[Chunk]:
-    """JSON Lines: a value a line."""
+    """Read JSON Lines: one value per line."""
     with open(path, "rb") as lines:
         first, held, size = 1, [], 0
         for line in lines:
@@ -85,7 +85,7 @@ def read_jsonl(path: str, file: int) -> Iterator[Chunk]:
 
 
 def read_json(path: str, file: int) -> Iterator[Chunk]:
-    """A JSON list of values, a block at a time; a file that begins otherwise holds JSON Lines."""
+    """Read a JSON list of values, a block at a time; a file that begins with anything else is read as JSON Lines."""
     with open(path, "rb") as content:
         is_list = re.match(rb"(\xef\xbb\xbf)?\s*\[", content.read(4096)) is not None
     if not is_list:
@@ -96,16 +96,18 @@ def read_json(path: str, file: int) -> Iterator[Chunk]:
 
 
 def _items(path: str) -> Iterator[tuple[int, Any]]:
-    """Values of a JSON list, each with the line that it begins on. Holds a block and the value that it ends in."""
+    """Yield the values of a JSON list, each with its first line. Holds one block and the value that crosses its end."""
     decoder, space = json.JSONDecoder(), re.compile(r"[\s]*")
     with open(path, encoding="utf-8-sig", newline="") as file:
         text, at, line, wanted = "", 0, 1, BLOCK
 
         def skip() -> str:
-            """Pass white space, reading on where the text ends; the next character, none at the end of the file."""
+            """Skip white space, reading on if the text ends; return the next character, "" at the end of the file."""
             nonlocal text, at, line
             while True:
-                end = space.match(text, at).end()
+                passed = space.match(text, at)
+                assert passed is not None, "the pattern matches no characters too"
+                end = passed.end()
                 line += text.count("\n", at, end)
                 at = end
                 if at < len(text) or not (more := _read(file, BLOCK, path, line)):
@@ -115,15 +117,14 @@ def _items(path: str) -> Iterator[tuple[int, Any]]:
         skip()
         at += 1  # the list's bracket
         while (found := skip()) != "]":
+            fault: ValueError | None = None
             try:
                 value, end = decoder.raw_decode(text, at)
-                cut = end == len(text)  # a number may go on
+                cut = end == len(text)  # a number may continue in the next block
             except RecursionError as e:
                 raise UserError(f"not JSON that can be read: {e}", f"{path}:{line}") from None
             except ValueError as e:
                 cut, fault = True, e
-            else:
-                fault = None
             if cut:
                 more = _read(file, wanted, path, line)
                 text, at, wanted = text[at:] + more, 0, wanted * 2
@@ -142,7 +143,7 @@ def _items(path: str) -> Iterator[tuple[int, Any]]:
                 raise UserError("not JSON: a comma or the list's end is missing", f"{path}:{line}")
 
 
-def _read(file: Any, size: int, path: str, line: int) -> str:
+def _read(file: TextIO, size: int, path: str, line: int) -> str:
     try:
         return file.read(size)
     except UnicodeDecodeError:
@@ -150,7 +151,7 @@ def _read(file: Any, size: int, path: str, line: int) -> str:
 
 
 def read_csv(path: str, file: int) -> Iterator[Chunk]:
-    """CSV whose first line names the columns. All cells are text; an empty one is none."""
+    """Read CSV whose first line names the columns. All cells are text; empty ones are left out of the row."""
     csv.field_size_limit(sys.maxsize)
 
     def decoded() -> Iterator[str]:
@@ -169,7 +170,10 @@ def read_csv(path: str, file: int) -> Iterator[Chunk]:
                 first, last = last + 1, reader.line_num
                 where = f"{path}:{first}"
                 if "\0rest" in row or None in row.values():
-                    yield first, UserError(f"must have {len(reader.fieldnames)} cells, as the first line has", where)
+                    yield (
+                        first,
+                        UserError(f"must have {len(reader.fieldnames or ())} cells, as the first line has", where),
+                    )
                 else:
                     yield first, {name: cell for name, cell in row.items() if cell != ""}
         except csv.Error as e:
@@ -180,7 +184,7 @@ def read_csv(path: str, file: int) -> Iterator[Chunk]:
 
 
 def read_parquet(path: str, file: int) -> Iterator[Chunk]:
-    """Parquet, a batch of rows at a time."""
+    """Read Parquet, a batch of rows at a time."""
     from pyarrow import ArrowException, OSFile, parquet
 
     first = 1
@@ -197,13 +201,13 @@ def _parquet_rows(path: str) -> int:
     from pyarrow import ArrowException, parquet
 
     try:
-        return parquet.read_metadata(path).num_rows
-    except ArrowException:  # said when it is read
+        return int(parquet.read_metadata(path).num_rows)
+    except ArrowException:  # reported when the file is read
         return 0
 
 
 def read_arrow(path: str, file: int) -> Iterator[Chunk]:
-    """An Arrow stream, as `datasets` saves it."""
+    """Read an Arrow stream, as `datasets` saves it."""
     from pyarrow import ArrowException, ipc, memory_map
 
     first = 1
@@ -230,21 +234,21 @@ READERS: dict[str, Callable[[str, int], Iterator[Chunk]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
-"""By the file's suffix; whatever has another one is taken for JSON Lines where the recipe names the file itself."""
+"""Reader by file suffix. A file that the recipe names itself and that has another suffix is read as JSON Lines."""
 
 
 def read_file(path: str, file: int) -> Iterator[Chunk]:
-    """The chunks of a file, by its suffix.
+    """Yield the chunks of a file, read by its suffix.
 
     Raises:
-        UserError: a file that is not what its suffix says; a JSON Lines file's faults are in its chunks.
-        OSError: it cannot be read.
+        UserError: the content is not what the suffix says; faults in JSON Lines are in the chunks instead.
+        OSError: the file cannot be read.
     """
     yield from READERS.get(Path(path).suffix.lower(), read_jsonl)(path, file)
 
 
 def count_rows(files: tuple[str, ...]) -> int | None:
-    """About how many rows the files hold, for a progress bar; None where only reading them would tell."""
+    """Return about how many rows the files hold, for a progress bar, or None if that takes reading them."""
     total = 0
     for path in files:
         suffix = Path(path).suffix.lower()

@@ -1,7 +1,7 @@
-"""A source's files and the conversations in them, every fault named by file, line and field.
+"""Finding a source's files and reading the conversations in them; every error names file, line and field.
 
-What a recipe may say of a source is in `recipe_sources`; how files and rows are read, in `readers` and `formats`.
-Nothing is downloaded: a data set of the hub must be in the local cache, for the reasons that hold for models.
+The source settings of a recipe are in `recipe.sources`; `readers` reads files and `formats` rows. Nothing is
+downloaded: a data set of the hub must already be in the local cache, as models must.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from bft_megatron.recipe.sources import SourceSettings
 
 @dataclass(frozen=True)
 class Source:
-    """A source, its files found.
+    """A source with its files.
 
     Attributes:
-        settings: as the recipe has them, a dataset_info.json's entry filled in.
-        field: the recipe's field that names it.
-        files: in the order in which they are read.
+        settings: the recipe's settings, completed by an entry of dataset_info.json if the source is one.
+        field: the recipe's field that names the source.
+        files: in reading order.
     """
 
     settings: SourceSettings
@@ -39,10 +39,10 @@ class Source:
 
     @cached_property
     def content(self) -> str:
-        """A hash of the files' content, whatever they are called, and of how a row becomes a conversation.
+        """A hash of the files' content, independent of their names, and of how a row becomes a conversation.
 
         Raises:
-            FieldError: a file that cannot be read.
+            FieldError: a file cannot be read.
         """
         digest = hashlib.sha256(
             repr((self.settings.format, self.settings.columns, self.settings.roles, self.settings.rows)).encode()
@@ -53,15 +53,15 @@ class Source:
         return digest.hexdigest()
 
     def count_rows(self) -> int | None:
-        """About how many rows are taken, for a progress bar; None where only reading them would tell."""
+        """Return about how many rows are taken, for a progress bar, or None if that takes reading them."""
         rows = count_rows(self.files)
         return None if rows is None else len(range(rows)[slice(*self.settings.first_and_end)])
 
     def chunks(self) -> Iterator[Chunk]:
-        """The rows that are taken, in order, some hundred at a time.
+        """Yield the rows that are taken, in order, some hundreds at a time.
 
         Raises:
-            UserError: a file that is not what its name says, or that cannot be read.
+            UserError: a file cannot be read, or its content is not what its suffix says.
         """
         yield from portion(self._all_chunks(), *self.settings.first_and_end)
 
@@ -71,7 +71,7 @@ class Source:
                 yield from read_file(path, number)
 
     def convert(self, chunk: Chunk) -> Iterator[Conversation | UserError]:
-        """The conversations of a chunk; a row that is none, as an error in its place."""
+        """Yield the conversations of a chunk; a row that is not a conversation yields its error instead."""
         for number, where, row in chunk:
             if isinstance(row, UserError):
                 yield row
@@ -82,10 +82,10 @@ class Source:
                 yield e
 
     def __iter__(self) -> Iterator[Conversation]:
-        """The conversations in order.
+        """Yield the conversations in order.
 
         Raises:
-            UserError: the first row that is none.
+            UserError: at the first row that is not a conversation.
         """
         for chunk in self.chunks():
             for found in self.convert(chunk):
@@ -101,11 +101,11 @@ def open_source(settings: SourceSettings | str | Path, field: str = "data.train"
     """Find a source's files.
 
     Args:
-        settings: or a path alone, absolute or relative to the current directory.
+        settings: the source's settings, or only its path, absolute or relative to the current directory.
         field: the recipe's field that names the source, for errors.
 
     Raises:
-        FieldError: nothing there, or nothing that can be read.
+        FieldError: the source does not exist or cannot be read.
     """
     if not isinstance(settings, SourceSettings):
         settings = SourceSettings(str(settings))
@@ -116,10 +116,10 @@ def open_source(settings: SourceSettings | str | Path, field: str = "data.train"
 
 
 def read(settings: SourceSettings | str | Path, field: str = "data.train") -> Iterator[Conversation]:
-    """The conversations of a source in order.
+    """Yield the conversations of a source in order.
 
     Raises:
-        UserError: no such source, nothing in it, or a row that is no conversation, at the first such row.
+        UserError: the source does not exist or is empty; or, at the first such row, a row is not a conversation.
     """
     source, empty = open_source(settings, field), True
     for found in source:
@@ -130,13 +130,13 @@ def read(settings: SourceSettings | str | Path, field: str = "data.train") -> It
 
 
 def check(settings: SourceSettings | str | Path, field: str = "data.train") -> int:
-    """Read a whole source for its faults alone; returns the number of conversations. Raises as `read`."""
+    """Read a whole source to find its faults, and return the number of conversations. Raises as `read`."""
     return sum(1 for _ in read(settings, field))
 
 
 @dataclass
 class _Readable:
-    """Turns an OSError of a file into one of the recipe's field."""
+    """A context that turns an OSError of a file into a FieldError of the recipe's field."""
 
     field: str
     path: str
@@ -166,7 +166,7 @@ def _files(settings: SourceSettings, field: str) -> list[str]:
 
 
 def _cached(name: str, field: str) -> Path:
-    """The folder of a hub data set in the local cache."""
+    """Return the folder of a hub data set in the local cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -181,7 +181,7 @@ def _cached(name: str, field: str) -> Path:
 
 
 def _folder(folder: Path, settings: SourceSettings, field: str) -> list[str]:
-    """Files of a folder that `save_to_disk` wrote, or of one with files whose names tell the splits, as on the hub."""
+    """Return the files of a folder from `save_to_disk`, or of one whose file names tell the splits, as on the hub."""
     if (folder / "dataset_dict.json").exists():
         splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
         if settings.split not in splits:
@@ -196,7 +196,7 @@ def _folder(folder: Path, settings: SourceSettings, field: str) -> list[str]:
 
 
 def _split_files(folder: Path, settings: SourceSettings, field: str) -> list[str]:
-    """By `datasets`' own rules: the folder's README, then the names of the files."""
+    """Return a split's files by `datasets`' own rules: from the folder's README, else from the file names."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 

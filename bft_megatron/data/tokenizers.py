@@ -1,8 +1,8 @@
-"""A model folder's tokenizer and chat template. Which tokens of a conversation are learned is in `chat`.
+"""Loading a model folder's tokenizer and chat template, and rendering a conversation. The loss mask is in `chat`.
 
-Loading costs 0.7 s and no torch: it is transformers' own reader of `tokenizer.json`, or of SentencePiece's
-`tokenizer.model` where there is no such file, asked for by name. (`AutoTokenizer` imports torch, 3 s, to look for a
-class that is needed for neither.)
+Loading takes 0.7 s and does not import torch: it calls, by name, transformers' own reader of `tokenizer.json`, or of
+SentencePiece's `tokenizer.model` if there is no such file. (`AutoTokenizer` imports torch, 3 s, to look up a class that
+neither needs.)
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BREAK = "\ufdd0"
-"""Put inside the control tokens that a message's text spells out: a character that Unicode reserves for a program's own
-use. Its tokens are dropped after tokenisation, so that the text keeps its characters and stays text."""
+"""Inserted into control tokens that a message's text spells out: a character that Unicode reserves for internal use.
+Its tokens are dropped after tokenisation, so the text keeps its characters and is not tokenised as a control token."""
 
 _FILES = (
     "tokenizer*",
@@ -40,11 +40,10 @@ class ChatTokenizer:
     """A fast tokenizer with its chat template.
 
     Attributes:
-        backend: the tokenizer. To be asked for no tokens around a text: the template writes what begins a text, which
-            would else be doubled.
-        broken: the tokens that `BREAK` becomes.
+        backend: the tokenizer. Call it without special tokens: the template already writes what begins a text.
+        broken: the tokens of `BREAK`.
         template: Jinja source.
-        variables: what the template sees beside the messages: `bos_token`, `eos_token`, ...
+        variables: the template's variables besides the messages: `bos_token`, `eos_token`, ...
         control: the control tokens, such as <|im_end|>, as text.
     """
 
@@ -56,31 +55,31 @@ class ChatTokenizer:
 
     @cached_property
     def has_markers(self) -> bool:
-        """Whether the template marks what the assistant says with {% generation %}."""
+        """Whether the template marks the assistant's text with {% generation %}."""
         return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
 
     @cached_property
     def asks(self) -> bool:
-        """Whether the template knows the request to let the assistant answer."""
+        """Whether the template has `add_generation_prompt`."""
         return "add_generation_prompt" in self.template
 
     def render(
         self,
         messages: list[dict[str, Any]],
         prompt: bool = False,
-        tools: list[dict[str, Any]] | None = None,
+        tools: list[Any] | None = None,
         variables: dict[str, Any] | None = None,
     ) -> tuple[str, list[tuple[int, int]]]:
-        """A conversation as text.
+        """Render a conversation to text.
 
         Args:
-            messages: as in a source; `quote` first what is not ours to trust.
-            prompt: end with what opens an answer of the assistant.
-            tools: what the assistant could call.
-            variables: further ones of the template.
+            messages: as in a source; pass untrusted ones through `quote` first.
+            prompt: end with the header of an assistant turn.
+            tools: functions that the assistant could call.
+            variables: further variables of the template.
 
         Returns:
-            The text, and the spans of characters inside {% generation %} (none where the template has no such markers).
+            The text, and the spans of characters inside {% generation %} (none if the template has no such markers).
 
         Raises:
             UserError: the template refuses the conversation.
@@ -89,7 +88,7 @@ class ChatTokenizer:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # annotated as text, it returns two lists
                 [messages],
                 tools=tools,
                 chat_template=self.template,
@@ -97,6 +96,7 @@ class ChatTokenizer:
                 return_assistant_tokens_mask=self.has_markers,
                 **self.variables | (variables or {}),
             )
+            texts, spans = rendered
             texts[0].encode()
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -104,7 +104,7 @@ class ChatTokenizer:
         return texts[0], spans[0] if spans else []
 
     def quote(self, value: Any) -> Any:
-        """Messages or a part of them, with the control tokens that they spell out broken by `BREAK`, without Nones."""
+        """Return messages, or a part of them, without Nones and with `BREAK` inside the control tokens they spell."""
         if isinstance(value, dict):
             return {self.quote(key): self.quote(item) for key, item in value.items() if item is not None}
         if isinstance(value, list):
@@ -124,13 +124,13 @@ class ChatTokenizer:
 
 
 def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
-    """The tokenizer and chat template of a Hugging Face model folder, from local files and without code of the model's.
+    """Load the tokenizer and chat template of a Hugging Face model folder, from local files, without running its code.
 
     Args:
-        chat_template: Jinja file, or the name of one of the tokenizer's templates; None: its own.
+        chat_template: Jinja file, or the name of one of the tokenizer's templates; None: the tokenizer's default.
 
     Raises:
-        UserError: no such folder, no tokenizer that can be read in it, or no chat template.
+        UserError: no such folder, no readable tokenizer in it, or no chat template.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -152,17 +152,20 @@ def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
 
 
 def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The tokens of `BREAK`: its bytes, where the tokenizer falls back to bytes, as SentencePiece's do; else a token of
-    its own, added here. (SentencePiece's would begin a new word after an added token, with a space that the text has
-    not.)
+    """Return the tokens of `BREAK`.
+
+    These are its bytes if the tokenizer falls back to bytes, as SentencePiece's do; otherwise a special token added
+    here. (SentencePiece's would begin a new word after an added token, with a space that is not in the text.)
     """
     from tokenizers import AddedToken
 
     by_bytes = [backend.token_to_id(f"<0x{byte:02X}>") for byte in BREAK.encode()]
     if backend.encode(BREAK, add_special_tokens=False).ids[-len(by_bytes) :] == by_bytes:
-        return tuple(by_bytes)
+        return tuple(token for token in by_bytes if token is not None)
     backend.add_special_tokens([AddedToken(BREAK, special=True, normalized=False)])
-    return (backend.token_to_id(BREAK),)
+    added = backend.token_to_id(BREAK)
+    assert added is not None, "it has just been added"
+    return (added,)
 
 
 def _template(loaded: PreTrainedTokenizerFast, folder: str | Path, chosen: str | None) -> str:
@@ -198,13 +201,13 @@ def _check_syntax(template: str, where: str) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        render_jinja_template([], chat_template=template)  # nothing is rendered, but the template is compiled
+        render_jinja_template([], chat_template=template)  # renders nothing, but compiles the template
     except TemplateSyntaxError as e:
         raise FieldError("data.chat_template", f"{where}, line {e.lineno} of the template: {e.message}") from None
 
 
 def fingerprint(folder: str | Path, chat_template: str | None = None) -> str:
-    """A hash of the content of every file that tokenizer and template are made of; reads them, loads nothing."""
+    """Return a hash of all files that the tokenizer and template are made of, without loading them."""
     digest = hashlib.sha256()
     paths = {path for pattern in _FILES for path in Path(folder).glob(pattern) if path.is_file()}
     for path in sorted(paths):

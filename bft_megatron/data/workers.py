@@ -1,4 +1,4 @@
-"""A function over many items on all cores, in order, with few items in memory."""
+"""An ordered parallel map over all cores that holds few items in memory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any
 from bft_megatron.errors import UserError
 
 AHEAD = 3
-"""Items in work or waiting, for each process."""
+"""Items in flight for each process."""
 
 
 def ordered_map[Item, Result](function: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
-    """function(item) for each item, in their order; the results do not depend on how many processes there are.
+    """Yield function(item) for each item, in order; the results do not depend on the number of processes.
 
-    Few items are not worth a process and are worked through here. The others go to processes that are forked with the
-    function in them, which so is never pickled; items and results are.
+    A single item is processed in this process. Otherwise worker processes are forked with the function in them, so it
+    is never pickled; items and results are.
 
     Raises:
         UserError: a process was killed.
@@ -50,18 +50,18 @@ def ordered_map[Item, Result](function: Callable[[Item], Result], items: Iterato
         pool.shutdown(cancel_futures=True)
 
 
-_function: Callable[[Any], Any] | None = None  # of a forked process, which works for one map alone
+_function: Callable[[Any], Any] | None = None  # set in a forked process, which serves a single map
 
 
 def _begin(function: Callable[[Any], Any], parent: int) -> None:
-    """In a new process: end with the parent, even if that is killed (Linux); leave Ctrl-C to it."""
+    """Initialise a worker: it ends when the parent does, even if that is killed (Linux), and leaves Ctrl-C to it."""
     global _function
     _function = function
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    gc.freeze()  # what is forked is never garbage: it need not be looked through, nor its pages copied
+    gc.freeze()  # keeps the collector away from the forked objects, so their pages are not copied
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 

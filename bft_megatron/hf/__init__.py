@@ -1,1 +1,1 @@
-"""Hugging Face in and out: architectures, weights, and the objectives for transformers' Trainer."""
+"""Hugging Face interoperability: model configurations, weights in and out, and loss functions for its Trainer."""

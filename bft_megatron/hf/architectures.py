@@ -1,7 +1,7 @@
-"""What a Hugging Face `config.json` means for Megatron: the supported architectures, their sizes, the model's flags.
+"""The supported architectures: reading a Hugging Face `config.json` and turning it into Megatron's flags.
 
-Where each tensor of such a model lies in Megatron's parameters is in `weights`. No torch here: a folder is read and
-refused before anything slow starts. A new architecture is added to `ARCHITECTURES`, and to `weights` its own tensors.
+`weights` maps the tensors to Megatron's parameters. No torch here: a folder is read and refused before anything slow
+starts. To add an architecture, add it to `ARCHITECTURES` and its own tensors to `weights`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder as both sides need to know it; read by `read_config`."""
+    """A decoder's sizes and options, read from `config.json` by `read_config`."""
 
     architecture: str
-    """transformers' class, as `LlamaForCausalLM`."""
+    """Class name in transformers, such as `LlamaForCausalLM`."""
     layers: int
     hidden: int
     heads: int
@@ -32,41 +32,42 @@ class ModelConfig:
     head_dim: int
     ffn: int
     vocab_size: int
-    """Rows of the embedding in the files; Megatron's own is padded."""
+    """Rows of the embedding in the files; Megatron's own embedding is padded."""
     tied: bool
-    """The output layer is the embedding."""
+    """Whether the output layer shares the embedding's weight."""
     rope_theta: float
     rope_factor: float | None
-    """Llama 3's frequency scaling, or None: positions are used as they are."""
+    """Factor of Llama 3's rotary frequency scaling; None: no scaling."""
     norm_eps: float
     qkv_bias: bool
     qk_norm: bool
-    """A norm of its own for each head's query and key."""
+    """Whether query and key are normalised per head, before the rotary embedding."""
     window: int | None
-    """Tokens that a token attends to, itself included; None: all before it."""
+    """Sliding window: number of tokens that a token attends to, itself included; None: full causal attention."""
     max_positions: int
     initializer_range: float
     dtype: str | None
-    """The files' dtype as the config has it, `bfloat16`."""
+    """Dtype of the files as the config names it, such as `bfloat16`."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one of transformers' classes fixes without saying so in `config.json`."""
+    """Properties of a transformers class that `config.json` has no field for, or may leave out."""
 
     window: Callable[[_Json], int | None] = lambda _: None
     qkv_bias: bool = False
     qk_norm: bool = False
     head_dim: int | None = None
-    """Where the config leaves it out; None: hidden size / heads."""
+    """Default if the config has no head_dim; None: hidden size / heads."""
 
 
 def _mistral_window(raw: _Json) -> int | None:
-    return raw.values.get("sliding_window", 4096)  # null, as Mistral has it since its second release, means none
+    window: int | None = raw.values.get("sliding_window", 4096)  # null means no window, as since v0.2
+    return window
 
 
 def _qwen_window(raw: _Json) -> int | None:
-    """Qwen's first `max_window_layers` layers attend to everything; only all or none of them can be had here."""
+    """Return Qwen's window. Qwen's first `max_window_layers` layers have full attention; a mix of both is refused."""
     layers, window = raw.integer("num_hidden_layers"), raw.values.get("sliding_window", 4096)
     if not raw.get("use_sliding_window", False) or window is None:
         return None
@@ -91,7 +92,7 @@ def read_config(folder: Path) -> ModelConfig:
     """Read `config.json` of a model folder, as written by transformers 4 or 5.
 
     Raises:
-        UserError: no such folder or file, an architecture that is not supported, or a feature of it.
+        UserError: no such folder or file, or an unsupported architecture or feature.
     """
     raw = _Json.of(folder)
     names = raw.get("architectures", [])
@@ -128,9 +129,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def megatron_flags(config: ModelConfig) -> list[str]:
-    """The model's part of Megatron's argument list; what it cannot say is left to `configure`.
+    """Return the model's part of Megatron's argument list; `configure` sets what flags cannot express.
 
-    Megatron pads the vocabulary by itself, to a multiple of `--make-vocab-size-divisible-by` x TP.
+    Megatron itself pads the vocabulary, to a multiple of `--make-vocab-size-divisible-by` x TP.
     """
     values = {
         "--num-layers": config.layers,
@@ -146,10 +147,10 @@ def megatron_flags(config: ModelConfig) -> list[str]:
         "--rotary-percent": 1.0,
         "--max-position-embeddings": config.max_positions,
         "--vocab-size": config.vocab_size,
-        "--tokenizer-type": "NullTokenizer",  # the data bring their own token ids
+        "--tokenizer-type": "NullTokenizer",  # the data set provides token ids
     }
     if config.window is not None:
-        values["--window-size"] = f"{config.window - 1},0"  # Megatron counts the tokens before the token itself
+        values["--window-size"] = f"{config.window - 1},0"  # Megatron does not count the token itself
     if config.rope_factor is not None:
         values["--rope-scaling-factor"] = config.rope_factor
     switches = {
@@ -165,14 +166,14 @@ def megatron_flags(config: ModelConfig) -> list[str]:
 
 
 def configure(model: GPTModelConfig, config: ModelConfig) -> None:
-    """Set what Megatron's argument path drops or rounds: the rope scaling factor, a base that is no whole number."""
+    """Set what Megatron's argument path drops or rounds: the rope scaling factor and a non-integer rotary base."""
     model.rotary_base = config.rope_theta
     if config.rope_factor is not None:
         model.rope_scaling_factor = config.rope_factor
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model folder that belong to it beside its weights: configurations, tokenizer, chat template."""
+    """Return a model folder's files other than weights: configurations, tokenizer, chat template."""
     kinds = (".json", ".jinja", ".model", ".txt", ".tiktoken")
     others = (hub.TRACKER, ".index.json")
     return sorted(f for f in folder.iterdir() if f.suffix in kinds and not f.name.endswith(others))
@@ -193,7 +194,7 @@ def _refuse_unsupported(raw: _Json) -> None:
 
 
 def _rope(raw: _Json) -> dict[str, Any]:
-    """transformers 5 keeps everything in `rope_parameters`, 4 the scaling in `rope_scaling` and the base beside it."""
+    """Return the rope settings: transformers 5 has them in `rope_parameters`, 4 in `rope_scaling` beside the base."""
     rope = raw.get("rope_scaling", raw.get("rope_parameters", {}))
     if not isinstance(rope, dict) or any(isinstance(x, dict) for x in rope.values()):
         raise raw.unsupported("rotary embeddings that differ by layer", "rope_parameters")
@@ -208,7 +209,7 @@ def _rope_factor(raw: _Json, rope: dict[str, Any]) -> float | None:
         return None
     if kind != "llama3":
         raise raw.unsupported(f"rope scaling of type {kind!r} (llama3 is)", "rope_parameters")
-    # Megatron has these three as constants.
+    # Megatron hard-codes these three.
     for key, value in {"low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}.items():
         if rope.get(key) != value:
             raise raw.unsupported(
@@ -221,7 +222,7 @@ def _rope_factor(raw: _Json, rope: dict[str, Any]) -> float | None:
 
 @dataclass(frozen=True)
 class _Json:
-    """A `config.json` whose errors name file and key."""
+    """A parsed `config.json`; its errors name file and key."""
 
     path: Path
     values: dict[str, Any]
@@ -242,7 +243,7 @@ class _Json:
         return cls(path, values)
 
     def get(self, key: str, default: Any) -> Any:
-        """The value of `key`; null and a missing key are the default, as in transformers."""
+        """Return the value of `key`, or the default if it is missing or null, as in transformers."""
         value = self.values.get(key)
         return default if value is None else value
 

@@ -1,4 +1,4 @@
-"""Random numbers by name: the same tensor whatever the layout and the order in which tensors are drawn."""
+"""Random generators seeded by tensor name, so that a tensor's values don't depend on layout or drawing order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def generator(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for the tensor of this name."""
+    """Return a CPU generator seeded by `seed` and the tensor's name."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

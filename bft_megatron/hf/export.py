@@ -1,7 +1,8 @@
-"""A torch_dist checkpoint of any layout as a Hugging Face model: one process, no model built, one tensor in memory.
+"""Exporting a torch_dist checkpoint of any layout as a Hugging Face model: one process, one tensor in memory.
 
-Writes each tensor as it is read, so 70B needs some GiB, not 140; what was cut short goes on with the next file. Reading
-checkpoints is in `torch_dist`, which part of which parameter a tensor is in `weights`, the files are in `shards`.
+No model is built. Each tensor is written as it is read, so 70B needs some GiB, not 140; an interrupted export resumes
+with the next file. `torch_dist` reads the checkpoint, `weights` says which part of a parameter a tensor is, and
+`shards` writes the files.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ def export(
     dtype: torch.dtype | None = None,
     shard_bytes: float = 5e9,
 ) -> None:
-    """Write a checkpoint as a folder that transformers and vLLM read; it appears under its name only when it is whole.
+    """Write a checkpoint as a folder that transformers and vLLM read; it gets its name only when it is complete.
 
-    Cut short by an error or a signal, the same call again keeps the files of weights that were finished.
+    After an error or a signal, the same call keeps the files of weights that were finished.
 
     Args:
-        checkpoints: a run's checkpoints, `iter_*` folders and the file that names the newest.
-        out: folder to write; must not hold anything yet.
-        hf_folder: config.json, generation config, tokenizer and template of the model, copied as they are.
-        iteration: of the checkpoint; None: the newest.
-        dtype: of the written weights (config.json's is changed with it); None: as they are in the checkpoint.
-        shard_bytes: largest file of weights, but for a tensor that is larger by itself.
+        checkpoints: a run's checkpoints: `iter_*` folders and the tracker file that names the newest.
+        out: folder to write; must be empty or not exist.
+        hf_folder: folder with config.json, generation config, tokenizer and template, which are copied.
+        iteration: the checkpoint's iteration; None: the newest.
+        dtype: dtype of the written weights (set in config.json too); None: the checkpoint's.
+        shard_bytes: maximum size of a file of weights; a larger tensor gets a file of its own.
 
     Raises:
-        UserError: no such checkpoint, or one of another model, or a missing or broken file in it; `out` is in use or
-            cannot be written.
+        UserError: no such checkpoint, or it belongs to another model, or a file of it is missing or broken; or `out`
+            is in use or cannot be written.
     """
     refuse_used(out)
     checkpoint = newest_checkpoint(checkpoints, iteration)
@@ -59,7 +60,7 @@ def export(
 
 
 def refuse_used(out: Path) -> None:
-    """Raise UserError where the folder to write holds something."""
+    """Raise UserError if the folder to write is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("is not empty; choose another folder, or remove it", str(out))
 
@@ -67,10 +68,10 @@ def refuse_used(out: Path) -> None:
 def write_model(
     out: Path, hf_folder: Path, tensors: list[shards.Output], source: str, shard_bytes: float = 5e9
 ) -> None:
-    """Write a model folder of these tensors, each read when its turn comes; the rest as in `export`.
+    """Write a model folder of these tensors, reading each just before it is written; otherwise as `export`.
 
     Args:
-        source: where the values come from; files that an earlier call left are kept only if it was the same.
+        source: identifies the values; files of an earlier, interrupted call are kept only if it had the same.
     """
     with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in tensors]}") as partial:
         _copy_companions(hf_folder, partial, tensors[0].dtype)
@@ -79,14 +80,14 @@ def write_model(
 
 @contextlib.contextmanager
 def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
-    """A folder beside `out` to write into, which gets its name where no error comes.
+    """Yield a folder beside `out` to write into, and rename it to `out` on success.
 
     Args:
-        content: what is being written. Where an error comes, or the process is killed, a folder with finished weights
-            stays, and is given out again for the same content; without one it is removed.
+        content: identifies what is written. After an error or a kill, a folder with finished weights is kept and
+            yielded again for the same content; with None it is removed.
 
     Raises:
-        UserError: it cannot be written, or another process is writing it.
+        UserError: the folder cannot be written, or another process is writing it.
     """
     partial = out.absolute().with_name(f".{out.name}.partial")
     try:
@@ -106,7 +107,7 @@ def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
 
 
 def _clear_unless(content: str | None, partial: Path, note: TextIO) -> None:
-    """Remove what an earlier call left, unless it was writing the same, and note what is being written."""
+    """Remove an earlier call's files unless it had the same content, and note the content."""
     note.seek(0)
     if content is not None and note.read() == content:
         return
@@ -119,7 +120,7 @@ def _clear_unless(content: str | None, partial: Path, note: TextIO) -> None:
 
 
 def _lock(file: TextIO, out: Path) -> None:
-    """Hold a lock until the file is closed, where the file system has locks."""
+    """Hold a lock until the file is closed, if the file system supports locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -129,7 +130,7 @@ def _lock(file: TextIO, out: Path) -> None:
 
 
 def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dtype | None) -> shards.Output:
-    """Tensor number `index` of a weight, read when it is written."""
+    """Return tensor number `index` of a weight as an output that reads it when it is written."""
     tensor = weight.tensors[index]
     checkpoint.check_shape(weight)
     dtype = dtype or checkpoint.dtype(weight)
@@ -139,7 +140,7 @@ def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dty
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy what belongs to a model beside its weights, with the weights' dtype in config.json."""
+    """Copy a model's files other than weights, with the weights' dtype set in config.json."""
     for file in companions(source):
         shutil.copyfile(file, target / file.name)
     config = json.loads((source / "config.json").read_text())
@@ -149,7 +150,7 @@ def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 def _write_shards(folder: Path, tensors: list[shards.Output], shard_bytes: float) -> None:
-    """Weights as one file, or as many with an index."""
+    """Write the weights as one file, or as several with an index."""
     groups: list[list[shards.Output]] = [[]]
     for tensor in tensors:
         if groups[-1] and sum(t.bytes for t in groups[-1]) + tensor.bytes > shard_bytes:
@@ -162,7 +163,7 @@ def _write_shards(folder: Path, tensors: list[shards.Output], shard_bytes: float
         task = bar.add_task("weights", total=total)
         for i, group in enumerate(groups):
             name = "model.safetensors" if one else f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-            if (folder / name).exists():  # of an export that was cut short
+            if (folder / name).exists():  # written by an interrupted export
                 bar.advance(task, sum(t.bytes for t in group))
             else:
                 temporary = folder / f"{name}.tmp"

@@ -1,8 +1,9 @@
-"""An answer from a Hugging Face model folder, through transformers alone: to try an export, not to serve one."""
+"""Generating an answer from a Hugging Face model folder with transformers: to try an export, not to serve it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,12 +11,12 @@ from bft_megatron.errors import UserError
 
 
 def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
-    """Answer a prompt greedily, in the model's chat template where it has one, on a GPU where there is one.
+    """Return a greedy answer to a prompt, in the model's chat template if it has one, on a GPU if there is one.
 
     Raises:
-        UserError: no model and tokenizer in the folder that transformers can load.
+        UserError: transformers cannot load a model and tokenizer from the folder.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # seconds: only when it is needed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # takes seconds to import
 
     logging.disable_progress_bar()
 
@@ -23,7 +24,10 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
         raise UserError("no model folder: it has no config.json", str(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
+        # Any: the decorators of its methods hide what they take.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype="auto"
+        )
     except (OSError, ValueError) as e:
         raise UserError(f"transformers cannot load it: {e}", str(folder)) from e
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,7 +39,8 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
     inputs = inputs.to(model.device)
-    # None for what the model's own generation config may have and what a greedy search warns of.
+    # None removes sampling settings of the model's own generation config, which a greedy search would warn about.
     greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    (answer,) = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer

@@ -1,4 +1,4 @@
-"""Where a model's files lie: a folder, a run's folder, or a model of the local hub cache. Nothing is downloaded."""
+"""Locating a model's files: a folder, a run's folder, or a model of the local hub cache. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from bft_megatron.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""Megatron's file in a folder of checkpoints, with the number of the newest."""
+"""Megatron's tracker file in a folder of checkpoints: the iteration of the newest."""
 
 
 def checkpoints_of(folder: Path) -> Path | None:
-    """The torch_dist checkpoints in a folder, or those that belong to a run's `model/`; None: it has other weights."""
+    """Return the folder of a model's torch_dist checkpoints, itself or beside `model/`; None if it has none."""
     if (folder / TRACKER).exists():
         return folder
     checkpoints = folder.parent / "checkpoints"
@@ -21,13 +21,13 @@ def checkpoints_of(folder: Path) -> Path | None:
 
 
 def find_model(name: str) -> Path:
-    """Folder of a model given as a path or as a hub id, `organisation/name`: configuration, tokenizer, mostly weights.
+    """Return the folder of a model (configuration, tokenizer, mostly weights), given a path or an `organisation/name`.
 
-    A folder with `model/` and `checkpoints/`, as a run leaves it, is a model too: `model/` holds what Hugging Face
-    needs to know, the newest of the torch_dist checkpoints the weights. So is a folder of Megatron's checkpoints into
-    which config.json and the tokenizer's files were put.
+    A run's folder, with `model/` and `checkpoints/`, is a model too: `model/` has the files for Hugging Face, the
+    newest torch_dist checkpoint the weights. So is a folder of Megatron checkpoints with config.json and the
+    tokenizer's files beside them.
 
-    A download belongs before the job: compute nodes often have no network, and 64 ranks must not fetch the same files.
+    Download models before the job: compute nodes often have no network, and 64 ranks must not fetch the same files.
 
     Raises:
         UserError: neither a folder nor in the cache, or checkpoints without a configuration.

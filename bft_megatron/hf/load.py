@@ -1,7 +1,8 @@
-"""Weights into Megatron's model: from a folder or a checkpoint, or drawn at random, each rank only its own part.
+"""Filling Megatron's model with weights from a folder or a checkpoint, or random ones; each rank only its own part.
 
-Which tensor goes where is in `weights`, the files are in `shards`. The way in is `GPTModelConfig.pre_wrap_hooks`, which
-Megatron calls when all pipeline chunks of the rank are built, and not yet wrapped for mixed precision or data parallel.
+`weights` says which tensor goes where, and `shards` reads the files. The hook is registered in
+`GPTModelConfig.pre_wrap_hooks`, which Megatron calls when all pipeline chunks of the rank are built and not yet wrapped
+for mixed precision or data parallelism.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ from bft_megatron.hf.weights import Weight, global_path, join, weights
 
 
 class Source(Protocol):
-    """Where values come from: indices start to stop of a Hugging Face tensor along an axis (None: all of it)."""
+    """A reader of Hugging Face tensors: returns indices [start, stop) along an axis, or all of it if axis is None."""
 
     def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor: ...
 
 
 def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Callable[[list[GPTModel]], list[GPTModel]]:
-    """A hook for `GPTModelConfig.pre_wrap_hooks` that fills every parameter of the rank's model chunks.
+    """Return a hook for `GPTModelConfig.pre_wrap_hooks` that fills every parameter of the rank's model chunks.
 
     Args:
-        folder: safetensors of the model, one file or many with an index, or what a run keeps beside its torch_dist
-            checkpoints (`hub.find_model`); None: draw the weights at random, the same model on every layout.
-        config: of the model.
-        seed: of the random weights.
+        folder: the model's safetensors, one file or several with an index, or a run's `model/` beside its torch_dist
+            checkpoints (`hub.find_model`); None: random weights, the same model in every layout.
+        config: the model's configuration.
+        seed: seed of the random weights.
 
     Returns:
-        The hook. It issues no collective: a rank reads or draws its own parts, one tensor at a time.
+        The hook. It issues no collective: each rank reads or draws its own parts, one tensor at a time.
 
     Raises:
-        UserError: at once and on every rank alike, by `check_weights`; by the hook, where TP does not divide the model.
+        UserError: by `check_weights`, at once and on every rank; by the hook, if TP does not divide the model.
     """
     source = open_source(folder, config, seed)
     table = {w.path: w for w in weights(config)}
     if config.tied:
-        # On a last pipeline stage that is not the first: Megatron keeps the two copies equal from here on.
+        # For a last pipeline stage that is not the first; from here on Megatron keeps the two copies equal.
         table["output_layer.weight"] = table["embedding.word_embeddings.weight"]
 
     @torch.no_grad()
@@ -65,7 +66,7 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
 
 
 def open_source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
-    """Where `weights_hook` takes the model's values from, by the same arguments."""
+    """Return the reader of the model's tensors that `weights_hook` uses, given the same arguments."""
     if folder is None:
         return _Random(config, seed)
     checkpoints = hub.checkpoints_of(folder)
@@ -75,11 +76,11 @@ def open_source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
 
 
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
-    """Compare the headers of a folder's safetensors with what the model needs; returns them.
+    """Compare the headers of a folder's safetensors with what the model needs, and return them.
 
     Raises:
-        UserError: a tensor is missing, has another shape or a dtype that is not a plain float, or is not known to the
-            model; a shard is missing or truncated.
+        UserError: a tensor is missing, has another shape or a dtype that is not a plain float, or is unknown to the
+            model; or a shard is missing or truncated.
     """
     entries = shards.read_headers(folder)
     expected = {t.name: t.shape for w in weights(config) for t in w.tensors}
@@ -96,7 +97,7 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
             )
     unknown = sorted(name for name in entries.keys() - expected.keys() if not _is_redundant(name, config))
     if unknown:
-        # Not to be passed over: it would be a bias or a norm that the model computes with and ours does not.
+        # An unknown tensor may be a bias or a norm that the original model computes with and this one does not.
         raise UserError(
             f"{len(unknown)} tensors that {config.architecture} does not have, {_some(unknown)}", str(folder)
         )
@@ -104,7 +105,7 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Old files carry the rotary frequencies, some with tied embeddings the output layer as well."""
+    """Return whether a tensor can be ignored: rotary frequencies in old files, and a tied output layer."""
     return name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
 
 
@@ -113,7 +114,7 @@ def _some(names: list[str]) -> str:
 
 
 def fill_part(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> None:
-    """Copy this TP rank's part of a weight into the parameter, which may have another dtype and device."""
+    """Copy this TP rank's part of a weight into the parameter, converting dtype and device."""
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     tp, rank = (1, 0) if weight.axis is None else (tp, rank)
     if weight.padded:
@@ -133,7 +134,7 @@ def fill_part(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> 
 
 
 class _FromCheckpoint:
-    """Reads parts of a torch_dist checkpoint of any layout: the whole tensor, one at a time, then the part."""
+    """A reader of a torch_dist checkpoint of any layout; it loads a whole tensor, then returns the part."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
         self._checkpoint = checkpoint
@@ -147,7 +148,7 @@ class _FromCheckpoint:
 
 
 class _Random:
-    """Draws any part of any tensor: the whole tensor from a generator of its own, seeded by its name, then the part."""
+    """A source of random weights: draws a whole tensor from a generator seeded by its name and returns the part."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._shapes = {t.name: t.shape for w in weights(config) for t in w.tensors}
@@ -159,6 +160,6 @@ class _Random:
 
     def _draw(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        if len(shape) == 1:  # as transformers initialises them: norms by one, biases by zero
+        if len(shape) == 1:  # as in transformers: norms are ones, biases zeros
             return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
         return torch.randn(shape, generator=generator(self._seed, name)) * self._std

@@ -1,5 +1,6 @@
-"""Is a record of a torch_dist file whole? Each is a zip archive that `torch.save` wrote, with a CRC-32 a member, which
-`torch.load` does not look at.
+"""Checking a record of a torch_dist file against its CRC-32s.
+
+A record is a zip archive written by `torch.save` with a CRC-32 for each member, which `torch.load` does not check.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO
 
 
 def crc_fault(file: Path, offset: int, length: int) -> str | None:
-    """What is wrong with the record of so many bytes at an offset of a file, or None. Reads it."""
+    """Read the record of `length` bytes at `offset` of a file; return a description of its fault, or None."""
     try:
         with file.open("rb") as whole, zipfile.ZipFile(_Window(whole, offset, length)) as archive:
             bad = archive.testzip()

@@ -1,6 +1,7 @@
-"""What transformers makes of rows, one sample at a time on one process: the other side of `bft-megatron check`.
+"""The reference of `bft-megatron check`: transformers' outputs for rows, one sample at a time on one process.
 
-Every layer's output, the logits, the plain loss, and the objective by the drop-in function for transformers' `Trainer`.
+It has every layer's output, the logits, the plain loss, and the objective by the drop-in function for transformers'
+`Trainer`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,35 +19,35 @@ from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.load import open_source
 from bft_megatron.hf.trainer import batch_sum
 from bft_megatron.hf.weights import weights
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.records import Objective
 
 Row = dict[str, Tensor]
-"""A row as `data.dataset` has it."""
+"""A row as `data.dataset` returns it."""
 
 
 def stages(layers: int) -> list[str]:
-    """What is compared, in the order in which it is computed."""
+    """Return the names of the compared outputs, in the order in which they are computed."""
     return ["embedding", *(f"layer {i + 1}" for i in range(layers)), "final norm", "logits"]
 
 
 @dataclass
 class Reference:
-    """What a model makes of some rows."""
+    """A model's outputs and losses for some rows."""
 
     outputs: list[list[Tensor]] = field(repr=False)
-    """By row and stage, fp32: [s, h], the logits [s, v]; 0 where no sample is."""
+    """By row and stage, fp32: [s, h], for the logits [s, v]; 0 at places without a sample."""
     loss: float = 0.0
-    """The objective."""
+    """The objective's value."""
     lm_loss: float = 0.0
     tokens: int = 0
 
     def scale(self) -> Tensor:
-        """[stages]: the largest element of each."""
+        """Return the largest absolute element of each stage, [stages]."""
         return torch.stack([torch.stack([x.abs().max() for x in row]) for row in self.outputs]).amax(0)
 
     def error(self, other: Reference) -> Tensor:
-        """[stages]: the largest difference from another one, by the largest element of this one."""
+        """Return the largest difference from `other` in each stage, relative to `scale`, [stages]."""
         rows = zip(self.outputs, other.outputs, strict=True)
         worst = [torch.stack([(x - y).abs().max() for x, y in zip(*pair, strict=True)]) for pair in rows]
         return torch.stack(worst).amax(0) / self.scale()
@@ -53,7 +55,7 @@ class Reference:
 
 @torch.no_grad()
 def compute(model: torch.nn.Module, rows: list[Row], objective: Objective) -> Reference:
-    """Run a model of transformers' over each sample of the rows, and the objective over its logits."""
+    """Run a transformers model over each sample of the rows, and the objective over its logits."""
     made, total, count, nll = Reference([]), 0.0, 0, 0.0
     for row in rows:
         whole: list[Tensor] = []
@@ -63,7 +65,7 @@ def compute(model: torch.nn.Module, rows: list[Row], objective: Objective) -> Re
             whole = whole or [torch.zeros(len(row["tokens"]), x.shape[-1]) for x in outputs]
             for target, x in zip(whole, outputs, strict=True):
                 target[where] = x
-            # The drop-in function shifts labels itself: one position more, and each label is where it was.
+            # The drop-in function shifts labels; pad one position on each so that the labels stay where they are.
             padded = torch.nn.functional.pad(outputs[-1], (0, 0, 0, 1))
             part = batch_sum(objective, padded[None], torch.nn.functional.pad(labels, (1, 0), value=IGNORE_INDEX)[None])
             total, count = total + weight * part.loss.item(), count + part.count
@@ -75,19 +77,21 @@ def compute(model: torch.nn.Module, rows: list[Row], objective: Objective) -> Re
 
 
 def load(folder: Path, config: ModelConfig, *, pretrained: bool, seed: int) -> torch.nn.Module:
-    """The model in fp32: from its folder by transformers; drawn at random or from a checkpoint, by its tensors' names.
+    """Return the model in fp32: loaded by transformers, or filled by tensor name with a checkpoint or random weights.
 
     Raises:
-        UserError: the folder's checkpoint is not whole.
+        UserError: the folder's checkpoint is damaged.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
     if pretrained and not hub.checkpoints_of(folder):
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        ).eval()
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True)).float().eval()
+        )
+        return loaded.eval()
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    model = model.float().eval()
     source = open_source(folder if pretrained else None, config, seed)
     state = {t.name: source(t.name, None, 0, 0).float() for w in weights(config) for t in w.tensors}
     if config.tied:
@@ -97,15 +101,16 @@ def load(folder: Path, config: ModelConfig, *, pretrained: bool, seed: int) -> t
 
 
 def _samples(row: Row) -> Iterator[tuple[slice, float]]:
-    """Where each sample lies in its row, padding included, and its weight."""
+    """Yield each sample's slice of its row, padding included, and its weight."""
     edges = row["cu_seqlens"].tolist() if "cu_seqlens" in row else [0, len(row["tokens"])]
     for k in range(int(row["samples"])):
         yield slice(edges[k], edges[k + 1]), float(row["weight"][k])
 
 
 def _outputs(model: torch.nn.Module, tokens: Tensor) -> list[Tensor]:
-    """tokens [n] -> by stage [n, h], at last [n, v], fp32."""
-    inner, found = model.model, []
+    """Return the outputs for tokens [n]: [n, h] for each stage, [n, v] for the logits, fp32."""
+    inner: Any = model.model  # the decoder that transformers' causal models keep under this name
+    found: list[Tensor] = []
 
     def keep(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         found.append((output if isinstance(output, Tensor) else output[0])[0].float())

@@ -1,6 +1,6 @@
-"""Safetensors files of a model folder: their headers, reading slices by memory map, writing tensor by tensor.
+"""Reading and writing a model folder's safetensors: headers, slices by memory map, and files tensor by tensor.
 
-Only safetensors: no file of a model folder is ever unpickled. What the tensors mean is in `weights`.
+Only safetensors are read: no file of a model folder is ever unpickled. What the tensors mean is in `weights`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as a file's header has it."""
+    """A tensor's entry in a file's header."""
 
     file: Path
     dtype: str
-    """The header's own word, `BF16`."""
+    """The header's name of the dtype, such as `BF16`."""
     shape: tuple[int, ...]
 
 
 def read_headers(folder: Path) -> dict[str, Entry]:
-    """Every tensor in the folder's safetensors, by name, from the headers alone, which the files' sizes must match.
+    """Return every tensor of the folder's safetensors by name, from their headers; checks the sizes of the files.
 
     Raises:
-        UserError: no safetensors, a shard that the index names and that is missing or truncated.
+        UserError: no safetensors, or a shard that is missing or truncated.
     """
     entries: dict[str, Entry] = {}
     for file in _files(folder):
@@ -46,26 +46,26 @@ def read_headers(folder: Path) -> dict[str, Entry]:
 
 
 class Reader:
-    """Reads parts of tensors of a folder's safetensors, of which one file at a time is mapped."""
+    """A reader of parts of tensors from a folder's safetensors; it maps one file at a time."""
 
     def __init__(self, entries: dict[str, Entry]) -> None:
         self._entries = entries
         self._file: Path | None = None
 
     def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
-        """From start to stop of the tensor along `axis` (None: all of it), in its dtype: a view of the mapped file."""
+        """Return [start, stop) of a tensor along `axis` (None: all of it) in its dtype, a view of the mapped file."""
+
         file = self._entries[name].file
         if file != self._file:
             self._file, self._mapped = file, safe_open(file, framework="pt")
-        tensor = self._mapped.get_slice(name)
-        if axis is None:
-            return tensor[:]
-        return tensor[start:stop] if axis == 0 else tensor[:, start:stop]
+        tensor, wanted = self._mapped.get_slice(name), slice(None) if axis is None else slice(start, stop)
+        view: Tensor = tensor[:, wanted] if axis == 1 else tensor[wanted]
+        return view
 
 
 @dataclass(frozen=True)
 class Output:
-    """A tensor to be written: everything the header needs, and how to get it when its turn comes."""
+    """A tensor to be written: its header entry, and a function that reads it when its turn comes."""
 
     name: str
     dtype: torch.dtype
@@ -74,13 +74,14 @@ class Output:
 
     @property
     def bytes(self) -> int:
+        """The size of the tensor's data."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 def write(path: Path, tensors: Iterable[Output], advance: Callable[[int], None]) -> None:
-    """Write one safetensors file, of which only one tensor is ever in memory, and flush it to the disk.
+    """Write one safetensors file with one tensor in memory at a time, and flush it to disk.
 
-    `safetensors.torch.save_file` wants all tensors of a file at once. `advance` is told the bytes of each tensor.
+    `safetensors.torch.save_file` needs all tensors of a file at once. `advance` gets the bytes of each tensor.
     """
     words = {dtype: word for word, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -114,10 +115,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Every tensor of one safetensors file, by name, from its header, which the file's size must match.
+    """Return every tensor of one safetensors file by name, from its header; checks the size of the file.
 
     Raises:
-        UserError: the file is missing, truncated or no safetensors.
+        UserError: the file is missing, truncated or not safetensors.
     """
     try:
         with open(file, "rb") as f:

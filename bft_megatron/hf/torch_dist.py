@@ -1,7 +1,7 @@
-"""Megatron's torch_dist checkpoints, read by their own index: any rows of any parameter, whatever layout wrote them.
+"""Reading Megatron's torch_dist checkpoints by their index: any rows of any parameter, whatever layout wrote them.
 
-No process group, no model, one tensor in memory. Nothing that a checkpoint holds is run: its index is a pickle, of
-which only the classes that an index is made of are taken; torch reads its records as tensors alone.
+Needs no process group and no model, and holds one tensor in memory. Nothing in a checkpoint is executed: its index is a
+pickle, from which only the classes of an index are accepted; torch reads its records as tensors only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -23,16 +23,16 @@ from bft_megatron.hf.record import crc_fault
 from bft_megatron.hf.weights import Weight, part
 
 _BROKEN = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)
-"""What torch raises on a damaged file of a checkpoint."""
+"""Errors that torch raises on a damaged file of a checkpoint."""
 
 
 class Checkpoint:
-    """Reads rows of parameters from a torch_dist checkpoint, whatever layout wrote it.
+    """A torch_dist checkpoint, whatever layout wrote it, from which rows of parameters are read.
 
     Megatron stores a parameter of all layers as one tensor with a leading layer dimension
-    (`decoder.layers.mlp.linear_fc1.weight`), or, where layers differ from each other, one by one
-    (`decoder.layers.7.mlp.linear_fc1.weight`). Either is read slice by slice; torch then loads the stored chunks that
-    the slice touches, one at a time: a layer's part of one tensor-parallel rank.
+    (`decoder.layers.mlp.linear_fc1.weight`) or, if layers differ from each other, one by one
+    (`decoder.layers.7.mlp.linear_fc1.weight`). Both are read slice by slice; torch loads the stored chunks that a slice
+    touches, one at a time; a chunk is one layer's part on one tensor-parallel rank.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,26 +46,27 @@ class Checkpoint:
 
     @property
     def identity(self) -> str:
-        """Another one wherever another checkpoint was saved, under the same name too."""
+        """A string that changes whenever another checkpoint is saved, even under the same name."""
         index = self.folder / ".metadata"
         return f"{index.absolute()} {index.stat().st_size} {index.stat().st_mtime_ns}"
 
     def dtype(self, weight: Weight) -> torch.dtype:
+        """Return the dtype that a parameter is stored in."""
         return self._find(weight)[1].properties.dtype
 
     def shape(self, weight: Weight) -> tuple[int, ...]:
-        """Of the whole parameter, over all TP ranks; the vocabulary with Megatron's padding."""
+        """Return the shape of the whole parameter, over all TP ranks; a vocabulary includes Megatron's padding."""
         key, stored = self._find(weight)
         return tuple(stored.size)[1:] if self._stacked(weight, key) else tuple(stored.size)
 
     def read(self, weight: Weight, first: int, rows: int) -> Tensor:
-        """Rows first to first + rows of the whole parameter.
+        """Read rows [first, first + rows) of the whole parameter.
 
         Raises:
-            UserError: a file of the checkpoint is missing or broken, or a part of the tensor in none of them.
+            UserError: a file of the checkpoint is missing or broken, or no file has a part of the tensor.
         """
         key, stored = self._find(weight)
-        lead = [weight.layer] if self._stacked(weight, key) else []
+        lead = [weight.layer] if weight.layer is not None and self._stacked(weight, key) else []
         size = [rows, *self.shape(weight)[1:]]
         offsets = [*lead, first, *(0 for _ in size[1:])]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size([1] * len(lead) + size))
@@ -81,7 +82,7 @@ class Checkpoint:
         return out.view(size)
 
     def _check(self, items: list[ReadItem]) -> None:
-        """Raise ValueError where a record that is about to be read for the first time does not match its CRC-32."""
+        """Raise ValueError if a record that is read for the first time does not match its CRC-32."""
         places = (self._reader.storage_data[item.storage_index] for item in items)
         for file, *record in {(p.relative_path, p.offset, p.length) for p in places} - self._whole:
             if fault := crc_fault(self.folder / file, *record):
@@ -89,14 +90,14 @@ class Checkpoint:
             self._whole.add((file, *record))
 
     def read_tensor(self, weight: Weight, index: int) -> Tensor:
-        """The Hugging Face tensor number `index` of a parameter. Raises UserError as `read`."""
+        """Return the Hugging Face tensor number `index` of a parameter. Raises UserError as `read`."""
         rows = [t.shape[0] for t in weight.tensors]
-        if weight.blocks == 1:  # its rows lie together; the vocabulary's padding is left behind
+        if weight.blocks == 1:  # its rows are contiguous; the vocabulary's padding is left out
             return self.read(weight, sum(rows[:index]), rows[index])
         return part(weight, index, self.read(weight, 0, sum(rows)))
 
     def check_shape(self, weight: Weight) -> None:
-        """Raise a UserError where the checkpoint's parameter is not the size that config.json says."""
+        """Raise UserError if the shape of the checkpoint's parameter is not the one by config.json."""
         rows = sum(t.shape[0] for t in weight.tensors)
         shape, needed = self.shape(weight), (rows, *weight.tensors[0].shape[1:])
         fits = shape[0] >= rows and shape[1:] == needed[1:] if weight.padded else shape == needed
@@ -115,20 +116,20 @@ class Checkpoint:
         return weight.layer is not None and key != weight.path
 
 
-class _Into:
-    """The smallest of torch's load planners: every piece that was read lands in one tensor."""
+class _Into(DefaultLoadPlanner):
+    """A minimal load planner for torch: every piece is read into one tensor."""
 
     def __init__(self, out: Tensor) -> None:
+        super().__init__()
         self._out = out
 
-    def resolve_tensor(self, item: ReadItem) -> Tensor:
-        return self._out[tuple(slice(o, o + n) for o, n in zip(item.dest_offsets, item.lengths, strict=True))]
-
-    def commit_tensor(self, item: ReadItem, tensor: Tensor) -> None: ...
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        places = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._out[tuple(slice(o, o + n) for o, n in places)]
 
 
 def newest_checkpoint(checkpoints: Path, iteration: int | None = None) -> Checkpoint:
-    """The newest checkpoint of a folder of them (`release`, of weights alone, may be it), or that of an iteration.
+    """Return the checkpoint of an iteration, or the newest in a folder (which may be `release`, weights only).
 
     Raises:
         UserError: there is none, or it was never finished.
@@ -141,7 +142,7 @@ def newest_checkpoint(checkpoints: Path, iteration: int | None = None) -> Checkp
 
 
 def _newest(checkpoints: Path) -> str:
-    """What Megatron's tracker file says: a number, or `release`."""
+    """Return the content of Megatron's tracker file: a number, or `release`."""
     tracker = checkpoints / hub.TRACKER
     try:
         name = tracker.read_text().strip()
@@ -169,11 +170,11 @@ _INDEX = {
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "collections": {"OrderedDict"},
 }
-"""What an index is made of, by module."""
+"""The classes and functions that an index may refer to, by module."""
 
 
 class _Index(pickle.Unpickler):
-    """Unpickles nothing but an index."""
+    """An unpickler that accepts only what an index consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _INDEX.get(module, ()):
@@ -182,7 +183,7 @@ class _Index(pickle.Unpickler):
 
 
 def read_index(path: Path) -> Metadata:
-    """A checkpoint's `.metadata`; nothing in it is run. Raises UnpicklingError, or what a broken pickle may."""
+    """Read a checkpoint's `.metadata` without executing it. Raises UnpicklingError, or what a broken pickle may."""
     with path.open("rb") as file:
         metadata = _Index(file).load()
     if not isinstance(metadata, Metadata):

@@ -1,8 +1,8 @@
-"""The one table of names and layouts: which Hugging Face tensors make up each of Megatron's parameters, and how.
+"""The table of parameters: which Hugging Face tensors make up each of Megatron's parameters, and in which layout.
 
-Loading, export and adapters all read it. A Megatron parameter joins one or more Hugging Face tensors by rows, in
-`blocks`: query, key and value are interleaved per key/value group, gate and up lie one above the other in one block.
-Under tensor parallelism a rank holds its part of *every* joined tensor, joined by the same rule.
+Loading, export and adapters all use it. A Megatron parameter joins one or more Hugging Face tensors by rows, in
+`blocks`: query, key and value are interleaved per key/value group, gate and up are stacked in one block. Under tensor
+parallelism a rank holds its part of *every* joined tensor, joined by the same rule.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ class HFTensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of Megatron's model, whole (not cut over TP), as Hugging Face tensors."""
+    """A whole parameter of Megatron's model (not sharded over TP) and its Hugging Face tensors."""
 
     name: str
-    """Within its layer, or within the model; the name in a checkpoint, where norms bear Transformer Engine's."""
+    """Name within its layer, or within the model, as in a checkpoint, where norms have Transformer Engine's names."""
     layer: int | None
-    """Counted from 0 over the whole model; None outside the layers."""
+    """Layer number from 0 over the whole model; None outside the layers."""
     tensors: tuple[HFTensor, ...]
     axis: int | None
-    """Cut over TP along this axis; None: every rank has it whole."""
+    """The axis that is sharded over TP; None: every rank has the whole parameter."""
     blocks: int = 1
-    """Blocks of rows that the tensors are interleaved in; they are cut over TP too."""
+    """Number of blocks of rows in which the tensors are interleaved; TP shards the blocks too."""
     padded: bool = False
-    """Rows are the vocabulary, to which Megatron adds rows of zeros."""
+    """Whether the rows are the vocabulary, to which Megatron adds rows of zeros."""
 
     @property
     def path(self) -> str:
-        """Name in the whole model, `decoder.layers.7.mlp.linear_fc1.weight`."""
+        """Name in the whole model, such as `decoder.layers.7.mlp.linear_fc1.weight`."""
         return self.name if self.layer is None else f"decoder.layers.{self.layer}.{self.name}"
 
 
 def weights(config: ModelConfig) -> list[Weight]:
-    """Every parameter of the model, in the order of the layers; tied embeddings once."""
+    """Return every parameter of the model, in the order of the layers; tied embeddings once."""
     h, v = config.hidden, config.vocab_size
     embedding = HFTensor("model.embed_tokens.weight", (v, h))
     norm = HFTensor("model.norm.weight", (h,))
@@ -63,7 +63,7 @@ def weights(config: ModelConfig) -> list[Weight]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Of the whole model, tied embeddings once."""
+    """Return the number of parameters of the whole model, tied embeddings counted once."""
     return sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)
 
 
@@ -96,7 +96,7 @@ def _layer_weights(config: ModelConfig, layer: int) -> list[Weight]:
     ]
 
 
-# The local layer spec has norms as modules of their own, Transformer Engine's inside the linear layer that follows.
+# In the local layer spec norms are separate modules, in Transformer Engine's they are part of the next linear layer.
 _NORMS = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
@@ -104,7 +104,8 @@ _NORMS = {
 
 
 def global_path(parameter: str, layer_numbers: Sequence[int]) -> str:
-    """The `Weight.path` of a parameter of a pipeline chunk whose layers have these numbers (from 1, over the model)."""
+    """Return the `Weight.path` of a parameter in a pipeline chunk with these layer numbers (from 1, over the model)."""
+
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
     if match is None:
         return parameter
@@ -112,14 +113,15 @@ def global_path(parameter: str, layer_numbers: Sequence[int]) -> str:
 
 
 def join(tensors: Sequence[Tensor], blocks: int) -> Tensor:
-    """Tensors [rows_i, ...] as Megatron has them, [sum of rows_i, ...]: in each block a part of every tensor."""
+    """Join tensors [rows_i, ...] as Megatron does, [sum of rows_i, ...]: each block has a part of every tensor."""
     if len(tensors) == 1:
         return tensors[0]
     return torch.cat([t.unflatten(0, (blocks, -1)) for t in tensors], 1).flatten(0, 1)
 
 
 def part(weight: Weight, index: int, joined: Tensor) -> Tensor:
-    """The Hugging Face tensor number `index` of a whole joined parameter: `join` undone."""
+    """Return the Hugging Face tensor number `index` of a whole joined parameter: the inverse of `join`."""
     rows = [t.shape[0] // weight.blocks for t in weight.tensors]
     first = sum(rows[:index])
-    return joined.unflatten(0, (weight.blocks, -1))[:, first : first + rows[index]].flatten(0, 1)
+    blocks: Tensor = joined.unflatten(0, (weight.blocks, -1))
+    return blocks[:, first : first + rows[index]].flatten(0, 1)

@@ -1,1 +1,1 @@
-"""Transformer layers of plain torch, for Megatron's layer spec."""
+"""Transformer layers in plain torch, for Megatron's layer spec."""

@@ -1,4 +1,4 @@
-"""A core attention that knows packed rows and context parallelism, which Megatron's own torch attention refuses."""
+"""Core attention in plain torch, with the packed rows and context parallelism that Megatron's own torch layer lacks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class CoreAttention(torch.nn.Module):
     """Causal attention within each sample, over packed rows [t, n, d] or padded batches [s, b, n, d], on any CP size.
 
     Under context parallelism a rank holds two chunks of every sample (`zigzag`). Keys and values are all-gathered over
-    CP (backward: a reduce-scatter) and put into sequence order; queries stay. On a GPU, in fp16 and bf16, torch's flash
-    kernel runs over all samples at once. Elsewhere one call of `scaled_dot_product_attention` a sample keeps the masks
-    small and a sample's result independent, to the bit, of the others in its row.
+    CP (a reduce-scatter in the backward pass) and put into sequence order; queries stay on their rank. On a GPU in fp16
+    or bf16, torch's flash kernel runs over all samples at once. Elsewhere `scaled_dot_product_attention` is called once
+    for each sample: the masks stay small, and a sample's result does not depend, to the bit, on the others in its row.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class CoreAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
+        assert pg_collection is not None, "Megatron's layers pass their groups"
         self.cp_group = pg_collection.cp
         self.softmax_scale = softmax_scale
         self.window = config.window_size
@@ -52,7 +53,7 @@ class CoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [t/cp, n, d], key and value [t/cp, g, d] -> [t/cp, n*d]; padded: [s/cp, b, n, d] -> [s/cp, b, n*d]."""
+        """Attend: query [t/cp, n, d], key, value [t/cp, g, d] -> [t/cp, n*d]; padded: [s/cp, b] in place of [t/cp]."""
         if packed_seq_params is not None:
             edges, longest = packed_seq_params.cu_seqlens_q_padded, packed_seq_params.max_seqlen_q
             return self._attend(query, key, value, edges, longest)
@@ -75,11 +76,11 @@ class CoreAttention(torch.nn.Module):
         return self._one_by_one(query, key, value, cu_seqlens, dropout)
 
     def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, dropout: float) -> Tensor:
-        """A sample at a time; waits for the device to know their lengths."""
+        """Attend one sample at a time; waits for the device to read the samples' lengths."""
         cp, rank = self.cp_group.size(), self.cp_group.rank()
         lengths = cu_seqlens.diff()
         position = torch.arange(int(cu_seqlens[-1]), device=query.device)
-        position = position - torch.repeat_interleave(cu_seqlens[:-1], lengths)  # in the sample
+        position = position - torch.repeat_interleave(cu_seqlens[:-1], lengths)  # within the sample
         mine = position[zigzag(cu_seqlens, cp, rank)]
         out = [
             self._attend_sample(q, k, v, at, dropout)
@@ -94,8 +95,8 @@ class CoreAttention(torch.nn.Module):
         return torch.cat(out)
 
     def _attend_sample(self, query: Tensor, key: Tensor, value: Tensor, at: Tensor, dropout: float) -> Tensor:
-        """query [q, n, d] at positions `at` [q] of a sample with key, value [k, g, d] -> [q, n*d]."""
-        back = at[:, None] - torch.arange(key.shape[0], device=at.device)  # [q, k]: how far the key is behind
+        """Attend from query [q, n, d], at positions `at` [q] of a sample, to its key, value [k, g, d] -> [q, n*d]."""
+        back = at[:, None] - torch.arange(key.shape[0], device=at.device)  # [q, k]: tokens from key to query
         allowed = back >= 0
         if self.window is not None:
             allowed &= back <= self.window[0]
@@ -108,6 +109,6 @@ class CoreAttention(torch.nn.Module):
         return out[0].transpose(0, 1).flatten(1)
 
     def _gather(self, x: Tensor) -> Tensor:
-        # torch.distributed.nn's all_gather has a backward that fails on gloo's subgroups; Megatron's own is right on
-        # all.
+        # The backward pass of torch.distributed.nn's all_gather fails on gloo's subgroups; Megatron's own works on all
+        # groups.
         return tensor_parallel.gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group)

@@ -1,26 +1,32 @@
-"""Causal attention by torch's flash kernel for sequences of different lengths, on GPUs, in fp16 and bf16.
+"""Causal attention over sequences of different lengths by torch's flash kernel, on GPUs in fp16 and bf16.
 
-`torch.nn.attention.varlen` aligns a causal mask at the last query and the last key, so a context-parallel rank's chunk
-of a sample is a sequence of its own, whose keys are the sample's up to the chunk's end. Nothing here waits for the GPU.
+`torch.nn.attention.varlen` aligns a causal mask at the last query and the last key. So a context-parallel rank's chunk
+of a sample is passed as a sequence whose keys are the sample's keys up to the chunk's end. Nothing here waits for the
+GPU.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+varlen_attn: Callable[..., Any] | None  # whose signature differs from release to release
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 except ImportError:  # torch before 2.10
     varlen_attn = None
+else:
+    varlen_attn = varlen.varlen_attn
 
 _NAMES = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else frozenset()
 
 
 def can(query: Tensor, dropout: float) -> bool:
-    """Whether the kernel takes these heads: query [t, n, d] on a GPU, in 16 bits, without dropout."""
+    """Return whether the kernel supports query [t, n, d]: on a GPU, in 16 bits, d up to 256, without dropout."""
     dtypes = (torch.bfloat16, torch.float16)
     return (
         varlen_attn is not None and query.is_cuda and query.dtype in dtypes and query.shape[-1] <= 256 and not dropout
@@ -39,11 +45,11 @@ def samples(
     """Attend within each sample.
 
     Args:
-        query: [t, n, d]; key, value: [t, g, d], all samples one behind the other.
+        query: [t, n, d]; key, value: [t, g, d]; all samples concatenated.
         cu_seqlens: [B+1] int32, the samples' edges.
-        longest: tokens of the longest sample, or more.
-        scale: of the scores; None for 1 / sqrt(d).
-        window: (w, 0) lets a query see the w keys before its own; None: all of them.
+        longest: an upper bound of a sample's tokens.
+        scale: the factor of the scores; None for 1 / sqrt(d).
+        window: (w, 0) lets a query see its own key and the w before it; None: all keys before it.
 
     Returns:
         [t, n*d].
@@ -73,7 +79,7 @@ def chunks(
     """
     chunk = (cu_seqlens.diff() // (2 * cp)).repeat_interleave(2, output_size=2 * (len(cu_seqlens) - 1))  # [2B]
     before = torch.tensor([rank + 1, 2 * cp - rank], device=query.device).repeat(len(cu_seqlens) - 1)
-    lengths = chunk * before  # [2B] keys that a chunk sees
+    lengths = chunk * before  # [2B] number of keys that a chunk sees
     total = key.shape[0] // (2 * cp) * (2 * cp + 1)
     edges_q, edges_k = (torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (chunk, lengths))
     sequence = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths, output_size=total)
@@ -93,8 +99,9 @@ def _call(
     scale: float | None,
     window: tuple[int, int] | None,
 ) -> Tensor:
-    """By the signature that the installed torch has: `enable_gqa` came after grouped heads, `is_causal` went away."""
-    options = {"scale": scale} | ({"enable_gqa": True} if "enable_gqa" in _NAMES else {})
+    """Call the kernel by the installed torch's signature: releases differ in `enable_gqa`, `is_causal` and `scale`."""
+    assert varlen_attn is not None, "`can` is asked first"
+    options: dict[str, Any] = {"scale": scale} | ({"enable_gqa": True} if "enable_gqa" in _NAMES else {})
     if "is_causal" in _NAMES:
         if window is not None:
             raise NotImplementedError("this torch's flash attention has no sliding window")
@@ -104,5 +111,7 @@ def _call(
     if "scale" not in _NAMES:
         del options["scale"]
         query = query if scale is None else query * (scale * query.shape[-1] ** 0.5)
-    out = varlen_attn(*(x.contiguous() for x in (query, key, value)), edges_q, edges_k, longest_q, longest_k, **options)
+    out: Tensor = varlen_attn(
+        *(x.contiguous() for x in (query, key, value)), edges_q, edges_k, longest_q, longest_k, **options
+    )
     return out.flatten(1)

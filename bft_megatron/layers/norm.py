@@ -1,4 +1,4 @@
-"""An RMSNorm that knows sequence parallelism, which Megatron's own torch norm refuses."""
+"""RMSNorm in plain torch, with the sequence parallelism that Megatron's own torch norm lacks."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark

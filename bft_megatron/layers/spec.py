@@ -1,7 +1,7 @@
 """Megatron's local layer spec with this package's norm and core attention.
 
-Weights, checkpoint names and everything but these two modules are the local spec's, whose `sharded_state_dict_keys_map`
-stores the norms under Transformer Engine's names: a checkpoint is the same with either kind of layers.
+Everything else, including weights and checkpoint names, is the local spec's. Its `sharded_state_dict_keys_map` stores
+the norms under Transformer Engine's names, so a checkpoint is the same with either kind of layers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from bft_megatron.layers.norm import RMSNorm
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The decoder's spec for `GPTModelConfig.transformer_layer_spec`: a whole block, since its final norm is replaced
-    too.
-    """
+    """Return the decoder's spec for `GPTModelConfig.transformer_layer_spec`: a block's, to set the final norm too."""
     transformer = config.transformer
     layer = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm

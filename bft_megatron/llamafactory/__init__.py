@@ -1,12 +1,13 @@
-"""`from-llamafactory`: a LLaMA-Factory SFT config as the recipe that does the same, and what of it has no counterpart.
+"""`from-llamafactory`: converts a LLaMA-Factory SFT config to an equivalent recipe and lists what has no counterpart.
 
-`config` reads the file, `conversion` collects what becomes of its fields; `model`, `data`, `objective`, `layout`,
-`training` and `saving` each carry over the fields of one concern, `other` names those without counterpart; `report`
+`config` reads the file, `conversion` collects the recipe's fields; `model`, `data`, `objective`, `parallelism`,
+`training` and `saving` each convert the fields of one concern, `other` lists those without counterpart; `rendering`
 writes the recipe and the table.
+
 """
 
 from bft_megatron.llamafactory.conversion import Conversion
 from bft_megatron.llamafactory.convert import convert
-from bft_megatron.llamafactory.report import print_table, recipe_text
+from bft_megatron.llamafactory.rendering import print_table, recipe_text
 
 __all__ = ["Conversion", "convert", "print_table", "recipe_text"]

@@ -1,4 +1,4 @@
-"""A LLaMA-Factory config, YAML or JSON: values of the type that a field has there, every fault with file and line."""
+"""Reading a LLaMA-Factory config, YAML or JSON: typed access to its fields; every error names file and line."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Config:
 
     Attributes:
         path: the file.
-        asked: the fields that have been asked for.
+        asked: names of the fields that have been read.
 
     Raises:
-        UserError: a file that cannot be read, or is no mapping of fields.
+        UserError: the file cannot be read, or is not a mapping of fields.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,10 +28,12 @@ class Config:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"cannot read the config: {getattr(e, 'strerror', e)}", str(path)) from None
-        self._file = YamlFile(path, text.expandtabs() if path.suffix == ".json" else text)  # JSON is YAML but for tabs
+        self._file = YamlFile(path, text.expandtabs() if path.suffix == ".json" else text)  # JSON is YAML except tabs
         self.path = path
         self.asked: set[str] = set()
-        self._values = {str(name): value for name, value in OmegaConf.to_container(self._file.tree).items()}
+        values = OmegaConf.to_container(self._file.tree)
+        assert isinstance(values, dict), "YamlFile refuses whatever is no mapping"
+        self._values = {str(name): value for name, value in values.items()}
 
     @property
     def names(self) -> list[str]:
@@ -39,16 +41,16 @@ class Config:
         return [name for name, value in self._values.items() if value is not None]
 
     def given(self, name: str) -> bool:
-        """Whether the file gives a field a value."""
+        """Return whether the file sets a field to a value."""
         return self._values.get(name) is not None
 
     def raw(self, name: str) -> Any:
-        """A field's value as it stands, None where it has none."""
+        """Return a field's value as it stands, or None."""
         self.asked.add(name)
         return self._values.get(name)
 
     def number(self, name: str, default: float, least: float = 0.0) -> float:
-        """A number that is finite and not below `least`; UserError else."""
+        """Return a finite number not below `least`. Raises UserError if it isn't one."""
         value = self.raw(name)
         if value is None:
             return default
@@ -59,28 +61,32 @@ class Config:
         return value
 
     def integer(self, name: str, default: int, least: int = 1) -> int:
-        """A whole number, not below `least`; UserError else."""
+        """Return a whole number not below `least`. Raises UserError if it isn't one."""
         value = self.number(name, default, least)
         if value != int(value):
             raise self.wrong(name, f"must be a whole number, not {value}")
         return int(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """true or false; UserError else."""
+        """Return true or false. Raises UserError if it is neither."""
         value = self.raw(name)
         if not isinstance(value, bool | None):
             raise self.wrong(name, f"must be true or false, not {value!r}")
         return default if value is None else value
 
     def text(self, name: str, default: str = "") -> str:
-        """Text; UserError else."""
+        """Return text. Raises UserError if it isn't text."""
         value = self.raw(name)
         if not isinstance(value, str | None):
             raise self.wrong(name, f"must be text, not {value!r}")
         return default if value is None else value
 
     def texts(self, name: str) -> list[str]:
-        """A list, or names with commas between them, none where the field has no value; UserError else."""
+        """Return a list of names, given as a list or separated by commas; [] if the field has no value.
+
+        Raises:
+            UserError: the value is neither.
+        """
         value = self.raw(name)
         items = value.split(",") if isinstance(value, str) else value or []
         if not isinstance(items, list) or not all(isinstance(item, str) and item.strip() for item in items):
@@ -88,9 +94,9 @@ class Config:
         return [item.strip() for item in items]
 
     def where(self, name: str) -> str:
-        """file:line: field."""
+        """Return "file:line: field"."""
         return self._file.where(name)
 
     def wrong(self, name: str, message: str) -> UserError:
-        """An error about a field."""
+        """Return an error about a field."""
         return UserError(message, self.where(name))

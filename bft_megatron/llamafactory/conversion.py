@@ -1,4 +1,4 @@
-"""What becomes of a config: fields of the recipe, rows of the table, and the fields that were not carried over."""
+"""The result of a conversion: the recipe's fields, the rows of the table, and the fields that were not carried over."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ GROUPS = {
     "lora": LoraSettings,
     "train": TrainSettings,
 }
-"""The recipe's groups of fields."""
+"""The recipe's groups of fields and their dataclasses."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: one matter, as LLaMA-Factory has it and as the recipe has it."""
+    """A row of the table: one topic, in LLaMA-Factory and in the recipe."""
 
     matter: str
     theirs: str
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Lost:
-    """A field that was not carried over, with the place in the file, and why."""
+    """A field that was not carried over, its place in the file, and the reason."""
 
     where: str
     name: str
@@ -46,16 +46,16 @@ class Lost:
 
 @dataclass
 class Conversion:
-    """A config on its way to a recipe.
+    """A config and the recipe it is being converted to.
 
     Attributes:
-        config: what is converted.
-        gpus: on how many it runs.
-        assumed: whether nobody said so.
-        samples: conversations of an epoch; None where the data are not here to be counted.
-        fields: the recipe's, by dotted name.
-        rows: of the table.
-        lost: what was not carried over.
+        config: the config.
+        gpus: number of GPUs that the run uses.
+        assumed: whether `gpus` is a default.
+        samples: conversations in an epoch; None if the data are not here to be counted.
+        fields: the recipe's fields by dotted name.
+        rows: rows of the table.
+        lost: fields that were not carried over.
         not_needed: reason -> fields that need no counterpart.
     """
 
@@ -69,29 +69,30 @@ class Conversion:
     not_needed: dict[str, list[str]] = field(default_factory=dict)
 
     def carry(self, matter: str, theirs: str, name: str, value: Any, ours: str = "") -> None:
-        """Set a field of the recipe and say so in the table.
+        """Set a field of the recipe and add a row to the table.
 
         Args:
-            matter: what it is about.
+            matter: the row's topic.
             theirs: LLaMA-Factory's fields and values.
             name: the recipe's field, dotted.
-            ours: for the table, in place of the field and its value.
+            ours: text for the table in place of the field and its value.
         """
         self.fields[name] = value
         self.show(matter, theirs, ours or f"{name} {_shown(value)}")
 
     def show(self, matter: str, theirs: str, ours: str) -> None:
-        """Say in the table what holds in the recipe without a field of it being set."""
+        """Add a row to the table without setting a field of the recipe."""
         self.rows.append(Row(matter, theirs, ours))
 
     def carry_field(self, matter: str, theirs: str, name: str, value: Any) -> None:
-        """`carry` for LLaMA-Factory's field `theirs`; the recipe leaves out its own default, unless it was given."""
+        """Call `carry` for LLaMA-Factory's field `theirs`; the recipe omits a default that the config does not give."""
+
         if self.config.given(theirs) or value != _default(name):
             self.fields[name] = value
         self.show(matter, f"{theirs} {_shown(value)}", f"{name} {_shown(value)}")
 
     def lose(self, name: str, why: str) -> None:
-        """Name a field that is not carried over."""
+        """Record a field that is not carried over."""
         self.lost.append(Lost(self.config.where(name), name, self.config.raw(name), why))
 
 

@@ -1,11 +1,11 @@
-"""A config's fields, concern by concern, into a conversion."""
+"""Converting a config: checks that it is an SFT and converts its fields, one concern after another."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from bft_megatron.errors import UserError
-from bft_megatron.llamafactory import data, layout, model, objective, other, saving, training
+from bft_megatron.llamafactory import data, model, objective, other, parallelism, saving, training
 from bft_megatron.llamafactory.config import Config
 from bft_megatron.llamafactory.conversion import Conversion
 
@@ -14,16 +14,16 @@ def convert(path: Path, gpus: int | None = None) -> Conversion:
     """Convert a config.
 
     Args:
-        path: YAML or JSON.
-        gpus: on how many it runs; left out: its `ray_num_workers`, else as many as its layout takes.
+        path: YAML or JSON file.
+        gpus: number of GPUs that the run uses; default: its `ray_num_workers`, else as many as its layout needs.
 
     Raises:
-        UserError: a file that cannot be read, a value that cannot be, or a config of something else than an SFT of all
-            weights or of LoRA adapters, named by file, line and field.
+        UserError: a file that cannot be read, an invalid value, or a config of anything but an SFT of all weights or of
+            LoRA adapters; names file, line and field.
     """
     config = Config(path)
     _check_is_sft(config)
-    copy = layout.model_parallel_size(config)
+    copy = parallelism.model_parallel_size(config)
     said = gpus or (config.integer("ray_num_workers", 1) if config.given("ray_num_workers") else None)
     gpus = said or copy
     if gpus % copy:
@@ -33,7 +33,7 @@ def convert(path: Path, gpus: int | None = None) -> Conversion:
             str(path),
         )
     conversion = Conversion(config, gpus, assumed=said is None)
-    for concern in (model, data, objective, layout, training, saving, other):
+    for concern in (model, data, objective, parallelism, training, saving, other):
         concern.carry(conversion)
     conversion.lost.sort(key=lambda lost: config.names.index(lost.name))
     return conversion

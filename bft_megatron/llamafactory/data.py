@@ -10,12 +10,12 @@ from bft_megatron.data import sources
 from bft_megatron.data.packing import padded
 from bft_megatron.errors import FieldError
 from bft_megatron.llamafactory.conversion import Conversion
-from bft_megatron.llamafactory.layout import context_size, tensor_size
+from bft_megatron.llamafactory.parallelism import context_size, tensor_size
 from bft_megatron.recipe.sources import source_settings
 
 
 def carry(to: Conversion) -> None:
-    """`dataset`, `eval_dataset`, `max_samples`, `val_size`, `template`, `cutoff_len`, packing and what is masked."""
+    """Convert `dataset`, `eval_dataset`, `max_samples`, `val_size`, `template`, `cutoff_len`, packing and masking."""
     config = to.config
     _carry_sources(to)
     if config.text("mix_strategy", "concat") != "concat":
@@ -31,15 +31,16 @@ def _carry_sources(to: Conversion) -> None:
     train, held_out = _sources(to, "dataset"), []
     limit = f", max_samples {config.integer('max_samples', 1)} of each" if config.given("max_samples") else ""
     counts = [_count(source) for source in train]
+    known = [count for count in counts if count is not None]
     share = config.number("val_size", 0.0)
-    if share and None in counts:
+    if share and len(known) < len(train):
         to.lose("val_size", "the data are not here to be counted: give data.valid, or `rows` of each source")
     elif share:
         if config.given("eval_dataset"):
             raise config.wrong("val_size", "and eval_dataset both name held-out data: give one of them")
-        held_out = [_split(to, source, count, sum(counts)) for source, count in zip(train, counts, strict=True)]
-        counts = [int(source["rows"].removeprefix(":")) for source in train]
-    to.samples = None if None in counts else sum(counts)
+        held_out = [_split(to, source, count, sum(known)) for source, count in zip(train, known, strict=True)]
+        known = [int(source["rows"].removeprefix(":")) for source in train]
+    to.samples = sum(known) if len(known) == len(train) else None
     to.carry("data", f"dataset {','.join(config.texts('dataset'))}{limit}", "data.train", train, _listed(train))
     if config.given("eval_dataset"):
         held_out = _sources(to, "eval_dataset")
@@ -52,9 +53,9 @@ def _carry_sources(to: Conversion) -> None:
 
 
 def _split(to: Conversion, source: dict[str, Any], count: int, total: int) -> dict[str, Any]:
-    """Cut the held-out rows, the last, off a source; returns the source of these.
+    """Cut the held-out rows, which are the last, off a source, and return them as a source.
 
-    `val_size` is their share of all rows, or from 1 on their number.
+    `val_size` is their share of all rows if below 1, else their number.
     """
     share = to.config.number("val_size", 0.0)
     edge = count - math.ceil(count * (share if share < 1 else share / total))
@@ -66,7 +67,7 @@ def _split(to: Conversion, source: dict[str, Any], count: int, total: int) -> di
 
 
 def _count(source: dict[str, Any]) -> int | None:
-    """Rows of a source that are taken; None where it is not here."""
+    """Return the number of rows taken from a source; None if its files are not here."""
     (settings,) = source_settings([source], "data.train")
     try:
         return sum(1 for chunk in sources.open_source(settings).chunks() for _ in chunk)
@@ -100,7 +101,7 @@ def _carry_rows(to: Conversion) -> None:
 
 
 def _divisible(to: Conversion, length: int) -> int:
-    """What context and sequence parallelism can cut: the next multiple of their parts."""
+    """Round up to a length that context and sequence parallelism can divide."""
     context = context_size(to.config)
     return padded(length, (2 * context if context > 1 else 1) * tensor_size(to.config))
 
@@ -116,7 +117,7 @@ def _carry_masks(to: Conversion) -> None:
 
 
 def _sources(to: Conversion, field: str) -> list[dict[str, Any]]:
-    """The items of a `data` field: entries of `dataset_dir`'s dataset_info.json, or data sets of the hub's cache."""
+    """Return the items of a `data` field: entries of `dataset_dir`'s dataset_info.json, or cached hub data sets."""
     config = to.config
     folder = config.raw("dataset_dir") or "data"
     if not isinstance(folder, str):

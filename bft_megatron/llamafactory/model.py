@@ -1,4 +1,4 @@
-"""The model and, of a LoRA run, its adapters."""
+"""The model, the run's folder and, for LoRA, the adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from bft_megatron.llamafactory.conversion import Conversion
 
 
 def carry(to: Conversion) -> None:
-    """`model_name_or_path`, where its weights come from, `output_dir`, and the lora_* fields."""
+    """Convert `model_name_or_path`, `train_from_scratch`, `output_dir` and the lora_* fields."""
     config = to.config
     for matter, theirs, ours in (("model", "model_name_or_path", "model"), ("run's folder", "output_dir", "output")):
         to.carry_field(matter, theirs, ours, config.text(theirs))

@@ -1,16 +1,16 @@
-"""The objective, and what Balanced Fine-Tuning takes from the environment."""
+"""The objective, with the settings of Balanced Fine-Tuning from the environment."""
 
 from __future__ import annotations
 
 import os
 
 from bft_megatron.llamafactory.conversion import Conversion
-from bft_megatron.llamafactory.layout import on_megatron
+from bft_megatron.llamafactory.parallelism import on_megatron
 from bft_megatron.recipe import environment
 
 
 def carry(to: Conversion) -> None:
-    """`use_bft_loss` and `use_dft_loss`, the former of which wins; needs `data.packing` to be carried before."""
+    """Convert `use_bft_loss` and `use_dft_loss`, of which the former wins. Call it after `data.carry`."""
     dft, bft = to.config.flag("use_dft_loss"), to.config.flag("use_bft_loss")
     name = "bft" if bft else "dft" if dft else "sft"
     theirs = f"use_{name}_loss" if name != "sft" else "cross entropy"

@@ -1,4 +1,4 @@
-"""The fields that have no counterpart: those that need none, and those that would change the run, each with why."""
+"""The fields without counterpart: those that need none, and those that would change the run, each with the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bft_megatron.llamafactory.conversion import Conversion
 
-# Nothing is lost with these. A name that ends in * stands for all that begin so.
+# Leaving these out changes nothing in the run. * stands for any text, as in a file name pattern.
 NOT_NEEDED = {
     "every step's numbers are in metrics.jsonl and TensorBoard": (
         "logging_*", "plot_loss", "report_to", "run_name", "project", "trackio_*", "use_swanlab", "swanlab_*",
@@ -63,7 +63,7 @@ NOT_NEEDED = {
     ),
 }  # fmt: skip
 
-# These would change the run, where they are on.
+# These would change the run if they are on.
 LOST = {
     "use_eaft_loss": "of the objectives here it is none; one of your own can weigh by entropy: see examples/objectives",
     "use_asft_loss": "it needs a second model to compare with, which there is not",
@@ -129,11 +129,11 @@ LOST = {
 }
 
 _OFF = {None, False, "", "no", "none", "main", "concat"}
-"""Values with which a field of LOST changes nothing."""
+"""Values that turn off a field of LOST."""
 
 
 def carry(to: Conversion) -> None:
-    """Name every field that nobody asked for: those of NOT_NEEDED by reason, the others as lost unless they are off."""
+    """Record every unread field: in NOT_NEEDED by reason, otherwise as lost unless its value turns it off."""
     config = to.config
     left = [name for name in config.names if name not in config.asked]
     for name in left:

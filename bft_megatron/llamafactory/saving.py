@@ -1,4 +1,4 @@
-"""Checkpoints and validations: how often, and which are kept."""
+"""Checkpoints and validations: their intervals, and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _USUAL_STEPS = 500  # transformers' default
 
 
 def carry(to: Conversion) -> None:
-    """The save_* and eval_* fields; needs `data.valid` and `train.iterations` to be carried before."""
+    """Convert the save_* and eval_* fields. Call it after `data.carry` and `training.carry`."""
     _carry_checkpoints(to)
     _carry_validation(to)
 
@@ -29,7 +29,7 @@ def _carry_checkpoints(to: Conversion) -> None:
 def _carry_validation(to: Conversion) -> None:
     config = to.config
     strategy = "eval_strategy" if config.given("eval_strategy") else "evaluation_strategy"
-    by_logging = config.raw(strategy) == "steps" and not config.given("eval_steps")  # as transformers has it
+    by_logging = config.raw(strategy) == "steps" and not config.given("eval_steps")  # as in transformers
     every = _carry_interval(to, strategy, "no", "logging_steps" if by_logging else "eval_steps", _USUAL_STEPS)
     best, metric = config.flag("load_best_model_at_end"), config.text("metric_for_best_model", "loss")
     if "data.valid" not in to.fields:
@@ -54,17 +54,20 @@ def _carry_validation(to: Conversion) -> None:
 
 
 def _carry_interval(to: Conversion, strategy: str, usual: str, name: str, default: int) -> int | None:
-    """Steps between two saves or validations; None for none but the last, or where they cannot be told."""
-    config, steps = to.config, to.fields.get("train.iterations")
+    """Return the steps between two saves or validations; None if only the last step has one, or if it is unknown."""
+    config = to.config
+    steps: int | None = to.fields.get("train.iterations")
     chosen = usual if config.raw(strategy) is None else config.raw(strategy)
-    if chosen in ("no", False):  # as which YAML reads a bare `no`
+    if chosen in ("no", False):  # YAML reads a bare `no` as False
         config.raw(name)
         return None
     if chosen != "steps":
         to.lose(strategy, "saves and validations are some steps apart: train.save_every, train.validate_every")
         return None
     every = config.number(name, default)
-    if 0 < every < 1 and steps is None:
+    if not 0 < every < 1:
+        return config.integer(name, default)
+    if steps is None:
         to.lose(name, "is a share of the steps, whose number depends on the data: give it in steps")
         return None
-    return math.ceil(every * steps) if 0 < every < 1 else config.integer(name, default)
+    return math.ceil(every * steps)

@@ -1,11 +1,11 @@
-"""The batch, the length of the run, the learning rate and the optimizer."""
+"""The batch size, the run's length, the learning rate and the optimizer."""
 
 from __future__ import annotations
 
 import math
 
 from bft_megatron.llamafactory.conversion import Conversion
-from bft_megatron.llamafactory.layout import deepspeed, model_parallel_size
+from bft_megatron.llamafactory.parallelism import deepspeed, model_parallel_size
 
 # lr_scheduler_type -> Megatron's lr-decay-style
 _STYLES = {
@@ -16,7 +16,7 @@ _STYLES = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
-_CYCLES = {"cosine": 0.5, "cosine_with_restarts": 1}  # a single fall
+_CYCLES = {"cosine": 0.5, "cosine_with_restarts": 1}  # default num_cycles: a single decay
 _ADAMW = {
     "adamw_torch",
     "adamw_torch_fused",
@@ -28,7 +28,7 @@ _ADAMW = {
 
 
 def carry(to: Conversion) -> None:
-    """Everything of a run's steps but the objective; needs `data.packing` to be carried before."""
+    """Convert batch size, length, learning rate and optimizer. Call it after `data.carry`."""
     _carry_batch(to)
     steps = _carry_length(to)
     _carry_learning_rate(to, steps)
@@ -51,7 +51,7 @@ def _carry_batch(to: Conversion) -> None:
 
 
 def _carry_length(to: Conversion) -> int | None:
-    """Returns the run's steps where the config says them."""
+    """Convert the length; return the number of steps if the config gives it."""
     config = to.config
     steps = config.integer("max_steps", -1, least=-1)
     epochs = config.number("num_train_epochs", 3.0)
@@ -59,7 +59,7 @@ def _carry_length(to: Conversion) -> int | None:
         to.carry("length", f"max_steps {steps}", "train.iterations", steps)
         return steps
     theirs, ours = f"num_train_epochs {epochs:g}", f"train.epochs {epochs:g}"
-    if steps_there := _steps_there(to):
+    if to.samples is not None and (steps_there := _steps_there(to)):
         batch = to.fields["train.global_batch_size"]
         theirs += f" of {to.samples:,} samples = {_steps(steps_there)}"
         ours += f" = {_steps(math.ceil(round(epochs * to.samples) / batch))}"
@@ -68,7 +68,7 @@ def _carry_length(to: Conversion) -> int | None:
 
 
 def _steps_there(to: Conversion) -> int | None:
-    """Of a run of whole epochs: its trainer ends each with a batch that may be smaller. None where packing hides it."""
+    """Return LLaMA-Factory's steps for whole epochs, each ending with a smaller batch; None if packing hides it."""
     if to.samples is None or to.fields["data.packing"]:
         return None
     config = to.config
@@ -97,7 +97,7 @@ def _carry_learning_rate(to: Conversion, steps: int | None) -> None:
 
 
 def _options(to: Conversion, cycles: float | None) -> dict[str, float]:
-    """`lr_scheduler_kwargs` where all of them can be carried over: a lowest rate, and what is the default anyway."""
+    """Return `lr_scheduler_kwargs` if all can be carried over: a lowest rate, and values that are the default."""
     options = to.config.raw("lr_scheduler_kwargs") or {}
     if isinstance(options, dict) and all(isinstance(value, int | float) for value in options.values()):
         others = options.keys() - {"min_lr", "min_lr_rate"}
@@ -108,11 +108,11 @@ def _options(to: Conversion, cycles: float | None) -> dict[str, float]:
 
 
 def _carry_warmup(to: Conversion, kind: str, steps: int | None) -> None:
-    """A ratio stays one where the steps depend on the data: Megatron takes it of the steps that the run will have."""
+    """Convert the warm-up. A ratio stays one if the number of steps depends on the data: Megatron applies it itself."""
     config = to.config
     length, ratio = config.number("warmup_steps", 0.0), config.number("warmup_ratio", 0.0)
     theirs = f"warmup_steps {length:g}" if length else f"warmup_ratio {ratio:g}"
-    if 0 < length < 1:  # as of transformers 5 a share of the steps
+    if 0 < length < 1:  # since transformers 5, a share of the steps
         length, ratio = 0.0, length
     if ratio >= 1:
         raise config.wrong("warmup_ratio", f"must be below 1, the share of the steps, not {ratio:g}")
@@ -124,8 +124,8 @@ def _carry_warmup(to: Conversion, kind: str, steps: int | None) -> None:
     warmup = int(length) or (math.ceil(ratio * steps) if steps else None)
     if warmup is None:
         there = _steps_there(to)
-        there = f" = {_steps(math.ceil(ratio * there))}" if there else " of the steps"
-        to.carry("warm-up", f"{theirs}{there}", "megatron.lr-warmup-fraction", ratio, f"{ratio:g} of the steps")
+        share = f" = {_steps(math.ceil(ratio * there))}" if there else " of the steps"
+        to.carry("warm-up", f"{theirs}{share}", "megatron.lr-warmup-fraction", ratio, f"{ratio:g} of the steps")
     elif steps and warmup >= steps:
         name = "warmup_steps" if config.given("warmup_steps") else "warmup_ratio"
         to.lose(name, f"a warm-up of {warmup} steps would not end within max_steps: the recipe has none")

@@ -1,1 +1,1 @@
-"""Low-rank adapters: on Megatron's parallel linear layers, and as PEFT's folders in and out."""
+"""Low-rank adapters (LoRA): on Megatron's parallel linear layers, and as PEFT folders in and out."""

@@ -1,9 +1,9 @@
-"""Adapters on Megatron's column- and row-parallel linear layers: children of theirs, added by a forward hook.
+"""Adapters on Megatron's column- and row-parallel linear layers: submodules of the layers, applied by a forward hook.
 
-The way in is `GPTModelConfig.pre_wrap_hooks`, after the weights' own hook: everything is frozen, each linear layer that
-`factors` names gets an `Adapter` as its child `lora`, and the chunk's state dict becomes the adapters alone. Layers are
-found by name, whatever class computes them; what must hold of that class is that its input is the normalised one, which
-`unfused_spec` sees to on a GPU.
+A hook in `GPTModelConfig.pre_wrap_hooks`, after the one that fills the weights, freezes the model, gives each linear
+layer named by `factors` an `Adapter` as its child `lora`, and reduces the chunk's state dict to the adapters. Layers
+are found by name, whatever their class; the class must get an already normalised input, which `unfused_spec` ensures on
+a GPU.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from torch.nn.functional import linear
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.load import Source, fill_part
 from bft_megatron.hf.weights import Weight, global_path
-from bft_megatron.lora.factors import Adapted, Fresh, adapted, scale
+from bft_megatron.lora.factors import Adapted, Fresh, adapted, scale, settings_of
 from bft_megatron.lora.peft import AdapterFolder
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.upstream import model_chunk
 
 
 def install(model: Any, recipe: Recipe, config: ModelConfig, *, torch_layers: bool) -> None:
-    """Make a `GPTModelConfig` build adapters as the recipe's `lora:` says, after the hook that fills the weights.
+    """Make a `GPTModelConfig` build the adapters of the recipe's `lora:`, after the hook that fills the weights.
 
     Raises:
-        UserError: `lora.adapter` is none, or does not fit.
+        UserError: `lora.adapter` is not an adapter folder, or does not fit the model and the recipe.
     """
-    settings = recipe.lora
+    settings = settings_of(recipe)
     if settings.adapter is None:
-        source = Fresh(adapted(config, settings), recipe.train.seed)
+        source: Source = Fresh(adapted(config, settings), recipe.train.seed)
     else:
         source = AdapterFolder(Path(settings.adapter), config, settings)
     if not torch_layers:
@@ -50,12 +50,12 @@ def install(model: Any, recipe: Recipe, config: ModelConfig, *, torch_layers: bo
 def lora_hook(
     config: ModelConfig, settings: LoraSettings, source: Source
 ) -> Callable[[list[GPTModel]], list[GPTModel]]:
-    """A hook for `GPTModelConfig.pre_wrap_hooks` that freezes the model and gives it adapters.
+    """Return a hook for `GPTModelConfig.pre_wrap_hooks` that freezes the model and adds adapters to it.
 
     Args:
-        config: of the model.
+        config: the model's configuration.
         settings: the recipe's `lora:`.
-        source: the factors' first values, by their names in `factors`.
+        source: the factors' initial values, by their names in `factors`.
 
     Returns:
         The hook; it issues no collective.
@@ -71,7 +71,7 @@ def lora_hook(
                 if entry is not None:
                     _attach(module, Adapter(entry, settings, chunk.config.sequence_parallel, module.weight), source)
             if chunk.pre_process:
-                # Full recompute drops the gradients of a layer whose input needs none: the first one's, silently.
+                # Full recompute silently drops the gradients of a layer whose input needs none, here the first layer.
                 chunk.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
             model_chunk.save_and_load_instead(
                 chunk, partial(_sharded_state_dict, chunk), partial(_load_state_dict, chunk)
@@ -82,16 +82,16 @@ def lora_hook(
 
 
 class Adapter(torch.nn.Module):
-    """scale * B A x for the matrices of one parallel linear layer, each with factors of its own, in its row order.
+    """scale * B A x for the matrices of one parallel linear layer, each with its own factors, in the layer's row order.
 
-    One factor of each pair is cut over TP and the other is whole on every rank: of a column-parallel layer B is cut and
-    A whole, of a row-parallel one A is cut and B whole. Under sequence parallelism a whole factor's gradient is a
-    rank's part of the sequence; marked so, Megatron's `finalize_model_grads` sums it over TP.
+    One factor of each pair is sharded over TP and the other is whole on every rank: in a column-parallel layer B is
+    sharded, in a row-parallel one A. Under sequence parallelism the gradient of a whole factor covers only the rank's
+    part of the sequence; it is marked so, and Megatron's `finalize_model_grads` sums it over TP.
 
     Args:
-        entry: which matrices, and the factors' shapes.
+        entry: the matrices and the shapes of the factors.
         settings: the recipe's `lora:`.
-        sequence_parallel: whether the layer's unsharded side is cut along the sequence.
+        sequence_parallel: whether the layer's unsharded side is split along the sequence.
         like: the layer's own weight, for dtype and device.
     """
 
@@ -103,11 +103,11 @@ class Adapter(torch.nn.Module):
         self.rank, self.scale = settings.rank, scale(settings)
         self.blocks = max(entry.weight.blocks // tp, 1)
         self.rows = [t.shape[0] // (tp if self.column else 1) for t in entry.weight.tensors]
-        self.modules_adapted = [f and f.module for f in entry.factors]
+        self.modules_adapted = [None if f is None else f.module for f in entry.factors]
         self.weights: dict[str, Weight] = {}
         for f in entry.factors:
             if f is not None:
-                # Parameters of this very module: DDP waits for gathered parameters by the module that is called.
+                # Registered on this module, because DDP waits for gathered parameters by the module that is called.
                 self._add(f"{f.module}_a", f.a, like)
                 self._add(f"{f.module}_b", f.b, like)
 
@@ -118,17 +118,18 @@ class Adapter(torch.nn.Module):
             shape[weight.axis] //= parallel_state.get_tensor_model_parallel_world_size()
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device))
         if weight.axis is None:
-            parameter.sequence_parallel = self.sequence_parallel
-        else:  # counts in the gradient norm on every TP rank
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
+        else:  # counted in the gradient norm on every TP rank
             set_tensor_model_parallel_attributes(parameter, True, weight.axis, 1)
         self.register_parameter(name, parameter)
         self.weights[name] = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's input [s, b, in] -> what is added to its output [s, b, out], each as the layer has it cut.
+        """Return the addition to the layer's output, [s, b, out], for its input x, [s, b, in], both sharded as there.
 
-        Collectives over TP, of rank columns a matrix: forward, all-gather or nothing (column), reduce-scatter or
-        all-reduce (row), with or without sequence parallelism; backward the transposed ones.
+        Collectives over TP, of `rank` columns for each matrix. Forward: column-parallel, an all-gather with sequence
+        parallelism, none without; row-parallel, a reduce-scatter with it, an all-reduce without. Backward: the
+        transposed ones.
         """
         factors = [name for name in self.modules_adapted if name]
         z = linear(x, torch.cat([getattr(self, f"{name}_a") for name in factors]))
@@ -146,24 +147,24 @@ class Adapter(torch.nn.Module):
         if self.column and self.sequence_parallel:
             return mappings.gather_from_sequence_parallel_region(z)
         if self.column:
-            return mappings.copy_to_tensor_model_parallel_region(z)  # its gradient is a sum over TP
+            return mappings.copy_to_tensor_model_parallel_region(z)  # backward: all-reduce over TP
         if self.sequence_parallel:
             return mappings.reduce_scatter_to_sequence_parallel_region(z)
         return mappings.reduce_from_tensor_model_parallel_region(z)
 
 
 def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Adapter]]:
-    """Name within the chunk, and adapter."""
+    """Yield each adapter of a chunk and its name there."""
     for name, module in chunk.named_modules():
         if isinstance(module, Adapter):
             yield name, module
 
 
 def unfused_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """Transformer Engine's layer spec for `GPTModelConfig.transformer_layer_spec`, with the norms as modules of their
-    own: fused into the linear layer they would leave the adapter an input that is not normalised.
+    """Return Transformer Engine's layer spec with separate norms, for `GPTModelConfig.transformer_layer_spec`.
 
-    Weights and names in a checkpoint are the local spec's and the fused one's.
+    A norm fused into the linear layer would leave the adapter with an input that is not normalised. Weights have the
+    same names in a checkpoint as with the local and the fused spec.
     """
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -191,7 +192,7 @@ def _attach(layer: torch.nn.Module, adapter: Adapter, source: Source) -> None:
 def _sharded_state_dict(
     chunk: GPTModel, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The adapters, each under its Hugging Face name; the frozen weights come from the base model at every start."""
+    """Return the adapters by Hugging Face name; the frozen weights are loaded from the base model at every start."""
     groups = {
         "tp_group": parallel_state.get_tensor_model_parallel_group(),
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -209,7 +210,7 @@ def _sharded_state_dict(
 
 @torch.no_grad()
 def _load_state_dict(chunk: GPTModel, state: dict[str, Tensor], strict: bool = True) -> None:
-    """Take the adapters of a checkpoint; always strictly, whatever `strict` says."""
+    """Load the adapters of a checkpoint, always strictly, whatever `strict` is."""
     own = {
         f"{path}.{name}": adapter.get_parameter(name) for path, adapter in adapters(chunk) for name in adapter.weights
     }

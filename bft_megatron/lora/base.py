@@ -1,4 +1,4 @@
-"""Which base model a run's adapters belong to: it is not in their checkpoints, and must be the same at every start."""
+"""Recording and checking the base model of a LoRA run: its checkpoints lack it, and every start needs the same one."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 
 SAMPLES, SAMPLE_BYTES = 32, 4096
-"""Of each file of weights: so many places, the first and the last included, of so many bytes."""
+"""Number of places sampled in each file of weights, including the first and the last, and bytes at each."""
 
 
 def fingerprint(folder: Path | None, config: ModelConfig, seed: int) -> str:
-    """A hash of the model's configuration and of samples of every file of its weights: any training changes it.
+    """Return a hash of the model's configuration and of samples of every file of its weights; any training changes it.
 
     Args:
-        folder: of the weights, or of a run's checkpoints' model (`hub.find_model`); None: drawn from `seed`.
+        folder: folder of the weights, or a run's `model/` (`hub.find_model`); None: weights drawn from `seed`.
 
     Raises:
-        UserError: the folder holds no whole model.
+        UserError: the folder has no complete model.
     """
     digest = hashlib.sha256(repr(config).encode())
     if folder is None:
@@ -41,7 +41,7 @@ def fingerprint(folder: Path | None, config: ModelConfig, seed: int) -> str:
 
 
 def record_base(run: RunFolder, recipe: Recipe, config: ModelConfig, folder: Path) -> None:
-    """Note the base model of a LoRA run in its folder, where none is noted; on one rank alone."""
+    """Record a LoRA run's base model in its folder, unless one is recorded already. Call it on one rank."""
     if recipe.lora is None or run.base.exists():
         return
     noted = {"model": recipe.model, "fingerprint": fingerprint(_source(recipe, folder), config, recipe.train.seed)}
@@ -51,7 +51,7 @@ def record_base(run: RunFolder, recipe: Recipe, config: ModelConfig, folder: Pat
 
 
 def check_base(run: RunFolder, recipe: Recipe, config: ModelConfig, folder: Path | None) -> None:
-    """Raise UserError where the run's checkpoints hold adapters of another base model than the recipe's is now."""
+    """Raise UserError if the run's checkpoints have adapters of another base model than the recipe now names."""
     if recipe.lora is None or not run.saved_iteration() or not run.base.exists():
         return
     noted = json.loads(run.base.read_text())["fingerprint"]

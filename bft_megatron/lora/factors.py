@@ -1,8 +1,8 @@
-"""The two factors of every adapter: whose matrix they belong to, their shapes, names and cuts over TP.
+"""The factors A and B of every adapter: the matrix they belong to, their shapes, names and sharding over TP.
 
-An adapter adds scale * B A to one Hugging Face matrix [out, in]; A is [rank, in], B [out, rank]. They are rows of the
-same kind of table as the weights themselves (`hf.weights`), so that what fills, reads and writes weights does it for
-factors too. Nothing here knows Megatron's modules.
+An adapter adds scale * B A to one Hugging Face matrix [out, in]; A is [rank, in], B [out, rank]. The factors are rows
+of the same kind of table as the weights themselves (`hf.weights`), so the code that fills, reads and writes weights
+works for factors too. Nothing here depends on Megatron's modules.
 """
 
 from __future__ import annotations
@@ -16,32 +16,38 @@ from torch import Tensor
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.weights import HFTensor, Weight, weights
-from bft_megatron.recipe.schema import LoraSettings
+from bft_megatron.recipe.schema import LoraSettings, Recipe
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The adapter of one Hugging Face matrix."""
+    """The factors of one Hugging Face matrix."""
 
     module: str
-    """Last part of the module's name, `q_proj`."""
+    """Last part of the module's name, such as `q_proj`."""
     a: Weight
-    """[rank, in]; its name is the matrix's with `lora_A.weight` in place of `weight`, in checkpoints too."""
+    """[rank, in]; named like the matrix, with `lora_A.weight` in place of `weight`, in checkpoints too."""
     b: Weight
-    """[out, rank], `lora_B.weight`"""
+    """[out, rank]; `lora_B.weight`."""
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """A parameter of Megatron's with an adapter on some or all of the Hugging Face matrices that it joins."""
+    """A parameter of Megatron with adapters on some or all of the Hugging Face matrices that it joins."""
 
     weight: Weight
     factors: tuple[Factors | None, ...]
-    """One for each of the weight's matrices; None: that one is left as it is."""
+    """One entry for each of the weight's matrices; None: a matrix without adapter."""
+
+
+def settings_of(recipe: Recipe) -> LoraSettings:
+    """The `lora:` of a recipe that has one."""
+    assert recipe.lora is not None, "callers ask whether a run has adapters first"
+    return recipe.lora
 
 
 def adapted(config: ModelConfig, settings: LoraSettings) -> list[Adapted]:
-    """Every parameter that gets an adapter, in the order of the layers."""
+    """Return every parameter that gets an adapter, in the order of the layers."""
     found = []
     for weight in weights(config):
         factors = tuple(_factors(weight, tensor, settings) for tensor in weight.tensors)
@@ -51,18 +57,18 @@ def adapted(config: ModelConfig, settings: LoraSettings) -> list[Adapted]:
 
 
 def scale(settings: LoraSettings) -> float:
-    """What the product B A is multiplied by."""
+    """Return the factor of the product B A: alpha / rank."""
     return settings.alpha / settings.rank
 
 
 def _factors(weight: Weight, tensor: HFTensor, settings: LoraSettings) -> Factors | None:
-    """None where the tensor is no matrix of a module that the settings name."""
+    """Return a tensor's factors, or None if it is not the matrix of a module that the settings name."""
     path, _, kind = tensor.name.rpartition(".")
     module = path.rpartition(".")[2]
     if weight.layer is None or kind != "weight" or module not in settings.modules:
         return None
     rows, columns = tensor.shape
-    # A row-parallel matrix is cut along its input, and so is A; a column-parallel one along its output, and so is B.
+    # A row-parallel matrix is sharded along its input, and so is A; a column-parallel one along its output, as is B.
     a = HFTensor(f"{path}.lora_A.weight", (settings.rank, columns))
     b = HFTensor(f"{path}.lora_B.weight", (rows, settings.rank))
     return Factors(
@@ -73,11 +79,11 @@ def _factors(weight: Weight, tensor: HFTensor, settings: LoraSettings) -> Factor
 
 
 class Fresh:
-    """Adapters that change nothing yet, on every layout the same: A as PEFT draws it (Kaiming), by name; B zero.
+    """A source of new adapters, the same in every layout: A drawn by name as in PEFT (Kaiming uniform), B zero.
 
     Args:
-        table: what may be asked for.
-        seed: of A.
+        table: the parameters that get adapters.
+        seed: seed of A.
     """
 
     def __init__(self, table: list[Adapted], seed: int) -> None:
@@ -85,8 +91,9 @@ class Fresh:
         self._seed = seed
 
     def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
-        """Indices start to stop along an axis (None: all) of a factor, fp32: drawn whole, its scale that of the whole
-        input.
+        """Return [start, stop) along an axis (None: all) of a factor, fp32.
+
+        The whole factor is drawn, so its scale depends on the whole input size in every layout.
         """
         shape = self._shapes[name]
         if name.endswith(".lora_B.weight"):
@@ -98,5 +105,5 @@ class Fresh:
 
 
 def all_factors(table: list[Adapted]) -> list[Weight]:
-    """Every A and B of a table."""
+    """Return every A and B of a table."""
     return [w for entry in table for f in entry.factors if f is not None for w in (f.a, f.b)]

@@ -1,12 +1,13 @@
-"""Adapters as PEFT's folders, in and out, and merged into a whole model: one process, one tensor in memory.
+"""Reading and writing adapters as PEFT folders, and merging them into a whole model; one tensor in memory at a time.
 
-What the factors are is in `factors`; reading a checkpoint and writing a model folder are `hf.export`'s.
+`factors` describes the factors; `hf.torch_dist` reads a checkpoint and `hf.export` writes a model folder.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,24 @@ from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import weights
 from bft_megatron.lora.base import check_base
-from bft_megatron.lora.factors import Factors, adapted, all_factors, scale
+from bft_megatron.lora.factors import Factors, adapted, all_factors, scale, settings_of
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the base model's own names."""
+"""PEFT's prefix of the base model's own names."""
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 REFUSED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
-"""Settings of PEFT's that would make another function of the same factors."""
+"""PEFT's settings under which the same factors would define another function."""
 
 
 class AdapterFolder:
-    """The factors in a PEFT folder, by our names, as a `hf.load.Source`.
+    """The factors in a PEFT folder as a `hf.load.Source`, by the names in `factors`.
 
     Raises:
-        UserError: no LoRA adapter, one of other sizes, modules or scale than the recipe's, or of another model.
+        UserError: no LoRA adapter; or its sizes, modules, scale or base model differ from the recipe's.
     """
 
     def __init__(self, folder: Path, config: ModelConfig, settings: LoraSettings) -> None:
@@ -57,7 +58,7 @@ class AdapterFolder:
         self._read = shards.Reader(entries)
 
     def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
-        """Indices start to stop along an axis (None: all) of a factor, in the file's dtype."""
+        """Return [start, stop) along an axis (None: all) of a factor, in the file's dtype."""
         return self._read(PREFIX + name, axis, start, stop)
 
 
@@ -73,7 +74,8 @@ def export_adapter(
         UserError: as `hf.export.export`.
     """
     refuse_used(out)
-    checkpoint, table = newest_checkpoint(run.checkpoints, iteration), adapted(read_config(run.model), recipe.lora)
+    settings = settings_of(recipe)
+    checkpoint, table = newest_checkpoint(run.checkpoints, iteration), adapted(read_config(run.model), settings)
     factors = all_factors(table)
     for weight in factors:
         checkpoint.check_shape(weight)
@@ -82,49 +84,49 @@ def export_adapter(
             PREFIX + weight.name,
             dtype or checkpoint.dtype(weight),
             t.shape,
-            lambda w=weight: checkpoint.read_tensor(w, 0),
+            partial(checkpoint.read_tensor, weight, 0),
         )
         for weight in factors
         for t in weight.tensors
     ]
-    with written_whole(out) as partial:
+    with written_whole(out) as unfinished:
         for file in companions(run.model):
-            if file.name not in ("config.json", "generation_config.json"):  # the base model's, not the adapter's
-                shutil.copyfile(file, partial / file.name)
-        text = json.dumps(_peft_config(recipe), indent=2, sort_keys=True)
-        (partial / CONFIG).write_text(text + "\n")
-        shards.write(partial / WEIGHTS, tensors, lambda _: None)
+            if file.name not in ("config.json", "generation_config.json"):  # those of the base model
+                shutil.copyfile(file, unfinished / file.name)
+        text = json.dumps(_peft_config(recipe.model, settings), indent=2, sort_keys=True)
+        (unfinished / CONFIG).write_text(text + "\n")
+        shards.write(unfinished / WEIGHTS, tensors, lambda _: None)
 
 
 def export_merged(
     run: RunFolder, recipe: Recipe, out: Path, *, iteration: int | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write base + scale * B A, computed in fp32 and rounded once to the given or the base's dtype, as a whole model.
+    """Write base + scale * B A as a whole model, computed in fp32 and rounded once to `dtype` or the base's dtype.
 
     Args:
         iteration, dtype: as in `hf.export.export`.
 
     Raises:
-        UserError: as `hf.export.export`, or the base is not there, or is not the one that the run began with.
+        UserError: as `hf.export.export`, or the base model is missing or is not the one that the run started from.
     """
-    from bft_megatron.hf.load import open_source  # Megatron is imported for this alone
+    from bft_megatron.hf.load import open_source  # imports Megatron, which nothing else here needs
 
     refuse_used(out)
-    config = read_config(run.model)
+    config, settings = read_config(run.model), settings_of(recipe)
     folder = find_model(recipe.model) if recipe.init == "pretrained" else None
     check_base(run, recipe, config, folder)
     checkpoint, source = newest_checkpoint(run.checkpoints, iteration), open_source(folder, config, recipe.train.seed)
-    factors = _by_tensor(config, recipe.lora, checkpoint)
+    factors = _by_tensor(config, settings, checkpoint)
 
     def read(name: str) -> Tensor:
         value = source(name, None, 0, 0)
         if name not in factors:
             return value
         a, b = (checkpoint.read_tensor(w, 0).float() for w in (factors[name].a, factors[name].b))
-        return (value.float() + scale(recipe.lora) * (b @ a)).to(dtype or value.dtype)
+        return (value.float() + scale(settings) * (b @ a)).to(dtype or value.dtype)
 
     tensors = [
-        shards.Output(t.name, dtype or source(t.name, 0, 0, 1).dtype, t.shape, lambda name=t.name: read(name))
+        shards.Output(t.name, dtype or source(t.name, 0, 0, 1).dtype, t.shape, partial(read, t.name))
         for w in weights(config)
         for t in w.tensors
     ]
@@ -132,7 +134,7 @@ def export_merged(
 
 
 def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[str, Factors]:
-    """Factors by the name of the matrix they are added to."""
+    """Return the factors by the name of the matrix that they adapt."""
     found = {}
     for entry in adapted(config, settings):
         for tensor, factors in zip(entry.weight.tensors, entry.factors, strict=True):
@@ -143,12 +145,11 @@ def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoi
     return found
 
 
-def _peft_config(recipe: Recipe) -> dict[str, Any]:
-    lora = recipe.lora
+def _peft_config(base: str, lora: LoraSettings) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": recipe.model,
+        "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,

@@ -1,7 +1,4 @@
-"""What is descended: log-probabilities of the labels over a sharded vocabulary, and the weights made of them.
+"""The objectives and their loss: log-probabilities of the labels over a sharded vocabulary, and the weights from them.
 
-Nothing here knows of recipes, data files or Megatron's loop. Importing the package alone imports no torch.
+Nothing here depends on recipes, data files or Megatron's training loop. Importing the package alone imports no torch.
 """
-
-IGNORE_INDEX = -100
-"""The label of a position that is not supervised, as in transformers."""

@@ -1,7 +1,7 @@
 """Log-probabilities of the labels from logits whose vocabulary is sharded over tensor parallelism.
 
-The logits exist and are the caller's, who may give them up; their arithmetic is in sums.py, the same without logits in
-linear_logprobs.py. Weights, samples, means and divisors live in view.py, records.py and loss.py.
+The logits belong to the caller, who may let them be overwritten. The arithmetic is in sums.py; linear_logprobs.py
+computes the same without logits. Weights, samples, means and divisors are in view.py, records.py and loss.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def vocab_parallel_logprobs(
     vocab_size: int | None = None,
     overwrite: bool = False,
 ) -> Tensor:
-    """Return log p of the targets, [s, b] fp32. Arguments, collectives and errors as in `vocab_parallel_statistics`."""
+    """Return log p of the targets, [s, b] fp32. Arguments and collectives: see `vocab_parallel_statistics`."""
     return vocab_parallel_statistics(logits, targets, group=group, vocab_size=vocab_size, overwrite=overwrite).logp
 
 
@@ -46,23 +46,23 @@ def vocab_parallel_statistics(
     entropy: bool = False,
     kernels: Kernels = TORCH,
 ) -> Statistics:
-    """Return log p of the targets, whether they are the argmax, and where asked the entropy.
+    """Return log p of the targets, whether each is the argmax, and the entropy if asked for.
 
     Args:
         logits: [s, b, v/tp] fp32, bf16 or fp16, this rank's equal share of the vocabulary; the leading shape is free.
-        targets: [s, b] int64, ids in the whole vocabulary, the same on every rank; IGNORE_INDEX (-100) has no label. An
-            id outside [0, vocab_size) is the caller's error and gives meaningless numbers: to look would stall a GPU.
-        group: the tensor-parallel group, None for an unsharded vocabulary.
-        vocab_size: the true vocabulary; columns at or past it are padding and take no part. None: there is none.
-        overwrite: the caller gives up the logits (contiguous, read by nothing else). fp32 logits then hold the
+        targets: [s, b] int64, ids in the whole vocabulary, the same on every rank; IGNORE_INDEX where there is no
+            label. Ids outside [0, vocab_size) give meaningless numbers: a check would have to wait for the GPU.
+        group: the tensor-parallel group; None for an unsharded vocabulary.
+        vocab_size: the true vocabulary; columns at or past it are padding and are ignored. None: no padding.
+        overwrite: let the logits be overwritten (contiguous, read by nothing else). fp32 logits then hold the
             softmax's numerators after the forward pass, and logits of any dtype hold their own gradient after the
-            backward pass. A second backward pass raises RuntimeError. Without it, the logits are only read and the
-            gradient is new.
+            backward pass. A second backward pass raises RuntimeError. Without `overwrite` the logits are only read
+            and the gradient is a new tensor.
         entropy: also return the entropy of each labelled row.
-        kernels: who does the arithmetic; `triton_tiles.TRITON` on a GPU.
+        kernels: the implementation of the arithmetic; `triton_tiles.TRITON` on a GPU.
 
-    Collectives: in the forward pass two all-reduces over `group`, MAX [s*b] fp32 and SUM [2, s*b] fp64, with the
-    entropy [3, s*b]; backward, none.
+    Collectives over `group`: two all-reduces in the forward pass, MAX [s*b] fp32 and SUM [2, s*b] fp64 ([3, s*b] with
+    the entropy); none in the backward pass.
     """
     overwrite = overwrite and torch.is_grad_enabled() and logits.requires_grad
     return Statistics(*_Statistics.apply(logits, targets, group, vocab_size, overwrite, entropy, kernels))
@@ -85,13 +85,14 @@ class _Statistics(torch.autograd.Function):
         keep_numerators = overwrite and logits.dtype == torch.float32 and kernels.numerators
         shard = kernels.sums(rows[:, : label.columns], label, entropy=entropy, keep_numerators=keep_numerators)
         whole = merge_ranks(shard, group)
-        found = outcome(whole, label.valid)
+        found = outcome(whole, label.supervised)
         ctx.save_for_backward(logits, shard.shift.float(), softmax_scale(shard, whole, found.log2_total), found.miss)
         ctx.label, ctx.kernels, ctx.overwrite, ctx.has_numerators = label, kernels, overwrite, keep_numerators
         ctx.spent = False
-        results = [x if x is None else x.view(targets.shape) for x in (found.logp, found.correct, found.entropy)]
-        ctx.mark_non_differentiable(*(x for x in results[1:] if x is not None))
-        return tuple(results)
+        correct = found.correct.view(targets.shape)
+        entropies = None if found.entropy is None else found.entropy.view(targets.shape)
+        ctx.mark_non_differentiable(*(x for x in (correct, entropies) if x is not None))
+        return found.logp.view(targets.shape), correct, entropies
 
     @staticmethod
     @once_differentiable
@@ -103,7 +104,7 @@ class _Statistics(torch.autograd.Function):
         out = logits.detach() if ctx.overwrite else torch.empty_like(logits, memory_format=torch.contiguous_format)
         rows_out, columns = out.view(-1, out.shape[-1]), ctx.label.columns
         rows_out[:, columns:] = 0
-        upstream = torch.where(ctx.label.valid, grad.reshape(-1).float(), 0.0)
+        upstream = torch.where(ctx.label.supervised, grad.reshape(-1).float(), 0.0)
         if columns:
             rows = _as_rows(logits, ctx.overwrite)[:, :columns]
             at_label, at_others = upstream * miss * ctx.label.owned, -upstream * scale
@@ -113,6 +114,6 @@ class _Statistics(torch.autograd.Function):
 
 
 def _as_rows(logits: Tensor, overwrite: bool) -> Tensor:
-    """[..., v] -> [n, v]. `view` where the storage must be the caller's: it refuses to copy."""
+    """Flatten [..., v] -> [n, v]; with `overwrite` by `view`, which raises where it would have to copy."""
     flat = logits.detach()
     return flat.view(-1, flat.shape[-1]) if overwrite else flat.reshape(-1, flat.shape[-1])

@@ -1,8 +1,9 @@
-"""The objectives, each a record and a pure function of a `View`: plain fine-tuning, DFT, BFT, or a user's own by name.
+"""The objectives SFT, DFT and BFT, and the lookup of a user's own: each a record with a pure function of a `View`.
 
     loss = 1/N * sum_b s_b * r_b * sum_{t in b} w_t * -log p_t
 
-An objective says w_t, s_b and what it is a mean over. loss.py multiplies, Megatron divides by N.
+An objective gives w_t, s_b and the kind of mean. r_b is 1 for a mean over tokens and 1 / n_b for a mean over samples,
+where n_b is the number of a sample's supervised tokens. loss.py multiplies, Megatron divides by N.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,11 +26,11 @@ Confidence = Literal["geometric", "arithmetic"]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """An objective: the weights of tokens and samples, and the kind of mean.
 
-    name: as reports show it.
+    name: the name in reports.
     reduce: "tokens": a mean over supervised tokens; "samples": a mean over samples, each the mean over its tokens.
-    needs: what the view must hold beyond log p: {"entropy"} or nothing.
+    needs: the quantities that the view must hold beyond log p: {"entropy"}, or empty.
     weights: view -> (w [T], s [B]), floating point; no gradient flows through them.
     """
 
@@ -57,7 +57,7 @@ def balanced(group_size: int = 256, gamma: float = 1.0, confidence: Confidence =
         confidence: as in `lowest_confidence`.
 
     Raises:
-        UserError: names the setting that makes no sense.
+        UserError: a setting is out of range; the message names it.
     """
     if group_size < 1:
         raise UserError(f"must be at least 1, not {group_size}", where="objective.group_size")
@@ -77,17 +77,23 @@ dft = Objective("dft", "tokens", frozenset(), _dynamic)
 bft = balanced()
 
 
-# The step reports the confidences that the objective has just weighed with: one view, so the second call is free,
-# collectives included, and on every rank alike.
-@lru_cache(maxsize=1)
 def lowest_confidence(view: View, group_size: int, confidence: Confidence) -> Tensor:
-    """Return c_b [B] fp64 in [0, 1]: how sure the model is of a sample where it is least sure.
+    """Return c_b, the model's confidence in the part of each sample where it is lowest, [B] fp64 in [0, 1].
+
+    c_b is the lowest mean of log p over windows of `group_size` consecutive supervised tokens, as a probability
+    ("geometric"), or the lowest mean of p ("arithmetic"). A sample shorter than a window takes the mean over all its
+    tokens, a sample without tokens 0.
 
     The lowest mean of log p over windows of `group_size` consecutive supervised tokens, as a probability ("geometric"),
     or the lowest mean of p ("arithmetic"). A sample without a whole window takes the mean over all its tokens, one
     without tokens 0.
-    Collectives over context parallelism: those of `View.windows`, `View.min` and `View.mean`, whatever the data.
+    Collectives over context parallelism: those of `View.windows`, `View.min` and `View.mean`, whatever the data; none
+    in a second call for the same view: the step reports the confidences that the objective has just weighed with.
     """
+    return view.once(("confidence", group_size, confidence), lambda: _lowest_confidence(view, group_size, confidence))
+
+
+def _lowest_confidence(view: View, group_size: int, confidence: Confidence) -> Tensor:
     x = view.logp if confidence == "geometric" else view.logp.double().exp()
     lowest, mean = view.min(view.windows(x, group_size)), view.mean(x)
     c = torch.where(lowest.isposinf(), mean, lowest)
@@ -106,12 +112,12 @@ def lookup(
     """Return the objective that a recipe names.
 
     Args:
-        name: "sft", "dft", "bft", or "package.module:attribute": an `Objective`, or a function that returns one and is
-            given those of `group_size`, `gamma` and `confidence` that its signature names.
-        reduce: replaces the objective's own.
+        name: "sft", "dft", "bft", or "package.module:attribute", which is an `Objective` or a function that returns
+            one. The function gets those of `group_size`, `gamma` and `confidence` that its signature names.
+        reduce: replaces the objective's own where given.
 
     Raises:
-        UserError: no such objective; the message says what was tried.
+        UserError: there is no such objective; the message says what was tried.
     """
     settings: dict[str, Any] = {"group_size": group_size, "gamma": gamma, "confidence": confidence}
     known: dict[str, Any] = {"sft": sft, "dft": dft, "bft": balanced}

@@ -1,14 +1,14 @@
-"""The arithmetic of a softmax whose vocabulary comes in parts: tiles of columns, shards of tensor parallelism.
+"""The arithmetic of a softmax over a vocabulary in parts, which are tiles of columns or tensor-parallel shards.
 
-Row statistics of a part, their merging, what log p, entropy and gradient are made of them. Who makes the logits, keeps
-them, or makes them again is in logprobs.py and linear_logprobs.py.
+Here are the statistics of a part's rows, how those of two parts are merged, and log p, entropy and gradient from them.
+logprobs.py and linear_logprobs.py make the logits, keep them or compute them again.
 
-Why it is built as it is: on a CPU exp2 is several times cheaper than exp, and touching fresh memory costs more than the
-arithmetic. So e^x is written 2^(x log2 e - k) with an *integer* k per row, which makes the shift one fused multiply-add
-with one rounding and every later rescaling between parts an exact power of two; rows are worked through in blocks that
-stay in the cache; and nothing of size v is allocated. The label's own numerator is kept out of the sum: with the
-others' sum alone, 1 - p and log p keep all their digits where p is nearly 1. Numbers of which there is one a row are
-fp64, which costs nothing.
+Reasons for the form: on a CPU exp2 is several times cheaper than exp, and touching new memory costs more than the
+arithmetic. So e^x is written as 2^(x log2 e - k) with an *integer* k per row: the shift is one fused multiply-add with
+one rounding, and every later rescaling between parts is an exact power of two. Rows are processed in blocks that stay
+in the cache, and nothing of size v is allocated. The label's own numerator is left out of the sum: 1 - p and log p come
+from the sum of the others and keep all their digits where p is nearly 1. Quantities with one number a row are fp64,
+which costs nothing.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 
 LOG2E = torch.tensor(math.log2(math.e), dtype=torch.float32).item()
-"""log2 e as the fp32 multiply-add uses it; LN2 is its exact counterpart, so that the rounding cancels in log p."""
+"""log2 e rounded to fp32, as the multiply-add uses it. LN2 is its reciprocal, so that the rounding cancels in log p."""
 LN2 = 1.0 / LOG2E
 
 LOWEST = -1e30
-"""The largest logit of a part without columns: below every true one, and finite, so that nothing becomes NaN."""
+"""The largest logit of a part without columns: below every real logit, and finite, so that nothing becomes NaN."""
 
 CPU_BLOCK_BYTES = 4 << 20
-"""fp32 scratch of a block of rows: a part of the third-level cache; smaller ones cost more in calls than they save."""
+"""fp32 scratch of a block of rows: it fits the third-level cache; smaller blocks cost more in calls than they save."""
 DEVICE_BLOCK_BYTES = 64 << 20
-"""The same on an accelerator: as much as makes the launch of a block's handful of kernels cheap."""
+"""The same on an accelerator: large enough that launching a block's kernels costs little."""
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """What one pass over the vocabulary tells of the labels; the same bits on every tensor-parallel rank.
+    """Statistics of the labels from one pass over the vocabulary; the same bits on every tensor-parallel rank.
 
     logp: [s, b] fp32, log p of the label with its gradient, 0 where there is no label.
-    correct: [s, b] bool, the label has the largest logit (ties count), False where there is no label.
-    entropy: [s, b] fp32 in nats, of the whole distribution, detached, 0 where there is no label; None where it was not
-        asked for.
+    correct: [s, b] bool, whether the label has the largest logit (ties count); False where there is no label.
+    entropy: [s, b] fp32 in nats, the entropy of the distribution, detached, 0 where there is no label; None if it was
+        not asked for.
     """
 
     logp: Tensor
@@ -53,49 +53,50 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The targets as a part of the vocabulary sees them, n rows. `column` is 0 where the part does not `own` it."""
+    """The labels of n rows relative to a part of the vocabulary; `column` is 0 where the part does not own one."""
 
-    valid: Tensor  # [n] bool
+    supervised: Tensor  # [n] bool
     owned: Tensor  # [n] bool
     column: Tensor  # [n] int64
-    columns: int  # of the part, without vocabulary padding
+    columns: int  # columns of the part, without vocabulary padding
 
     def tile(self, rows: slice, columns: slice) -> Labels:
-        """The same for some of the rows and some of the columns, which count from 0 again."""
-        valid, column = self.valid[rows], self.column[rows] - columns.start
+        """Return the labels of some rows relative to some of the columns, counted from 0 again."""
+        supervised, column = self.supervised[rows], self.column[rows] - columns.start
         width = columns.stop - columns.start
         owned = self.owned[rows] & (column >= 0) & (column < width)
-        return Labels(valid, owned, torch.where(owned, column, 0), width)
+        return Labels(supervised, owned, torch.where(owned, column, 0), width)
 
 
 def shard_labels(label: Tensor, width: int, group: dist.ProcessGroup | None, vocab_size: int | None) -> Labels:
-    """label [n] int64, ids in the whole vocabulary -> as this rank's `width` columns of it see them."""
+    """Return the labels, [n] int64 ids in the whole vocabulary, relative to this rank's `width` columns."""
     first = width * dist.get_rank(group) if group is not None else 0
     columns = width if vocab_size is None else max(0, min(width, vocab_size - first))
-    valid = label != IGNORE_INDEX
+    supervised = label != IGNORE_INDEX
     column = label - first
-    owned = valid & (column >= 0) & (column < columns)
-    return Labels(valid, owned, torch.where(owned, column, 0), columns)
+    owned = supervised & (column >= 0) & (column < columns)
+    return Labels(supervised, owned, torch.where(owned, column, 0), columns)
 
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Row statistics, [n], of a part of the vocabulary or of all of it. k = ceil(top * log2 e), y = x log2 e - k;
-    the sum of e^x is 2^k others + e^label_logit.
+    """Statistics [n] of rows over a part of the vocabulary or all of it.
+
+    With k = ceil(top * log2 e) and y = x log2 e - k, the sum of e^x is 2^k others + e^label_logit.
     """
 
-    top: Tensor  # fp32, the largest logit but the label's
+    top: Tensor  # fp32, the largest logit except the label's
     others: Tensor  # fp64, the sum of 2^y without the label's
-    label_logit: Tensor  # fp64, 0 where another part owns the label
+    label_logit: Tensor  # fp64, the label's logit, 0 where another part owns it
     weighted: Tensor | None  # fp64, the sum of y 2^y without the label's, for the entropy
 
     @property
     def shift(self) -> Tensor:
-        """k, fp64."""
+        """Return k, [n] fp64."""
         return _shift(self.top).double()
 
     def under(self, top: Tensor) -> Sums:
-        """The same sums with the k of a row maximum [n] that is no smaller."""
+        """Return the same sums relative to the k of another row maximum [n], which must not be smaller."""
         step = self.shift - _shift(top).double()
         scale = step.exp2()
         weighted = None if self.weighted is None else scale * (self.weighted + step * self.others)
@@ -103,14 +104,14 @@ class Sums:
 
 
 def no_sums(n: int, device: torch.device, entropy: bool) -> Sums:
-    """Those of a part without columns, each in storage of its own."""
+    """Return the sums of a part without columns, each in its own storage."""
     others, label_logit, weighted = torch.zeros(3, n, dtype=torch.float64, device=device)
     top = torch.full((n,), LOWEST, dtype=torch.float32, device=device)
     return Sums(top, others, label_logit, weighted if entropy else None)
 
 
 def merge(a: Sums, b: Sums) -> Sums:
-    """The sums of two parts together."""
+    """Return the sums over two parts."""
     top = torch.maximum(a.top, b.top)
     a, b = a.under(top), b.under(top)
     weighted = None if a.weighted is None or b.weighted is None else a.weighted + b.weighted
@@ -118,9 +119,9 @@ def merge(a: Sums, b: Sums) -> Sums:
 
 
 def merge_ranks(shard: Sums, group: dist.ProcessGroup | None) -> Sums:
-    """This shard's sums -> the whole vocabulary's.
+    """Merge the sums of all shards of the vocabulary.
 
-    Two all-reduces over `group`: MAX [n] fp32, SUM [2, n] fp64, with the entropy [3, n].
+    Two all-reduces over `group`: MAX [n] fp32 and SUM [2, n] fp64 ([3, n] with the entropy).
     """
     if group is None or dist.get_world_size(group) == 1:
         return shard
@@ -135,39 +136,39 @@ def merge_ranks(shard: Sums, group: dist.ProcessGroup | None) -> Sums:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What the whole vocabulary's sums say of each row, [n] fp32; finite, 0 or False, for rows without a label."""
+    """The results of each row, [n] fp32, from the whole vocabulary's sums; 0 or False for rows without a label."""
 
     logp: Tensor
     correct: Tensor
     entropy: Tensor | None
     miss: Tensor  # 1 - p
-    log2_total: Tensor  # fp64, log2 of the sum of e^x, less k
+    log2_total: Tensor  # fp64, log2 of the sum of e^x, minus k
 
 
-def outcome(whole: Sums, valid: Tensor) -> Outcome:
-    """The whole vocabulary's sums and which rows have a label [n] -> log p, whether it is the largest, entropy."""
+def outcome(whole: Sums, supervised: Tensor) -> Outcome:
+    """Compute the results of each row from the whole vocabulary's sums and whether the row has a label, [n] bool."""
     log2_label, log2_others = whole.label_logit * LOG2E - whole.shift, whole.others.log2()
     log_odds = (log2_others - log2_label) * LN2  # ln((1 - p) / p)
     log2_total = torch.logaddexp2(log2_others, log2_label)
-    logp = torch.where(valid, torch.nn.functional.logsigmoid(-log_odds), 0.0).float()
-    correct = valid & (whole.label_logit >= whole.top)
+    logp = torch.where(supervised, torch.nn.functional.logsigmoid(-log_odds), 0.0).float()
+    correct = supervised & (whole.label_logit >= whole.top)
     entropy = None
     if whole.weighted is not None:
         mean = whole.weighted * (-log2_total).exp2() + log2_label * (log2_label - log2_total).exp2()
-        entropy = torch.where(valid, (log2_total - mean) * LN2, 0.0).float()
+        entropy = torch.where(supervised, (log2_total - mean) * LN2, 0.0).float()
     return Outcome(logp, correct, entropy, log_odds.sigmoid().float(), log2_total)
 
 
 def softmax_scale(shard: Sums, whole: Sums, log2_total: Tensor) -> Tensor:
-    """[n] fp32: what turns numerators, which are relative to the shard's own k, into the softmax."""
+    """Return the factors that turn numerators relative to the shard's own k into the softmax, [n] fp32."""
     return (shard.shift - whole.shift - log2_total).exp2().float()
 
 
 def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators: bool = False) -> Sums:
-    """rows [n, columns] of logits -> their sums. With `keep_numerators` the rows (fp32) end up holding the numerators
-    2^y, the label's as 0.
+    """Return the sums of rows [n, columns] of logits.
 
-    Blocks in which no row has a label are not looked at; their rows get the sums of no column.
+    With `keep_numerators` the rows (fp32) are overwritten with the numerators 2^y, 0 at the label. Blocks in which no
+    row has a label are skipped; their rows get the sums of no columns.
     """
     none = no_sums(len(rows), rows.device, entropy)
     if not label.columns or not len(rows):
@@ -177,7 +178,7 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
     column, at_column, hole = _hole(rows, label)
     scratch = None if keep_numerators else _scratch(rows)
     exponents = _scratch(rows) if entropy else None
-    for block, has_label in _blocks(rows, label.valid):
+    for block, has_label in _blocks(rows, label.supervised):
         if not has_label:
             continue
         size = block.stop - block.start
@@ -185,10 +186,10 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
         x.scatter_(1, column[block], hole[block])
         highest = torch.amax(x, -1, keepdim=True, out=top[block]).clamp_(min=LOWEST)
         _exponents_(x, _shift(highest))
-        if exponents is not None:  # bounded from below, so that y 2^y is 0 and not NaN for a logit of -inf
+        if exponents is not None:  # clamped from below, so that y 2^y is 0 and not NaN for a logit of -inf
             y = torch.clamp(x, min=LOWEST, out=exponents[:size])
         torch.sum(x.exp2_(), -1, keepdim=True, out=others[block])
-        if exponents is not None:
+        if weighted is not None:
             torch.sum(y.mul_(x), -1, keepdim=True, out=weighted[block])
     label_logit = torch.where(label.owned, at_column[:, 0].double(), 0.0)
     return Sums(top[:, 0], others[:, 0].double(), label_logit, None if weighted is None else weighted[:, 0].double())
@@ -197,17 +198,18 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
 def gradient(
     rows: Tensor, out: Tensor, label: Labels, shift: Tensor | None, at_others: Tensor, at_label: Tensor
 ) -> None:
-    """Write the gradient [n, columns] into `out`, maybe the rows' own storage, rounded once to its dtype.
+    """Write the gradient [n, columns] into `out`, rounded once to its dtype; `out` may share the storage of `rows`.
 
-    rows: logits, or, where shift is None, the numerators that `sums` left. shift [n] fp32.
-    at_others: [n] fp32, what turns a numerator into a gradient; at_label: [n] fp32, the label's gradient, 0 where not
-        owned.
+    rows: [n, columns], the logits, or the numerators that `sums` left if `shift` is None.
+    shift: [n] fp32, the shard's k.
+    at_others: [n] fp32, the factor that turns a numerator into a gradient.
+    at_label: [n] fp32, the gradient of the label's logit, 0 where the part does not own it.
     """
     column, _, hole = _hole(rows, label)
     at_others, at_label = at_others[:, None], at_label[:, None]
     scratch = None if out.dtype == torch.float32 else _scratch(rows)
     in_place = rows.data_ptr() == out.data_ptr()
-    for block, has_label in _blocks(rows, label.valid):
+    for block, has_label in _blocks(rows, label.supervised):
         if not has_label:
             out[block] = 0
             continue
@@ -224,9 +226,9 @@ def gradient(
 
 @dataclass(frozen=True)
 class Kernels:
-    """Who does the two passes over a part of the vocabulary.
+    """An implementation of the two passes over a part of the vocabulary.
 
-    numerators: whether `sums` can leave them in the rows; else the backward pass makes them from the logits again.
+    numerators: whether `sums` can leave the numerators in the rows; else the backward pass computes them again.
     """
 
     sums: Callable[..., Sums]
@@ -235,7 +237,7 @@ class Kernels:
 
 
 TORCH = Kernels(sums, gradient, numerators=True)
-"""The functions above."""
+"""The functions above, in plain torch."""
 
 
 def _rows_per_block(rows: Tensor) -> int:
@@ -243,23 +245,23 @@ def _rows_per_block(rows: Tensor) -> int:
     return max(1, budget // (4 * rows.shape[1]))
 
 
-def _blocks(rows: Tensor, valid: Tensor) -> Iterator[tuple[slice, bool]]:
-    """Blocks of rows, each with whether any of its rows has a label.
+def _blocks(rows: Tensor, supervised: Tensor) -> Iterator[tuple[slice, bool]]:
+    """Yield blocks of rows, each with whether any of its rows has a label.
 
-    On an accelerator every block counts as having one: to know better would wait for the device.
+    On an accelerator the answer is always True: finding out would have to wait for the device.
     """
     n, step = len(rows), _rows_per_block(rows)
     starts = range(0, n, step)
     live = [True] * len(starts)
     if rows.device.type == "cpu":
-        padded = torch.nn.functional.pad(valid, (0, len(starts) * step - n))
+        padded = torch.nn.functional.pad(supervised, (0, len(starts) * step - n))
         live = padded.view(-1, step).any(1).tolist()
     for start, has_label in zip(starts, live, strict=True):
         yield slice(start, min(start + step, n)), has_label
 
 
 def _scratch(rows: Tensor) -> Tensor:
-    """One fp32 block, to be used by all blocks in turn."""
+    """Return one fp32 buffer, which all blocks use in turn."""
     return rows.new_empty(min(len(rows), _rows_per_block(rows)), rows.shape[1], dtype=torch.float32)
 
 
@@ -268,13 +270,15 @@ def _shift(top: Tensor) -> Tensor:
 
 
 def _hole(rows: Tensor, label: Labels) -> tuple[Tensor, Tensor, Tensor]:
-    """rows [n, columns] -> the labels' columns, the logits there and what to write over them, each [n, 1]; -inf makes
-    an owned label's numerator 0, and the others are what they were."""
+    """Return the labels' columns, the logits there and the values to overwrite them with, each [n, 1].
+
+    The value is -inf for an owned label, whose numerator becomes 0, and the logit itself for the others.
+    """
     column = label.column[:, None]
     at_column = rows.gather(1, column).float()
     return column, at_column, torch.where(label.owned[:, None], -math.inf, at_column)
 
 
 def _exponents_(x: Tensor, shift: Tensor) -> Tensor:
-    """x [r, columns] fp32 logits, shift [r, 1] -> y, in place."""
+    """Turn fp32 logits x [r, columns] into y = x log2 e - shift, in place; shift is [r, 1]."""
     return torch.add(-shift, x, alpha=LOG2E, out=x)

@@ -1,7 +1,7 @@
-"""The two passes over a part of the vocabulary of sums.py as Triton kernels, for GPUs: one program a row.
+"""Triton kernels for the two passes of sums.py over a part of the vocabulary, for GPUs: one program a row.
 
-No atomics, so the same bits every time; no product, which is cuBLAS's. Tested against sums.py through Triton's
-interpreter, and on GPUs of `TESTED`, where they are the default.
+The kernels use no atomics, so they give the same bits every time; matrix products are left to cuBLAS. They are tested
+against sums.py through Triton's interpreter, and on the GPUs of `TESTED`, where they are the default.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _LOWEST = tl.constexpr(plain.LOWEST)
 TESTED = frozenset({(9, 0)})
 """Compute capabilities of the GPUs on which tests/gpu passes: an H200."""
 LARGEST_BLOCK = 4096
-"""Columns that a program holds at a time."""
+"""The most columns that a program holds at a time."""
 
 
 @triton.jit
-def _sums_of_row(
-    X, HOLE, VALID, TOP, OTHERS, WEIGHTED, columns, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+def _sums_of_row(  # type: ignore[no-untyped-def]  # Triton takes annotations for its own types
+    X, HOLE, SUPERVISED, TOP, OTHERS, WEIGHTED, columns, stride, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:  # fmt: skip
-    """X [n, columns] -> TOP fp32, OTHERS and WEIGHTED fp64, [n], without column HOLE; rows that are not VALID: none."""
+    """Write TOP fp32, OTHERS and WEIGHTED fp64, each [n], of X [n, columns] without column HOLE, if SUPERVISED."""
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(VALID + row) != 0:
+    if tl.load(SUPERVISED + row) != 0:
         hole = tl.load(HOLE + row)
         top = tl.full((), _LOWEST, tl.float32)
         shift = tl.ceil(top * _LOG2E)
@@ -56,12 +56,12 @@ def _sums_of_row(
 
 
 @triton.jit
-def _gradient_of_row(
-    X, OUT, HOLE, VALID, SHIFT, AT_OTHERS, AT_LABEL, columns, stride, stride_out, BLOCK: tl.constexpr
+def _gradient_of_row(  # type: ignore[no-untyped-def]  # Triton takes annotations for its own types
+    X, OUT, HOLE, SUPERVISED, SHIFT, AT_OTHERS, AT_LABEL, columns, stride, stride_out, BLOCK: tl.constexpr
 ) -> None:  # fmt: skip
-    """X, OUT [n, columns], which may share their storage: 2^y AT_OTHERS, AT_LABEL at column HOLE; 0 where not VALID."""
+    """Write into OUT [n, columns], which may be X: 2^y AT_OTHERS, AT_LABEL at column HOLE, 0 where not SUPERVISED."""
     row = tl.program_id(0).to(tl.int64)
-    valid = tl.load(VALID + row) != 0
+    supervised = tl.load(SUPERVISED + row) != 0
     hole = tl.load(HOLE + row)
     shift = tl.load(SHIFT + row)
     at_others = tl.load(AT_OTHERS + row)
@@ -69,15 +69,15 @@ def _gradient_of_row(
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < columns
-        x = tl.load(X + row * stride + at, mask=inside & valid, other=-float("inf")).to(tl.float32)
+        x = tl.load(X + row * stride + at, mask=inside & supervised, other=-float("inf")).to(tl.float32)
         y = tl.fma(x, tl.full((BLOCK,), _LOG2E, tl.float32), -shift)
         value = tl.where(at == hole, at_label, tl.exp2(y) * at_others)
-        value = tl.where(valid, value, 0.0)
+        value = tl.where(supervised, value, 0.0)
         tl.store(OUT + row * stride_out + at, value.to(OUT.dtype.element_ty), mask=inside)
 
 
 def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators: bool = False) -> Sums:
-    """As `sums.sums`, but the rows are only read: TRITON keeps no numerators."""
+    """Do what `sums.sums` does, except that the rows are only read: TRITON keeps no numerators."""
     found = no_sums(len(rows), rows.device, entropy)
     if not label.columns or not len(rows):
         return found
@@ -85,7 +85,7 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
     _sums_of_row[(len(rows),)](
         rows,
         _hole(label),
-        label.valid.to(torch.int8),
+        label.supervised.to(torch.int8),
         found.top,
         found.others,
         found.weighted,
@@ -100,14 +100,14 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
 def gradient(
     rows: Tensor, out: Tensor, label: Labels, shift: Tensor | None, at_others: Tensor, at_label: Tensor
 ) -> None:
-    """As `sums.gradient`, from logits."""
+    """Do what `sums.gradient` does, from logits only."""
     assert shift is not None, "there are no numerators"
     if label.columns and len(rows):
         _gradient_of_row[(len(rows),)](
             rows,
             out,
             _hole(label),
-            label.valid.to(torch.int8),
+            label.supervised.to(torch.int8),
             shift,
             at_others,
             at_label,
@@ -122,9 +122,9 @@ TRITON = Kernels(sums, gradient, numerators=False)
 
 
 def _hole(label: Labels) -> Tensor:
-    """[n] int64: the column that is the label's, -1 where there is none. A lane past the last column is never it."""
+    """Return the label's column, -1 where the part owns none, [n] int64; no lane past the last column equals it."""
     return torch.where(label.owned, label.column, -1)
 
 
 def _block(columns: int) -> int:
-    return min(LARGEST_BLOCK, triton.next_power_of_2(columns))
+    return min(LARGEST_BLOCK, int(triton.next_power_of_2(columns)))

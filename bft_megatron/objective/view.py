@@ -1,15 +1,15 @@
-"""Supervised tokens and their samples, whatever the layout: padded or packed rows, whole or split over context
-parallelism.
+"""The geometry of a micro-batch, and what an objective sees of it, whatever the layout of rows and ranks.
 
-`Rows` is the geometry of a micro-batch, `View` what an objective sees of it. The masking, the bookkeeping of samples
-and every collective over context parallelism are here; weights and losses are not. A sample's tokens are split as
-Megatron
+`Geometry` holds the samples' edges and the supervised positions of padded or packed rows, whole or split over context
+parallelism; `View` is what it shows to an objective. Masking, the bookkeeping of samples and every collective over
+context parallelism are here; weights and losses are in records.py and loss.py. A sample's tokens are split as Megatron
 splits them: in 2*cp chunks, of which rank r holds chunks r and 2*cp - 1 - r (`zigzag`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 
 
 def zigzag(cu_seqlens: Tensor, cp: int, rank: int) -> Tensor:
@@ -28,7 +28,7 @@ def zigzag(cu_seqlens: Tensor, cp: int, rank: int) -> Tensor:
         cu_seqlens: [B+1] int, the edges of the samples; every length must be a multiple of 2*cp unless cp is 1.
 
     Raises:
-        ValueError: where a length cannot be split.
+        ValueError: a length cannot be split.
     """
     edges = cu_seqlens.long()
     lengths = edges.diff()
@@ -44,18 +44,18 @@ def zigzag(cu_seqlens: Tensor, cp: int, rank: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """The geometry of a micro-batch: which positions are supervised, and whose.
+class Geometry:
+    """The geometry of a micro-batch: the samples' edges and the supervised positions.
 
-    All of it follows from the labels, which every context-parallel rank has in full: counts need no communication. The
-    index work runs where `labels` are; keep them on the CPU, and a GPU is never waited for.
+    Every context-parallel rank has all labels, so counts need no communication. The index work runs on the device of
+    `labels`: keep them on the CPU, so that no GPU has to be waited for.
 
-    labels: [N] int64, whole rows flattened row by row, already shifted (position i holds token i + 1), -100 where not
-        supervised.
-    cu_seqlens: [B+1] int, the samples' edges, covering all N positions: a padded batch has multiples of s, a packed row
-        its samples and, as a last one without labels, its tail.
-    counted: [B] bool, False for what is no sample (the tail, a filler row); it has no labels.
-    weight: [B] fp32, the data's own weight of each sample.
+    labels: [N] int64, whole rows flattened row by row, already shifted (position i holds token i + 1), IGNORE_INDEX
+        where not supervised.
+    cu_seqlens: [B+1] int, the samples' edges, covering all N positions: the multiples of s for a padded batch; for a
+        packed row the edges of its samples, and its tail as a last sample without labels.
+    counted: [B] bool, False for a segment that is no sample (the tail, a filler row) and has no labels.
+    weight: [B] fp32, the weight that the data give each sample.
     cp_group: the context-parallel group; None for no split.
     cp_windows: whether windows stay within a chunk ("per_rank") or run over the whole sample ("exact").
     """
@@ -69,35 +69,35 @@ class Rows:
 
     @cached_property
     def cp(self) -> int:
-        """The number of context-parallel ranks."""
+        """Return the number of context-parallel ranks."""
         return 1 if self.cp_group is None else dist.get_world_size(self.cp_group)
 
     @cached_property
     def cp_rank(self) -> int:
-        """This process's rank among them."""
+        """Return this process's context-parallel rank."""
         return 0 if self.cp_group is None else dist.get_rank(self.cp_group)
 
     @cached_property
     def positions(self) -> Tensor:
-        """[N/cp] int64: the positions that this rank holds."""
+        """Return the positions [N/cp] int64 that this rank holds."""
         return zigzag(self.cu_seqlens, self.cp, self.cp_rank)
 
     @cached_property
     def supervised(self) -> Tensor:
-        """[N/cp] bool: which of this rank's positions have a label."""
+        """Return which of this rank's positions have a label, [N/cp] bool."""
         return self.labels[self.positions] != IGNORE_INDEX
 
     @cached_property
     def n(self) -> Tensor:
-        """[B] int64: supervised tokens of each sample, over all ranks."""
+        """Return the number of supervised tokens of each sample over all ranks, [B] int64."""
         return torch.bincount(self._sample_at[self.labels != IGNORE_INDEX], minlength=len(self.counted))
 
     def take(self, x: Tensor) -> Tensor:
-        """x [N/cp], for each of this rank's positions -> [T], those of its supervised tokens; passes gradients."""
+        """Select the supervised tokens' values [T] from x [N/cp], this rank's positions; differentiable."""
         return x[self._supervised_index.to(x.device, non_blocking=True)]
 
     def view(self, logp: Tensor, entropy: Tensor | None = None) -> View:
-        """logp, entropy: [N/cp] for each of this rank's positions -> what an objective sees, on their device."""
+        """Return what an objective sees of logp and entropy, each [N/cp] for this rank's positions; on their device."""
 
         def to(x: Tensor) -> Tensor:
             return x.to(logp.device, non_blocking=True)
@@ -116,23 +116,23 @@ class Rows:
 
     @cached_property
     def _sample_at(self) -> Tensor:
-        """[N] int64: the sample of each position."""
+        """Return the sample of each position, [N] int64."""
         lengths = self.cu_seqlens.long().diff()
         return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
 
     @cached_property
     def _supervised_index(self) -> Tensor:
-        """[T] int64: where this rank's supervised tokens lie among its positions."""
+        """Return the indices of this rank's supervised tokens among its positions, [T] int64."""
         return self.supervised.nonzero()[:, 0]
 
     @cached_property
     def _tokens(self) -> Tensor:
-        """[T] int64: the positions of this rank's supervised tokens."""
+        """Return the positions of this rank's supervised tokens, [T] int64."""
         return self.positions[self.supervised]
 
     @cached_property
     def _span(self) -> Tensor:
-        """What a window may not leave, an id for each token it runs over: the chunk, or with `exact` the sample."""
+        """Return for each token the id of its span, which no window crosses: its chunk, or its sample with `exact`."""
         if self._gather is not None:
             return self._sample_at[self.labels != IGNORE_INDEX]
         sample = self._sample_at[self._tokens]
@@ -145,10 +145,10 @@ class Rows:
         if self.cp == 1 or self.cp_windows == "per_rank":
             return None
         supervised = self.labels != IGNORE_INDEX
-        place = supervised.cumsum(0) - 1  # [N], a supervised position's place among all supervised tokens of the rows
+        place = supervised.cumsum(0) - 1  # [N], the place of a supervised position among all supervised tokens
         held = [zigzag(self.cu_seqlens, self.cp, rank) for rank in range(self.cp)]
         tokens = [positions[supervised[positions]] for positions in held]
-        longest = max(1, *(len(t) for t in tokens))  # never an empty collective, whatever the back end makes of one
+        longest = max(1, *(len(t) for t in tokens))  # at least 1: back ends differ on empty collectives
         slots = torch.empty(int(supervised.sum()), dtype=torch.int64, device=self.labels.device)
         for rank, t in enumerate(tokens):
             slots[place[t]] = rank * longest + torch.arange(len(t), device=self.labels.device)
@@ -157,10 +157,10 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What an objective sees: this rank's supervised tokens, detached, and helpers that hide all layout from it.
+    """This rank's supervised tokens as an objective sees them, detached, with helpers that hide the layout.
 
     `x` below is [T], a value for each token. Every rank of the context-parallel group must make the same calls in the
-    same order, one without a supervised token too.
+    same order, even a rank without supervised tokens.
     """
 
     logp: Tensor
@@ -168,28 +168,41 @@ class View:
     sample: Tensor
     """[T] int64, ids in [0, B), non-decreasing"""
     n: Tensor
-    """[B] int64, supervised tokens of each sample, over all context-parallel ranks"""
+    """[B] int64, the number of supervised tokens of each sample over all context-parallel ranks"""
     weight: Tensor
-    """[B] fp32, the data's own weight of each sample; the step applies it"""
+    """[B] fp32, the weight that the data give each sample; `objective_sum` applies it"""
     entropy: Tensor | None
-    """[T] fp32, where the objective needs it"""
+    """[T] fp32 in nats; None unless the objective needs it"""
     _span: Tensor = field(repr=False)
     _group: dist.ProcessGroup | None = field(repr=False)
     _gather: _Gather | None = field(repr=False)
+    _found: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What `compute` returned when it was first asked for under this key. Its collectives: the first time alone."""
+        if key not in self._found:
+            self._found[key] = compute()
+        return self._found[key]
 
     def sum(self, x: Tensor) -> Tensor:
-        """[B] fp64, the sum over a sample's tokens on all ranks. One SUM all-reduce [B] over context parallelism."""
+        """Return the sum over each sample's tokens on all ranks, [B] fp64.
+
+        One SUM all-reduce [B] over context parallelism.
+        """
         total = torch.zeros(len(self.n), dtype=torch.float64, device=x.device).index_add_(0, self.sample, x.double())
         if self._group is not None:
             dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._group)
         return total
 
     def mean(self, x: Tensor) -> Tensor:
-        """[B] fp64, the mean over a sample's tokens on all ranks, 0 for one without. Collectives as in `sum`."""
+        """Return the mean over each sample's tokens on all ranks, [B] fp64; 0 without tokens. Collectives: as `sum`."""
         return self.sum(x) / self.n.clamp(min=1)
 
     def min(self, x: Tensor) -> Tensor:
-        """[B] fp64, the minimum on all ranks, +inf for a sample without tokens. One MIN all-reduce [B], as in `sum`."""
+        """Return the minimum over each sample's tokens on all ranks, [B] fp64; +inf without tokens.
+
+        One MIN all-reduce [B] over context parallelism.
+        """
         low = torch.full((len(self.n),), math.inf, dtype=torch.float64, device=x.device)
         low.scatter_reduce_(0, self.sample, x.double(), "amin")
         if self._group is not None:
@@ -197,11 +210,11 @@ class View:
         return low
 
     def windows(self, x: Tensor, g: int) -> Tensor:
-        """[T] fp64, the mean of the g supervised values of one sample that end at t, +inf where there are fewer.
+        """Return for each token t the mean of the g supervised values of its sample that end at t, [T] fp64.
 
-        Masked positions in between do not count. x must be finite. Under context parallelism either no window crosses
-        the edge of one of the sample's 2*cp chunks, and there is no collective, or with `exact` windows they are those
-        of one process, and x is all-gathered over context parallelism in its own dtype.
+        The mean is +inf where fewer than g values end at t. Positions without a label are skipped. x must be finite.
+        Under context parallelism, "per_rank" windows do not cross the edge of one of the sample's 2*cp chunks and need
+        no collective; "exact" windows are those of one process, and x is all-gathered in its own dtype.
         """
         if self._gather is None:
             return _trailing_means(x, self._span, g)
@@ -210,14 +223,14 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class _Gather:
-    """How the tokens of all context-parallel ranks come back into sequence order."""
+    """An all-gather that puts the tokens of all context-parallel ranks into sequence order."""
 
-    slots: Tensor  # [T of all ranks] where each token of the sequence lies in the gathered [cp * longest]
-    mine: Tensor  # [T] the places of this rank's tokens in the sequence
-    longest: int  # the largest T of any rank, to which all pad
+    slots: Tensor  # [T of all ranks] the index of each token of the sequence in the gathered [cp * longest]
+    mine: Tensor  # [T] the indices of this rank's tokens in the sequence
+    longest: int  # the largest T of any rank; the others pad to it
 
     def __call__(self, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        """x [T] of this rank -> [T of all ranks] in sequence order. One all-gather [longest] over `group`."""
+        """Gather x [T] -> [T of all ranks] in sequence order. One all-gather [longest] over `group`."""
         padded = torch.nn.functional.pad(x, (0, self.longest - len(x)))
         everyone = x.new_empty(dist.get_world_size(group) * self.longest)
         dist.all_gather_into_tensor(everyone, padded, group=group)
@@ -225,9 +238,10 @@ class _Gather:
 
 
 def _trailing_means(x: Tensor, span: Tensor, g: int) -> Tensor:
-    """x [T], span [T] non-decreasing -> [T] fp64, the mean of the g values of one span that end at t, or +inf.
+    """Return for each t the mean of the g values of its span that end at t, or +inf, [T] fp64.
 
-    By prefix sums, in fp64 always: in fp32 they would make a sample's numbers depend on its place in a packed row.
+    span is [T] and non-decreasing. The prefix sums are fp64: in fp32 a sample's numbers would depend on its place in a
+    packed row.
     """
     means = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
     if len(x) >= g:

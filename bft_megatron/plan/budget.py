@@ -47,11 +47,14 @@ def allowances(stage: Stage, gpu: Gpu, world: int) -> list[Allowance]:
     ]
 
 
+Answer = Literal["fits", "tight", "does not fit"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How a world's fullest rank stands to its GPU. GiB."""
 
-    answer: Literal["fits", "tight", "does not fit"]
+    answer: Answer
     stage: Stage
     """The fullest."""
     peak: float
@@ -71,7 +74,7 @@ def verdict(stages: list[Stage], gpu: Gpu, world: int) -> Verdict:
     beside = allowances(fullest, gpu, world)
     peak = gib(fullest.trace.step.peak)
     least, most = peak + sum(a.least for a in beside), peak + sum(a.most for a in beside)
-    answer = "fits" if most <= gpu.memory else "tight" if least <= gpu.memory else "does not fit"
+    answer: Answer = "fits" if most <= gpu.memory else "tight" if least <= gpu.memory else "does not fit"
     return Verdict(answer, fullest, peak, least, most, gpu.memory)
 
 

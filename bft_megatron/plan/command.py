@@ -33,7 +33,7 @@ def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> 
     Raises:
         UserError: there is no such GPU.
     """
-    one_copy = rules.model_parallel_size(recipe)
+    one_copy = recipe.parallel.model_parallel_size
     if recipe.device == "cpu":
         world = one_copy * recipe.parallel.data
         return Cluster(share_of_this_machine(world), world, world)

@@ -8,7 +8,7 @@ what of the messages hides behind kernels, is assumed, below.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -145,10 +145,13 @@ class _StageTimes:
         def messages(wanted: Callable[[str, Collective], bool]) -> float:
             return sum(n * speeds.message(m) for (phase, m), n in step.collectives.items() if wanted(phase, m))
 
+        def tp(own: str) -> float:
+            return messages(lambda phase, m: phase == own and m.group == "tp") / held
+
         passes = ("forward", "backward")
-        forward, backward = (kernels(lambda phase, _, p=p: phase == p) / held for p in passes)
+        forward = kernels(lambda phase, _: phase == "forward") / held
+        backward = kernels(lambda phase, _: phase == "backward") / held
         attention = kernels(lambda phase, work: phase in passes and work.attention) / held
-        tp = {p: messages(lambda phase, m, p=p: phase == p and m.group == "tp") / held for p in passes}
         cp = messages(lambda phase, m: phase in passes and m.group == "cp" and not m.head) / held
         cp_head = messages(lambda phase, m: phase in passes and m.group == "cp" and m.head) / held
         tp_head = messages(lambda phase, m: phase == "forward" and m.group == "tp" and m.head) / held
@@ -161,7 +164,7 @@ class _StageTimes:
             stage,
             kernels=forward + backward,
             shown={
-                "tp": tp["forward"] + SHOWN_BACKWARD * tp["backward"],
+                "tp": tp("forward") + SHOWN_BACKWARD * tp("backward"),
                 "cp": max(0.0, cp - attention) + cp_head,
                 "pp": pp if recipe.parallel.virtual_pipeline == 1 else 0.0,
             },
@@ -183,7 +186,7 @@ def _model_flops(recipe: Recipe, stages: list[Stage], world: int) -> float:
 
 
 def _sent(stage: Stage, total: int) -> dict[str, float]:
-    sent: Counter[str] = Counter()
+    sent: defaultdict[str, float] = defaultdict(float)
     for (phase, message), n in stage.trace.step.collectives.items():
         scale = total / stage.trace.micro_batches if _grows(phase, message) else 1
         sent[message.group] += n * scale * wire_bytes(message)

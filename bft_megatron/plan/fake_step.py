@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bft_megatron.data.dataset import VIRTUAL_LENGTH
+from bft_megatron.data.dataset import VIRTUAL_LENGTH, full_row
 from bft_megatron.hf import architectures
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.plan.memory import Ledger
@@ -127,19 +127,7 @@ def _without(flags: list[str], names: tuple[str, ...]) -> list[str]:
 
 def full_rows(recipe: Recipe) -> Callable[..., Any]:
     """A provider of rows that a single sample fills, all of it learned: what needs the most of everything."""
-    s = recipe.data.seq_length
-    row = {
-        "tokens": torch.zeros(s, dtype=torch.int64),
-        "labels": torch.zeros(s, dtype=torch.int64),
-        "position_ids": torch.arange(s),
-        "weight": torch.ones(1),
-        "samples": torch.tensor(1),
-        "real_tokens": torch.tensor(s),
-        "row": torch.tensor(0),
-        "source": torch.tensor(0),
-    }
-    if recipe.data.packing:
-        row |= {"cu_seqlens": torch.tensor([0, s], dtype=torch.int32), "max_seqlen": torch.tensor(s)}
+    row = full_row(recipe.data.seq_length, packing=recipe.data.packing).item()
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -151,5 +139,5 @@ def full_rows(recipe: Recipe) -> Callable[..., Any]:
     def provide(*_: Any, vp_stage: int | None = None) -> tuple[Any, None, None]:
         return Rows(), None, None
 
-    provide.is_distributed = True
+    provide.is_distributed = True  # type: ignore[attr-defined]  # Megatron's mark on a function
     return provide

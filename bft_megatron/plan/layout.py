@@ -12,7 +12,6 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.plan import fake_step, processes
 from bft_megatron.plan.probe import Trace
-from bft_megatron.recipe.rules import model_parallel_size
 from bft_megatron.recipe.schema import Recipe
 
 
@@ -109,7 +108,7 @@ def _batch(recipe: Recipe, world: int) -> int:
 
 
 def _data_parallel(recipe: Recipe, world: int) -> int:
-    return world // model_parallel_size(recipe)
+    return world // recipe.parallel.model_parallel_size
 
 
 def _rank(recipe: Recipe, world: int, stage: int) -> int:

@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -163,10 +163,10 @@ class Ledger(TorchDispatchMode):
         n = storage.nbytes()
         if self.device == "meta":
             n = -(-n // CUDA_BLOCK) * CUDA_BLOCK
-        self.live[key] = weakref.ref(storage, lambda _, key=key: self._died(key)), self.part, n
+        self.live[key] = weakref.ref(storage, partial(self._died, key)), self.part, n
         self._add(self.part, n)
 
-    def _died(self, key: int) -> None:
+    def _died(self, key: int, _: object) -> None:
         _, part, n = self.live.pop(key)
         self._add(part, -n)
 

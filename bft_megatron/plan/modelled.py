@@ -121,7 +121,7 @@ class Norm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device="meta")
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., h] -> [..., h]."""
@@ -240,7 +240,7 @@ class FusedAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, **settings})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # Megatron passes no closure
         """One update of all parameters with a gradient."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]

@@ -49,12 +49,15 @@ def _chart(stage: Stage, capacity: float) -> str:
     )
 
 
+_NOTHING: tuple[int, Counter[str]] = (-1, Counter())
+
+
 def _moments(stage: Stage) -> list[dict[str, int]]:
     """The fullest moment of each of `COLUMNS` equal stretches of the step, in bytes by the report's parts."""
     deltas = stage.trace.step.deltas
     stretch = max(1, len(deltas) // COLUMNS)
     now: Counter[str] = Counter()
-    total, fullest, found = 0, (-1, {}), []
+    total, fullest, found = 0, _NOTHING, []
     for i, (part, n) in enumerate(deltas, start=1):
         now[part] += n
         total += n
@@ -62,5 +65,5 @@ def _moments(stage: Stage) -> list[dict[str, int]]:
             fullest = total, now.copy()
         if i % stretch == 0:
             found.append(parts(fullest[1]))
-            fullest = (-1, {})
+            fullest = _NOTHING
     return found

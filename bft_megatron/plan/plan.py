@@ -61,6 +61,6 @@ def steps(recipe: Recipe) -> int | None:
     if recipe.train.iterations is not None:
         return recipe.train.iterations
     try:
-        return open_rows(RunFolder.of(recipe).with_pack(recipe)).steps(recipe)
+        return open_rows(RunFolder.of(recipe).with_pack(recipe)).steps
     except UserError:
         return None

@@ -12,7 +12,7 @@ from bft_megatron.plan.budget import PARTS, allowances, parts
 from bft_megatron.plan.changes import Change
 from bft_megatron.plan.memory import gib
 from bft_megatron.plan.plan import Plan
-from bft_megatron.reporting.announce import layout
+from bft_megatron.reporting.announce import describe_layout
 
 
 def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def show(plan: Plan, console: Console) -> None:
     v, e, cluster = plan.verdict, plan.estimate, plan.cluster
     count = parameters(plan)
     held = f"{count / 1e9:.3g} B parameters held" if count >= 1e9 else f"{count / 1e6:.3g} M parameters held"
-    _say(console, f"{plan.recipe.model} ({held}), {layout(plan.recipe, cluster.world)}, {cluster.gpu.name}")
+    _say(console, f"{plan.recipe.model} ({held}), {describe_layout(plan.recipe, cluster.world)}, {cluster.gpu.name}")
     console.print(_table(plan))
     beside = ", ".join(
         f"{a.name} {_range(a.least, a.most)}" for a in allowances(v.stage, cluster.gpu, cluster.world) if a.most
@@ -108,6 +108,7 @@ def show_layouts(plans: list[Plan], console: Console) -> None:
         table.add_column(heading, justify="right")
     for plan in plans:
         p, e, v = plan.recipe.parallel, plan.estimate, plan.verdict
+        assert e is not None, "a search estimates every layout"
         data = plan.cluster.world // (p.tensor * p.pipeline * p.context)
         sizes = (str(n) for n in (p.tensor, p.pipeline, p.virtual_pipeline, p.context, data))
         speed = (f"{e.seconds:.3g}", f"{e.tokens_per_second:,.0f}", f"{e.mfu:.0%}")

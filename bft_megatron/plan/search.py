@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
+from bft_megatron.checkpoint.sizes import OPTIMIZER_BYTES
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.weights import parameter_count
 from bft_megatron.plan.budget import verdict
@@ -22,8 +23,6 @@ from bft_megatron.recipe.schema import ParallelSettings, Recipe
 
 TRACED = 8
 """Layouts that a search traces."""
-BYTES_OF_STATE = 12
-"""A parameter's fp32 copy and two moments of Adam, which data parallelism shards."""
 
 
 def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
@@ -35,7 +34,7 @@ def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
             judged = verdict(found, on.gpu, on.world)
             took = estimate(layout, found, on)
             plans.append(Plan(layout, config, on, found, judged, took))
-    return sorted(plans, key=lambda p: (not p.verdict.fits, p.estimate.seconds))
+    return sorted(plans, key=lambda p: (not p.verdict.fits, p.estimate and p.estimate.seconds))
 
 
 def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Recipe]:
@@ -61,7 +60,7 @@ def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
     sharded = world / (parallel.tensor * parallel.pipeline)
     weight = 2 if recipe.train.precision == "bf16" else 4
     gradient = 2 if recipe.megatron.get("grad-reduce-in-bf16") else 4
-    return own * (weight + gradient + BYTES_OF_STATE / sharded)
+    return own * (weight + gradient + OPTIMIZER_BYTES / sharded)
 
 
 def _activations(recipe: Recipe, config: ModelConfig, world: int) -> float:

@@ -1,1 +1,1 @@
-"""Processes of one machine: starting ranks, their output, their signals."""
+"""Processes on one machine: starting ranks, redirecting their output, handling signals."""

@@ -1,7 +1,7 @@
-"""Local processes for a run on one machine: start one a rank, pass signals on, end all when one fails.
+"""The local launcher: starts one process per rank on this machine, forwards signals, ends all ranks when one fails.
 
-On a cluster the scheduler starts the ranks and this is not used. It knows nothing of Megatron and imports no torch,
-unless the machine has GPUs to count.
+On a cluster the scheduler starts the ranks and this module is not used. It doesn't depend on Megatron, and imports
+torch only to count GPUs.
 """
 
 from __future__ import annotations
@@ -17,27 +17,21 @@ import sys
 import time
 from collections.abc import Iterator
 
-from bft_megatron.processes import signals
-from bft_megatron.recipe.rules import model_parallel_size
+from bft_megatron.processes import ranks, signals
 from bft_megatron.recipe.schema import Recipe
 
 GRACE_SECONDS = 3
-"""In which the other ranks fail by themselves, with a message, when one is lost, before they are ended."""
-
-
-def started_by_launcher() -> bool:
-    """True in a process that torchrun, Slurm's scripts or `launch` below started as a rank."""
-    return "RANK" in os.environ
+"""Time for the other ranks to fail by themselves, with a message, before they are killed after one has failed."""
 
 
 def local_processes(recipe: Recipe) -> int:
-    """Ranks of a run on this machine: one a GPU, or on the CPU as many as the recipe's layout needs."""
-    on_cpu = model_parallel_size(recipe) * recipe.parallel.data
+    """Return the number of ranks on this machine: one per GPU, or on CPU as many as the recipe's layout needs."""
+    on_cpu = recipe.parallel.model_parallel_size * recipe.parallel.data
     return on_cpu if recipe.device == "cpu" else _count_gpus() or on_cpu
 
 
 def _count_gpus() -> int:
-    """torch is asked (seconds of import) only where the driver's device files exist."""
+    """Return the number of GPUs; torch, which takes seconds to import, is asked only if the driver's devices exist."""
     if not glob.glob("/dev/nvidia[0-9]*"):
         return 0
     import torch
@@ -49,48 +43,47 @@ def launch(arguments: list[str], processes: int) -> int:
     """Run `python -m bft_megatron *arguments` as ranks 0..processes-1 and wait.
 
     Returns:
-        0, or the status of the first rank that failed (128 + signal number if it was killed); the others are ended
-        then. A rank holds signals back until it can answer them (`checkpoint.signals.listen`).
+        0, or the status of the first rank that failed (128 + signal number if it was killed), after ending the others.
+        Signals stay blocked in a rank until it can handle them (`processes.signals.listen`).
     """
-    environment = {**os.environ, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": threads}
     command = [sys.executable, "-m", "bft_megatron", *arguments]
-    ranks = [
+    children = [
         subprocess.Popen(
             command,
-            env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)},
+            env=ranks.as_rank(r, processes) | meeting,
             preexec_fn=_prepare_child,
-            process_group=0,  # Ctrl-C comes through the launcher alone
+            process_group=0,  # Ctrl-C reaches the ranks only through the launcher
         )
         for r in range(processes)
     ]
-    with _signals_passed_on(ranks):
-        return _wait(ranks)
+    with _signals_passed_on(children):
+        return _wait(children)
 
 
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        return int(s.getsockname()[1])
 
 
 def _prepare_child() -> None:
-    """In the child: hold signals back, and end with the launcher, even if that is killed (Linux)."""
+    """Block signals in a child before exec, and have the kernel kill it when the launcher ends (Linux)."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 @contextlib.contextmanager
-def _signals_passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 go to the ranks, which save and stop; the launcher waits. Ctrl-C again ends them."""
+def _signals_passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Forward SIGINT, SIGTERM and SIGUSR1 to the ranks, which save and stop; a second Ctrl-C kills them."""
     interrupted = False
 
     def forward(number: int, _: object) -> None:
         nonlocal interrupted
         twice, interrupted = interrupted and number == signal.SIGINT, interrupted or number == signal.SIGINT
-        for rank in ranks:
+        for rank in children:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if twice else number)
 
@@ -102,12 +95,12 @@ def _signals_passed_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     while True:
-        states = [rank.poll() for rank in ranks]
+        states = [rank.poll() for rank in children]
         failed = [(rank, s) for rank, s in enumerate(states) if s]
         if failed:
-            _end(ranks)
+            _end(children)
             rank, status = failed[0]
             if status < 0:
                 print(f"rank {rank} was killed by {signal.Signals(-status).name}", flush=True)
@@ -117,12 +110,12 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.05)
 
 
-def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _end(children: list[subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + GRACE_SECONDS
-    for rank in ranks:
+    for rank in children:
         with contextlib.suppress(subprocess.TimeoutExpired):
             rank.wait(max(0.0, deadline - time.monotonic()))
-    for rank in ranks:
+    for rank in children:
         if rank.poll() is None:
             rank.kill()
             rank.wait()

@@ -1,6 +1,6 @@
-"""What a scheduler or a person asks of a rank by SIGUSR1, SIGTERM or SIGINT: remembered here, answered in `stopping`.
+"""The signals by which a scheduler or a person asks a rank to save and stop; `stopping` acts on them.
 
-Imports nothing slow, so that a rank can listen before it imports torch: a signal in those seconds would end it.
+Imports nothing slow, so that a rank can listen before it imports torch: an unhandled signal would end it.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ ASKING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """Slurm's warning before the time limit; preemption, cancelling and the time limit itself; Ctrl-C."""
 
 STARTED = time.monotonic()
-"""When this process began, to a few hundredths of a second."""
+"""Start time of this process on the monotonic clock, accurate to a few hundredths of a second."""
 
 _received = 0
 
 
 def listen() -> None:
-    """From now on remember these signals in place of ending; also those that were held back since the process began.
+    """Record these signals from now on instead of ending, including those blocked since the process began.
 
-    The launcher starts ranks with the signals blocked, so that none is lost or fatal before this.
+    The launcher starts ranks with the signals blocked, so that none is lost or fatal before this call.
     """
     for number in ASKING:
         signal.signal(number, _remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
-    # The interpreter takes handlers away as it ends: the next signal would turn status 0 into a failure.
+    # The interpreter removes handlers at exit, and a signal after that would turn status 0 into a failure.
     atexit.register(_ignore)
 
 
 def received() -> int:
-    """Number of the last signal that asked this rank to save and stop, 0 if none did."""
+    """Return the number of the last signal that asked this rank to save and stop, or 0."""
     return _received
 
 

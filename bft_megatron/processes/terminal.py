@@ -1,7 +1,7 @@
-"""Who sees what: our own lines go to the terminal, what Megatron and other libraries print to a log file a rank.
+"""Redirecting a rank's output to its log file, so that only our own lines reach the terminal.
 
-By file descriptor, since libraries print from C++ and from threads too; and before torch and Megatron are imported,
-which print when they are.
+The file descriptors are redirected, because libraries print from C++ and from threads too, and before torch and
+Megatron are imported, because they print during import.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import TextIO
 
 from bft_megatron.errors import BAD_STEPS, BadSteps, UserError
+from bft_megatron.processes import ranks
 
 
 @contextlib.contextmanager
 def output_to(log: Path) -> Iterator[TextIO]:
-    """Send what this process prints to a file; yields the terminal, or what stands for it in a batch job.
+    """Redirect what this process prints to a file; yield the terminal, or a batch job's output in its place.
 
-    A failure's traceback goes to the file; the terminal gets one line with what failed, its notes, and the command that
-    goes on, and the process exits with 1, or 65 after too many bad steps. A user's error is left to the command line.
+    On a failure, the traceback goes to the file and the terminal gets one line with the error, its notes, and the
+    command that resumes the run; the process exits with 1, or with `BAD_STEPS` after too many bad steps. A UserError is
+    left to the command line.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     before = [os.dup(1), os.dup(2)]
@@ -36,7 +38,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
         raise
     except Exception as e:
         traceback.print_exc()
-        if not isinstance(e, BadSteps) or os.environ["RANK"] == "0":  # which all ranks raise alike
+        if not isinstance(e, BadSteps) or ranks.rank() == 0:  # all ranks raise the same BadSteps
             print(_last_line(e, log), file=console, flush=True)
         sys.exit(BAD_STEPS if isinstance(e, BadSteps) else 1)
     finally:
@@ -45,7 +47,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
 
 def _last_line(e: Exception, log: Path) -> str:
     what = str(e).strip().partition("\n")[0]
-    said = "; ".join([f"rank {os.environ['RANK']}: {type(e).__name__}: {what}", *getattr(e, "__notes__", ())])
+    said = "; ".join([f"rank {ranks.rank()}: {type(e).__name__}: {what}", *getattr(e, "__notes__", ())])
     command = shlex.join(["bft-megatron", *sys.argv[1:]])
     return f"{said}; command: {command} (traceback in {log})"
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from bft_megatron.recipe.flag_groups import MAY_CHANGE, MAY_NOT_CHANGE, NOT_MEGATRONS, REFUSED, REFUSED_VALUES
-from bft_megatron.recipe.rules import sequence_parallel
 from bft_megatron.recipe.schema import Recipe
 
 
@@ -65,7 +64,7 @@ MADE = (
     ),
     Made("num-layers-per-virtual-pipeline-stage", _nothing, "parallel.virtual_pipeline"),
     Made("context-parallel-size", lambda run: run.recipe.parallel.context, "parallel.context"),
-    Made("sequence-parallel", lambda run: sequence_parallel(run.recipe), "parallel.sequence"),
+    Made("sequence-parallel", lambda run: run.recipe.parallel.sequence_parallel, "parallel.sequence"),
     # The batch and the schedule.
     _train("micro-batch-size", "micro_batch_size"),
     _train("global-batch-size", "global_batch_size"),

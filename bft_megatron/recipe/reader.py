@@ -6,7 +6,6 @@ Imports no torch: a recipe is read and refused before anything slow or expensive
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -46,7 +45,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     layers = [(source.tree, None), *((_override(o), o) for o in overrides or [])]
     merged = OmegaConf.structured(Recipe)
     for tree, override in layers:
-        _name_flags(tree, lambda key, override=override: override or source.where(key))
+        _name_flags(tree, override, source)
         for key in _leaf_keys(tree):
             if key in MAY_BE_NULL and OmegaConf.select(tree, key) is None:
                 continue
@@ -59,7 +58,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise UserError(f"{', '.join(missing)} must be given", str(path))
-    return OmegaConf.to_object(merged)
+    recipe = OmegaConf.to_object(merged)
+    assert isinstance(recipe, Recipe), "merged into a structured Recipe"
+    return recipe
 
 
 def where(path: str | Path, overrides: list[str], field_name: str) -> str:
@@ -86,29 +87,34 @@ def _override(text: str) -> DictConfig:
         raise UserError(f"cannot read the value: {str(e).splitlines()[0]}", text) from None
 
 
-def _name_flags(tree: DictConfig, where: Callable[[str], str]) -> None:
+def _name_flags(tree: DictConfig, override: str | None, source: YamlFile) -> None:
     """Give the flags under `megatron` their canonical names, so that nothing else needs to know of other spellings.
+
+    Args:
+        tree: the file's, or an override's.
+        override: the text of the override; None for the file.
 
     Raises:
         UserError: one flag under two names.
     """
     given = OmegaConf.select(tree, "megatron")
-    if not isinstance(given, DictConfig):
+    if not isinstance(given, DictConfig) or given._is_none():
         return
     named: dict[str, Any] = {}
-    for name, value in OmegaConf.to_container(given).items():
+    for name in given:
         flag = flags.canonical(str(name))
         if flag in named:
-            raise UserError(f"is Megatron's flag {flag}, which is given already", where(f"megatron.{name}"))
-        named[flag] = value
+            where = override or source.where(f"megatron.{name!s}")
+            raise UserError(f"is Megatron's flag {flag}, which is given already", where)
+        named[flag] = given._get_node(name)
     OmegaConf.update(tree, "megatron", named, merge=False)
 
 
 def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:
     """Dotted keys of a tree, down to what is not a mapping; `megatron` is left whole, its keys are Megatron's."""
     keys = []
-    for name in tree:
-        value = tree._get_node(name)
+    for key in tree:
+        name, value = str(key), tree._get_node(key)
         if isinstance(value, DictConfig) and f"{prefix}{name}" != "megatron" and not value._is_none():
             keys += _leaf_keys(value, f"{prefix}{name}.")
         else:

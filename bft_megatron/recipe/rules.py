@@ -17,11 +17,16 @@ from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 class ModelShape(Protocol):
     """What the checks ask of a model's configuration (`hf.architectures.ModelConfig` has it)."""
 
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    max_positions: int
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def ffn(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
 
 
 def check_recipe(recipe: Recipe, model: ModelShape) -> None:
@@ -45,7 +50,7 @@ def check_comparable(recipe: Recipe) -> None:
 def check_world(recipe: Recipe, world_size: int) -> None:
     """Raise FieldError where the layout does not divide the processes, or the batch does not divide over them."""
     parallel, train = recipe.parallel, recipe.train
-    one_copy = model_parallel_size(recipe)
+    one_copy = parallel.model_parallel_size
     if world_size % one_copy:
         raise FieldError(
             "parallel",
@@ -74,24 +79,9 @@ UNEVEN_SPLIT_FLAGS = {
 }
 
 
-def model_parallel_size(recipe: Recipe) -> int:
-    """Processes that hold the model once."""
-    return recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
-
-
-def sequence_parallel(recipe: Recipe) -> bool:
-    """Whether sequence parallelism is on: as the recipe says, else with tensor parallelism."""
-    sequence = recipe.parallel.sequence
-    return recipe.parallel.tensor > 1 if sequence is None else sequence
-
-
 def pad_multiple(recipe: Recipe) -> int:
     """What a packed sample's length is padded to a multiple of: context parallelism cuts it into 2 x context chunks."""
-    return recipe.data.pad_multiple or _context_chunks(recipe)
-
-
-def _context_chunks(recipe: Recipe) -> int:
-    return 2 * recipe.parallel.context if recipe.parallel.context > 1 else 1
+    return recipe.data.pad_multiple or recipe.parallel.context_chunks
 
 
 def _check_positive(recipe: Recipe) -> None:
@@ -170,7 +160,7 @@ def _check_layout(recipe: Recipe) -> None:
     parallel = recipe.parallel
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise FieldError("parallel.virtual_pipeline", "needs parallel.pipeline above 1")
-    if sequence_parallel(recipe) and parallel.tensor == 1:
+    if parallel.sequence_parallel and parallel.tensor == 1:
         raise FieldError("parallel.sequence", "sequence parallelism shards over tensor ranks: parallel.tensor is 1")
 
 
@@ -197,10 +187,10 @@ def _check_row_length(recipe: Recipe, model: ModelShape) -> None:
     parallel, data = recipe.parallel, recipe.data
     if data.seq_length > model.max_positions:
         raise FieldError("data.seq_length", f"the model was made for at most {model.max_positions} positions")
-    chunks = _context_chunks(recipe)
+    chunks = parallel.context_chunks
     if pad_multiple(recipe) % chunks:
         raise FieldError("data.pad_multiple", f"must be a multiple of 2 x parallel.context = {chunks}")
-    shards = chunks * (parallel.tensor if sequence_parallel(recipe) else 1)
+    shards = chunks * (parallel.tensor if parallel.sequence_parallel else 1)
     for need, why in (
         (shards, "what context and sequence parallelism cut it into"),
         (pad_multiple(recipe), "data.pad_multiple"),

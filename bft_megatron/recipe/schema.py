@@ -93,6 +93,21 @@ class ParallelSettings:
     sequence: bool | None = None
     """Sequence parallelism: tensor ranks share the tokens between matrices. Left out: on if tensor is above 1."""
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold the model once."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether sequence parallelism is on: as `sequence` says, else with tensor parallelism."""
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+    @property
+    def context_chunks(self) -> int:
+        """Equal chunks into which context parallelism splits a sample."""
+        return 2 * self.context if self.context > 1 else 1
+
 
 @dataclass(frozen=True)
 class TrainSettings:

@@ -18,17 +18,19 @@ class YamlFile:
     """
 
     def __init__(self, path: Path, text: str) -> None:
-        self.path, self.lines = path, {}
+        self.path = path
+        self.lines: dict[str, int] = {}
         try:
             node = yaml.compose(text)
-            self.tree = OmegaConf.create(text)
+            tree = OmegaConf.create(text)
         except yaml.YAMLError as e:
             mark = getattr(e, "problem_mark", None)
             raise UserError(
                 f"not YAML: {getattr(e, 'problem', e)}", f"{path}:{mark.line + 1}" if mark else str(path)
             ) from None
-        if not isinstance(node, yaml.MappingNode) or not isinstance(self.tree, DictConfig):
+        if not isinstance(node, yaml.MappingNode) or not isinstance(tree, DictConfig):
             raise UserError("must be a mapping of fields, such as those in recipes/", str(path))
+        self.tree = tree
         self._note_lines(node, "")
 
     def _note_lines(self, node: yaml.MappingNode, prefix: str) -> None:

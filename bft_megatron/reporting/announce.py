@@ -9,51 +9,50 @@ from pathlib import Path
 
 import torch
 
-from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.weights import parameter_count
-from bft_megatron.recipe.rules import sequence_parallel
+from bft_megatron.processes.device import current_device
 from bft_megatron.recipe.schema import Recipe
-from bft_megatron.run.prepared import RunRows
+from bft_megatron.run.resolved import Run
 
 TRAINING_SHARE = 0.35
 """Of a device's matrix-multiplication speed, what training at a sensible layout gets."""
 
 
-def sentence(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, done: int) -> str:
-    """Objective, model, steps, rows, tokens, supervised share, layout, and a time of this device's own measure.
+def sentence(run: Run, done: int) -> str:
+    """Return objective, model, steps, rows, tokens, supervised share, layout, and a time by this device's own measure.
 
     Args:
-        world: processes.
         done: steps that an earlier start of the run has behind it.
     """
-    parameters = parameter_count(config)
-    steps, batch = rows.steps(recipe), recipe.train.global_batch_size
+    recipe, rows = run.recipe, run.rows
+    parameters, steps, batch = parameter_count(run.config), run.steps, recipe.train.global_batch_size
     counts = rows.train.counts
-    tokens = rows.rows(recipe) * rows.train.tokens / rows.train.rows
+    tokens = rows.total * rows.train.tokens / rows.train.rows
     left = tokens * (steps - done) / steps
     go_on = f" from step {done}" if done else ""
     return (
         f"{recipe.objective.name} on {Path(recipe.model).name} ({_short(parameters)} parameters): {steps} steps{go_on} "
         f"of {batch} rows x {recipe.data.seq_length:,} "
         f"({_short(tokens)} tokens, {counts.supervised / counts.tokens:.0%} "
-        f"supervised), {layout(recipe, world)}; {_duration(6 * parameters * left / _speed(world))}"
+        f"supervised), {describe_layout(recipe, run.world)}; {_duration(6 * parameters * left / _speed(run.world))}"
     )
 
 
-def layout(recipe: Recipe, world: int) -> str:
+def describe_layout(recipe: Recipe, world: int) -> str:
     """The sizes above 1 of the parallel groups, and the processes."""
     p = recipe.parallel
-    data = world // (p.tensor * p.pipeline * p.context)
+    data = world // p.model_parallel_size
     sizes = {"TP": p.tensor, "PP": p.pipeline, "VP": p.virtual_pipeline, "CP": p.context, "DP": data}
-    names = [f"{name} {size}" for name, size in sizes.items() if size > 1] + ["SP"] * sequence_parallel(recipe)
+    names = [f"{name} {size}" for name, size in sizes.items() if size > 1] + ["SP"] * recipe.parallel.sequence_parallel
     return f"{' '.join(names) or 'no parallelism'} on {world} process{'es' if world > 1 else ''}"
 
 
 def _speed(world: int) -> float:
     """FLOP/s that the run may get: from one matrix product on this device, taken for all of them."""
-    on_gpu = torch.ones((), device="cuda").is_cuda  # on the CPU "cuda" is the CPU
+    device = current_device()
+    on_gpu = device.type == "cuda"
     n, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a = torch.ones(n, n, dtype=dtype, device="cuda")
+    a = torch.ones(n, n, dtype=dtype, device=device)
     best = math.inf
     for _ in range(3):
         start = time.monotonic()

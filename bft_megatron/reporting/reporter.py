@@ -1,6 +1,6 @@
-"""Reports: a line for every step and validation, to metrics.jsonl, TensorBoard and the terminal.
+"""Reports of every step and validation, to metrics.jsonl, TensorBoard and the terminal.
 
-The events are `upstream.training_loop`'s, the numbers the meter's.
+The events come from `upstream.training_loop`, the numbers from `totals.Meter`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bft_megatron.reporting.totals import Meter
 from bft_megatron.upstream.training_loop import StepEnd
 
 BY_SOURCE = ("loss", "mean_p", "samples", "tokens")
-"""What a step reports of each source."""
+"""The quantities that a step reports for each source."""
 
 
 class Reporter:
-    """Hears of Megatron's steps and validations, and writes them down on the last rank, which holds the loss."""
+    """Writer of the reports of Megatron's steps and validations, on the last rank, which holds the loss."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Reporter:
         sources: tuple[str, ...] = (),
         valid: tuple[str, ...] = (),
     ) -> None:
-        """`sources` and `valid` are the names of the training's and the validation's, where they are reported apart."""
+        """`sources` and `valid` are the names of the training and validation sources if reported separately."""
         self.meter, self.path, self.console = meter, path, console
         self.objective, self.iterations, self.sources, self.valid = objective, iterations, sources, valid
         self.iteration = 0
@@ -47,24 +47,24 @@ class Reporter:
         self._seconds: list[float] = []
 
     def give_up(self, max_skipped: int, rows_of: Callable[[int], list[int]]) -> None:
-        """Raise BadSteps, on every rank alike, where so many steps in a row were skipped; name the rows of each."""
+        """Raise BadSteps, on every rank, after `max_skipped` skipped steps in a row; report the rows of each."""
         self._max_skipped, self._rows_of = max_skipped, rows_of
 
     def begin(self, start: int) -> None:
-        """Count steps on from `start`; on the last rank drop the lines of later ones, which will be run again."""
+        """Count steps from `start`; on the last rank drop the lines of later steps, which will run again."""
         self.iteration = start
         if _writes():
             self._drop_lines_after(start)
 
     def started(self) -> None:
-        """The first step begins now."""
+        """Start the clock of the first step."""
         self._clock = time.monotonic()
 
     def stepped(self, step: StepEnd) -> None:
         """Report a step.
 
         Raises:
-            BadSteps: as `give_up` says.
+            BadSteps: too many steps in a row were skipped; see `give_up`.
         """
         seconds, self._clock = step.ended - self._clock, step.ended
         self.iteration, self.step_seconds = step.iteration, seconds
@@ -100,7 +100,7 @@ class Reporter:
         self._clock = time.monotonic()
 
     def _by_source(self) -> dict[str, dict[str, dict[str, float | int]]]:
-        """The report of each source that had samples in the step, where sources are reported apart.
+        """Return the report of each source that had samples in the step, if sources are reported separately.
 
         The meter has as many sources as the training or the validation, whichever has more.
         """
@@ -127,7 +127,7 @@ class Reporter:
         writer.flush()
 
     def _drop_lines_after(self, start: int) -> None:
-        """A killed run's steps after its last checkpoint are run again: their lines must not appear twice."""
+        """Drop the lines of steps after `start`: a resumed run repeats them, and they must not appear twice."""
         if not self.path.exists():
             return
         kept = [
@@ -172,19 +172,19 @@ class Reporter:
 
 
 def _writes() -> bool:
-    """The last rank holds the loss and, in Megatron, the TensorBoard writer."""
+    """Return whether this is the last rank, which holds the loss and, in Megatron, the TensorBoard writer."""
     return dist.get_rank() == dist.get_world_size() - 1
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for a number that is none, which JSON does not know: of a step that counted nothing."""
+    """Replace NaN and inf by None, as JSON has neither; a step that counted nothing reports NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole(line: str) -> bool:
-    """A process killed while writing may leave half a line."""
+    """Return whether the line is complete: a process killed while writing may leave half of one."""
     try:
         return "iteration" in json.loads(line)
     except ValueError:

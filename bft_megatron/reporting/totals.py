@@ -1,7 +1,7 @@
-"""Sums over counts: what a step adds up on each rank, and what they come to over all of them.
+"""The sums and counts of a step: added up on each rank, reduced over ranks, and turned into means.
 
-Megatron's own report means micro-batch values in fp32 and knows no minimum. Here the step adds fp64 sums by source, and
-one SUM and one MIN all-reduce over data and context parallel ranks make the step's totals.
+Megatron's own report averages micro-batch values in fp32 and has no minimum. Here the step adds fp64 sums by source,
+and one SUM and one MIN all-reduce over data and context parallel ranks give the step's totals.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from bft_megatron.processes.device import current_device
 
 SUMS = (
     "loss",  # the objective, before the division
@@ -28,13 +30,13 @@ SUMS = (
 
 @dataclass(frozen=True)
 class Totals:
-    """One step's or validation's sums over all micro-batches and ranks."""
+    """The sums of one step or validation over all micro-batches and ranks."""
 
     sums: dict[str, float]
     min_confidence: float
 
     def report(self) -> dict[str, float | int]:
-        """The quantities to watch, each a sum over its count; NaN where nothing was counted."""
+        """Return the reported quantities, each a sum divided by its count; NaN where nothing was counted."""
         s = self.sums
         return {
             "loss": _ratio(s["loss"], s["divisor"]),
@@ -50,7 +52,7 @@ class Totals:
 
 
 def together(totals: list[Totals]) -> Totals:
-    """Those of several sources as one."""
+    """Combine the totals of several sources into one."""
     sums = {name: sum(t.sums[name] for t in totals) for name in SUMS}
     return Totals(sums, min(t.min_confidence for t in totals))
 
@@ -60,11 +62,10 @@ def _ratio(total: float, count: float) -> float:
 
 
 class Meter:
-    """Sums of the running step on this rank, by source; `reduce` turns them into the step's totals on every rank of its
-    stage.
+    """The sums of the running step on this rank, by source; `reduce` makes them totals on every rank of the stage.
 
     Args:
-        sources: how many there are, of the training or of the validation, whichever has more.
+        sources: the number of sources of the training or of the validation, whichever has more.
     """
 
     def __init__(self, sources: int = 1) -> None:
@@ -72,11 +73,18 @@ class Meter:
         self._sums: Tensor | None = None
         self._minimum: Tensor | None = None
         self.by_source: list[Totals] = []
-        self.totals: Totals | None = None
+
+    @property
+    def totals(self) -> Totals:
+        """Those of all sources, after `reduce`."""
+        return together(self.by_source)
 
     def add(self, sums: dict[str, Tensor], min_confidence: Tensor) -> None:
-        """Add one micro-batch: for all of `SUMS` the sum of each source [sources], and the lowest c_b of each (+inf
-        without a sample). No host sync.
+        """Add one micro-batch. Does not wait for the device.
+
+        Args:
+            sums: for each name in `SUMS` the sum of each source, [sources].
+            min_confidence: [sources], the lowest c_b of each source, +inf without a sample.
         """
         values = torch.stack([sums[name].double() for name in SUMS])
         self._sums = values if self._sums is None else self._sums + values
@@ -84,8 +92,11 @@ class Meter:
         self._minimum = low if self._minimum is None else torch.minimum(self._minimum, low)
 
     def reduce(self, group: dist.ProcessGroup) -> None:
-        """All-reduce (SUM [10, sources], MIN [sources], fp64) over `group`, data x context parallel, and start anew."""
-        empty = torch.zeros(len(SUMS), self.sources, dtype=torch.float64, device="cuda")
+        """Reduce the sums to totals and start again from zero.
+
+        Two fp64 all-reduces over `group`, data x context parallel: SUM [10, sources] and MIN [sources].
+        """
+        empty = torch.zeros(len(SUMS), self.sources, dtype=torch.float64, device=current_device())
         sums = empty if self._sums is None else self._sums
         low = torch.full_like(empty[0], torch.inf) if self._minimum is None else self._minimum
         dist.all_reduce(sums, group=group)
@@ -94,5 +105,4 @@ class Meter:
             Totals(dict(zip(SUMS, column, strict=True)), minimum)
             for column, minimum in zip(sums.t().tolist(), low.tolist(), strict=True)
         ]
-        self.totals = together(self.by_source)
         self._sums = self._minimum = None

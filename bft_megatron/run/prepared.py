@@ -1,8 +1,8 @@
-"""The rows of a run: prepared once, by one process, before any rank starts; opened by every rank.
+"""The prepared rows of a run: one process writes them before any rank starts, and every rank opens them.
 
-Preparing inside a running job would keep all its GPUs waiting in a collective until that times out. So `bft-megatron
-prepare`, or `train` where it starts the ranks itself, writes the rows and a small file that names them. A rank reads
-that file before it joins the others; without one, rank 0 of a single machine makes it while the others look out for it,
+If a running job prepared them, all its GPUs would wait in a collective until it times out. So `bft-megatron prepare`,
+or `train` if it starts the ranks itself, writes the rows and a small file that names them. A rank reads that file
+before it joins the others. If there is none, rank 0 of a single machine makes it while the others wait for the file,
 and a job on many machines is refused.
 """
 
@@ -21,52 +21,61 @@ from bft_megatron.data import prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
 from bft_megatron.run.folder import RunFolder
 
 WAIT_SECONDS = 0.5
-"""Between two looks for the file that rank 0 writes."""
+"""Seconds between two checks for the file that rank 0 writes."""
 
 
 @dataclass(frozen=True)
 class RunRows:
-    """Training rows, and validation rows where the recipe has any."""
+    """Training rows, validation rows where the recipe has any, and how much of the training rows a run takes."""
 
     train: Blend
     valid: Blend | None
+    total: int
+    """Rows of the whole run."""
+    steps: int
+    """Steps of the whole run: the recipe's, or those that its epochs take; the last may be a part of a batch."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, train: Blend, valid: Blend | None) -> RunRows:
+        """Return the rows of a recipe's run."""
+        batch, iterations = recipe.train.global_batch_size, recipe.train.iterations
+        if iterations is not None:
+            return cls(train, valid, iterations * batch, iterations)
+        assert recipe.train.epochs is not None, "rules refuse a recipe without steps"
+        total = max(1, round(recipe.train.epochs * train.rows))
+        return cls(train, valid, total, -(-total // batch))
+
+    @property
+    def sources_apart(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The names of the training's and of the validation's sources where there are several, to report each."""
+        train, valid = (blend.names if blend and len(blend.parts) > 1 else () for blend in (self.train, self.valid))
+        return train, valid
 
     @property
     def named(self) -> dict[str, Prepared]:
-        """Every source, by its name, those of the validation marked as such where the training has the name too."""
+        """Return every source by its name; a validation source whose name the training also has is marked "(valid)"."""
         train = {part.name: part.prepared for part in self.train.parts}
         valid = {part.name: part.prepared for part in self.valid.parts} if self.valid else {}
         return train | {f"{name} (valid)" if name in train else name: prepared for name, prepared in valid.items()}
 
-    def steps(self, recipe: Recipe) -> int:
-        """Steps of the whole run: the recipe's, or those that its epochs take; the last may be a part of a batch."""
-        if recipe.train.iterations is not None:
-            return recipe.train.iterations
-        return -(-self.rows(recipe) // recipe.train.global_batch_size)
-
-    def rows(self, recipe: Recipe) -> int:
-        """Rows of the whole run."""
-        if recipe.train.iterations is not None:
-            return recipe.train.iterations * recipe.train.global_batch_size
-        return max(1, round(recipe.train.epochs * self.train.rows))
-
 
 def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
-    """Tokenise and pack the recipe's files, or find them as they were prepared before. For one process.
+    """Tokenise and pack the recipe's files, unless they are prepared already. To be called in one process only.
 
     Args:
-        model_folder: of the tokenizer and its template.
-        vocab_size: the model's, which the tokenizer must not exceed.
+        model_folder: the folder of the tokenizer and its template.
+        vocab_size: the model's vocabulary; every token must be in it.
 
     Raises:
-        UserError: a fault in the data, named by file, line and field.
-        FieldError: a missing file, or a tokenizer that is not the model's.
+        UserError: the data have a fault; the message names file, line and field.
+        FieldError: a file is missing, or the tokenizer is not the model's.
     """
     folder = RunFolder.of(recipe)
 
@@ -78,57 +87,57 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
         ]
         return _blend(sources, made)
 
-    train = blend("train")
-    assert train is not None, "checks refuse a recipe without training data"
-    rows = RunRows(train, blend("valid"))
+    rows = _run_rows(recipe, blend)
     highest = max(made.counts.highest_token for made in (rows.train, rows.valid) if made)
-    if highest >= vocab_size:  # a sharded embedding would take it for another token, silently
+    if highest >= vocab_size:  # a sharded embedding would silently take it for another token
         raise FieldError(
             "model",
             f"its tokenizer gives the token {highest:,}, its vocabulary ends at {vocab_size:,}: they do not match",
         )
     names = {"train": _folders(rows.train), "valid": rows.valid and _folders(rows.valid), **_wanted(recipe)}
-    temporary = folder.data / f"rows.{socket.gethostname()}.{os.getpid()}.tmp"  # another prepare may be at it too
+    temporary = (
+        folder.data / f"rows.{socket.gethostname()}.{os.getpid()}.tmp"
+    )  # another `prepare` may run at the same time
     temporary.write_text(json.dumps(names, indent=2))
     temporary.replace(folder.data / "rows.json")
     return rows
 
 
 def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
-    """The rows that were prepared for this recipe, on a rank that something else started, before any process group.
+    """Return the rows prepared for this recipe, on a rank that a launcher started, before any process group exists.
 
-    On a single machine rank 0 makes what is missing; the others wait for the file that names it, on disk and not in a
-    collective, which has a time limit.
+    On a single machine rank 0 prepares them if they are missing. The others poll for the file that names them instead
+    of waiting in a collective, which has a time limit.
 
     Args:
         make: calls `prepare_rows`.
 
     Raises:
-        UserError: there are none, and the job runs on many machines.
+        UserError: there are none and the job runs on many machines.
     """
     try:
         return open_rows(recipe)
     except UserError:
-        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        if ranks.local_world_size() != ranks.world_size():
             raise
-    if os.environ["RANK"] == "0":
+    if ranks.rank() == 0:
         return make()
-    print(f"rank {os.environ['RANK']}: waiting for rank 0 to prepare the data", flush=True)
+    print(f"rank {ranks.rank()}: waiting for rank 0 to prepare the data", flush=True)
     launcher = os.getppid()
     while True:
         time.sleep(WAIT_SECONDS)
         try:
             return open_rows(recipe)
         except UserError:
-            if os.getppid() != launcher:  # which ends the others when rank 0 has failed
+            if os.getppid() != launcher:  # the launcher is gone, as after a failure of rank 0
                 raise
 
 
 def open_rows(recipe: Recipe) -> RunRows:
-    """The rows that `prepare_rows` wrote for this recipe.
+    """Open the rows that `prepare_rows` wrote for this recipe.
 
     Raises:
-        UserError: there are none, or they are another recipe's.
+        UserError: there are none, or they were prepared for another recipe.
     """
     folder = RunFolder.of(recipe).data
     path = folder / "rows.json"
@@ -149,7 +158,13 @@ def open_rows(recipe: Recipe) -> RunRows:
     def blend(field: Literal["train", "valid"]) -> Blend | None:
         return _blend(recipe.data.sources(field), [prepare.load(folder / name) for name in names[field] or ()])
 
-    return RunRows(blend("train"), blend("valid"))
+    return _run_rows(recipe, blend)
+
+
+def _run_rows(recipe: Recipe, blend: Callable[[Literal["train", "valid"]], Blend | None]) -> RunRows:
+    train = blend("train")
+    assert train is not None, "rules refuse a recipe without training data"
+    return RunRows.of(recipe, train, blend("valid"))
 
 
 def _blend(sources: tuple[SourceSettings, ...], made: list[Prepared]) -> Blend | None:

@@ -1,7 +1,7 @@
-"""The communicators that a step uses, made before it.
+"""NCCL's communicators of a step, created before the first one.
 
-NCCL makes one at a group's first collective, and takes GPU memory for it. Left to the first step, that is at its peak,
-where layouts that fit run out (Megatron makes its groups, and with them nothing yet).
+NCCL creates a communicator at a group's first collective and allocates GPU memory for it; Megatron only creates the
+groups. In the first step this happens near peak memory, and layouts that would fit run out of memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
+from bft_megatron.processes.device import current_device
+
 GROUPS: tuple[Callable[[], dist.ProcessGroup], ...] = (
     parallel_state.get_tensor_model_parallel_group,
     parallel_state.get_pipeline_model_parallel_group,
@@ -23,11 +25,11 @@ GROUPS: tuple[Callable[[], dist.ProcessGroup], ...] = (
 
 
 def warm_up(chunks: list[GPTModel]) -> list[GPTModel]:
-    """A hook for `GPTModelConfig.pre_wrap_hooks`, which run when the groups exist and the model is not yet wrapped.
+    """Create the communicators, as a `GPTModelConfig.pre_wrap_hooks` hook, which runs before the model is wrapped.
 
-    Collective: a SUM of one number in each of the rank's groups of more than one rank.
+    Collective: one SUM all-reduce of one number in each of this rank's groups that has more than one rank.
     """
     for group in GROUPS:
         if dist.get_world_size(group()) > 1:
-            dist.all_reduce(torch.zeros(1, device="cuda"), group=group())
+            dist.all_reduce(torch.zeros(1, device=current_device()), group=group())
     return chunks

@@ -1,22 +1,18 @@
-"""The data sets of a run as Megatron asks for them, and the rows of a step."""
+"""The data sets of a run for Megatron's loop, and the rows of a step."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import training_order, training_rows, validation_rows
-from bft_megatron.recipe.rules import model_parallel_size
-from bft_megatron.recipe.schema import Recipe
-from bft_megatron.run.prepared import RunRows
+from bft_megatron.run.resolved import Run
 
 
-def rows_of_step(recipe: Recipe, rows: RunRows) -> Callable[[int], list[int]]:
-    """step -> the rows of its global batch, by their numbers in the prepared data."""
-    order = training_order(rows.train, seed=recipe.train.seed, limit=rows.rows(recipe))
-    batch = recipe.train.global_batch_size
+def rows_of_step(run: Run) -> Callable[[int], list[int]]:
+    """Return a function: step -> the rows of its global batch, by their numbers in the prepared data."""
+    order = training_order(run.rows.train, seed=run.recipe.train.seed, limit=run.rows.total)
+    batch = run.recipe.train.global_batch_size
 
     def of(step: int) -> list[int]:
         found = (order.row(place) for place in range((step - 1) * batch, step * batch))
@@ -25,27 +21,15 @@ def rows_of_step(recipe: Recipe, rows: RunRows) -> Callable[[int], list[int]]:
     return of
 
 
-def validation_shape(recipe: Recipe, rows: Blend | None) -> tuple[int, int]:
-    """Rows of a validation iteration, and iterations of a whole pass that reads every row once, whatever its source's
-    weight: as few filler rows as the layout allows.
-    """
-    if rows is None:
-        return 0, 0
-    count, data_parallel = sum(rows.sizes), int(os.environ["WORLD_SIZE"]) // model_parallel_size(recipe)
-    unit = recipe.train.micro_batch_size * data_parallel
-    if recipe.parallel.virtual_pipeline > 1:
-        unit *= recipe.parallel.pipeline  # the interleaved schedule wants whole rounds
-    size = min(recipe.train.global_batch_size, -(-count // unit) * unit)
-    return size, -(-count // size)
-
-
-def datasets(recipe: Recipe, rows: RunRows, validation: tuple[int, int]) -> Callable[..., tuple[Any, Any, None]]:
-    """Megatron's data set provider. Every rank, on every pipeline stage, reads its rows itself, without broadcast."""
+def datasets(run: Run) -> Callable[..., tuple[Any, Any, None]]:
+    """Return Megatron's data set provider. Every rank of every pipeline stage reads its rows itself: no broadcast."""
 
     def provide(num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
-        train = training_rows(rows.train, seed=recipe.train.seed, limit=rows.rows(recipe))
-        valid = validation_rows(rows.valid, batch=validation[0]) if validation[0] else None
+        train = training_rows(run.rows.train, seed=run.recipe.train.seed, limit=run.rows.total)
+        valid = None
+        if run.rows.valid is not None:
+            valid = validation_rows(run.rows.valid, batch=run.validation.batch)
         return train, valid, None
 
-    provide.is_distributed = True
+    provide.is_distributed = True  # type: ignore[attr-defined]  # Megatron's mark on a function
     return provide

@@ -1,7 +1,7 @@
-"""The output layer and the objective's statistics, over logits or without them: what `GPTModel.output_processor` calls.
+"""The model's head as `GPTModel.output_processor`: log p of the labels, with logits or without them.
 
-Which of the two paths a micro-batch takes, and what the one without logits must do of what calling the output layer
-would have done: the hooks that run before it, and a refusal by name of what it cannot do.
+`Head` chooses between the two paths for each micro-batch. The path without logits uses the output layer's weight
+without calling the layer. It therefore runs the layer's pre-hooks itself and refuses, by name, what needs a call.
 """
 
 from __future__ import annotations
@@ -21,34 +21,35 @@ from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.upstream import model_chunk
 
 LOGITS_BYTES = 1 << 30
-"""Of a micro-batch's logits on a rank, above which `auto` does without them."""
+"""Bytes of a micro-batch's logits on a rank above which `objective.head: auto` computes without logits."""
 
 
 class Head:
-    """`output_processor` of one micro-batch: hidden states -> log p of the labels; keeps what else is known of them.
+    """The `output_processor` of one micro-batch: hidden states -> log p of the labels; keeps the other statistics.
 
     Args:
         settings: the recipe's `objective:`.
         vocab_size: the model's true vocabulary.
-        labels: [b, s/cp] int64 on the CPU, of this context-parallel rank.
-        entropy: whether the objective needs it.
+        labels: [b, s/cp] int64 on the CPU, the labels of this context-parallel rank.
+        entropy: whether the objective needs the entropy.
     """
 
     def __init__(self, settings: ObjectiveSettings, vocab_size: int, labels: Tensor, entropy: bool) -> None:
         self.settings, self.vocab_size, self.wants_entropy = settings, vocab_size, entropy
         self.labels = labels.transpose(0, 1).contiguous()  # [s/cp, b]
         self.correct: Tensor | None = None
-        """[b, s/cp] bool, the label is the argmax; None until the model has called."""
+        """[b, s/cp] bool, whether the label is the argmax; None until the model has called."""
         self.entropy: Tensor | None = None
-        """[b, s/cp] fp32, where it was asked for."""
+        """[b, s/cp] fp32 in nats; None unless the objective needs it."""
 
     def __call__(self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **_: Any) -> Tensor:
-        """hidden [s/cp (/tp under sequence parallelism), b, h] -> log p [b, s/cp] fp32, 0 without a label.
+        """Compute log p [b, s/cp] fp32, 0 without a label, from hidden [s/cp (/tp under sequence parallelism), b, h].
 
-        Collectives over TP: the output layer's, and MAX and SUM of a few numbers a token.
+        Collectives over TP: the output layer's, and those of the statistics (see `objective.logprobs` and
+        `objective.linear_logprobs`).
 
         Raises:
-            FieldError: `objective.head: chunked` with a model or a flag that needs the output layer itself.
+            FieldError: `objective.head: chunked` with a model or a flag that needs a call of the output layer.
         """
         weight = output_layer.weight if output_weight is None else output_weight
         if self._without_logits(output_layer, weight):
@@ -60,7 +61,7 @@ class Head:
                 self.labels.to(logits.device, non_blocking=True),
                 group=parallel_state.get_tensor_model_parallel_group(),
                 vocab_size=self.vocab_size,
-                overwrite=True,  # nothing else reads them
+                overwrite=True,  # nothing else reads the logits
                 entropy=self.wants_entropy,
                 kernels=self._kernels(logits.device),
             )
@@ -86,8 +87,8 @@ class Head:
         return self.settings.head == "chunked" or (size > LOGITS_BYTES and not obstacle)
 
     def _from_hidden(self, hidden: Tensor, output_layer: Any, weight: Tensor) -> Statistics:
-        # With `overlap-param-gather` Megatron waits for a parameter before the module that holds it is called, and
-        # nowhere else: without this the weight would be that of the step before.
+        # With `overlap-param-gather` Megatron waits for a parameter only in the hook that runs before its module.
+        # Without this call the weight would be that of the previous step.
         model_chunk.run_pre_hooks(output_layer)
         return vocab_parallel_linear_statistics(
             hidden,
@@ -98,13 +99,13 @@ class Head:
             sequence_parallel=output_layer.sequence_parallel,
             vocab_size=self.vocab_size,
             entropy=self.wants_entropy,
-            fuse_main_grad=True,  # DDP's contract, whoever does the other layers' products
+            fuse_main_grad=True,  # as Megatron's DDP expects, however the other layers compute theirs
             kernels=self._kernels(hidden.device),
         )
 
 
 def _obstacle(output_layer: Any, weight: Tensor) -> str | None:
-    """What of this output layer only calling it can do, by name; None where there is nothing."""
+    """Return the name of a feature of this output layer that only a call of it supports; None if it has none."""
     config = output_layer.config
     found = {
         f"an output layer of the class {type(output_layer).__name__}": type(output_layer) is not ColumnParallelLinear,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.upstream import cuda_on_cpu, dataset_helpers, rotary, torch_adam
 
@@ -71,6 +71,6 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
     if on_cpu:
         dist.init_process_group("gloo", timeout=timeout)
     else:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", ranks.local_rank())
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timeout, device_id=device)

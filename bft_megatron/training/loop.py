@@ -7,10 +7,8 @@ Reads top to bottom as what happens: device, process group, the step and its rep
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch.distributed as dist
@@ -22,28 +20,30 @@ from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.checkpoint.stopping import Stop
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures
-from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.recipe.schema import Recipe
+from bft_megatron.processes import ranks
 from bft_megatron.reporting.announce import sentence
 from bft_megatron.reporting.peak import report_peak
 from bft_megatron.reporting.reporter import Reporter
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
-from bft_megatron.run.prepared import RunRows
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import arguments, communicators, initialize
-from bft_megatron.training.datasets import datasets, rows_of_step, validation_shape
+from bft_megatron.training.datasets import datasets, rows_of_step
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
 from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, signal_handler
 from bft_megatron.upstream.training_loop import TrainingLoop
 
+WITHOUT_TRANSFORMER_ENGINE = (
+    "Transformer Engine is not installed: the layers are torch's, with flash attention in bf16 and fp16, without its "
+    "fused norms, rotary embedding and FP8"
+)
 
-def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, console: TextIO) -> None:
-    """Train this rank's share to the end of the run, continuing from the newest checkpoint of its folder.
+
+def train(run: Run, console: TextIO) -> None:
+    """Train this rank's share to the end of the run, from the newest intact checkpoint of its folder.
 
     Args:
-        config, model_folder: the model's architecture, and the folder that holds its weights.
-        rows: as prepared.
         console: where a person looks; the rest of what is printed goes wherever stdout does.
 
     Raises:
@@ -51,48 +51,55 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
 
     Environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun and launch/ set them.
     """
-    folder, steps = RunFolder.of(recipe), rows.steps(recipe)
+    recipe, folder = run.recipe, run.folder
     on_cpu = initialize.runs_on_cpu(recipe)
     if on_cpu and recipe.objective.kernels == "triton":
         raise FieldError("objective.kernels", "triton runs on GPUs alone, and this run is on the CPU; use torch")
     initialize.join(recipe, on_cpu)
     arguments.check_passed_through(recipe)
+    keep = Retention(recipe.train.keep_last, recipe.train.keep_best, run.best_metric)
     start = newest_whole(folder, console)
-    if start >= steps:  # killed between the last save and its mark
-        return finish(recipe, None)
-    if os.environ["RANK"] == "0":
-        print(sentence(recipe, config, rows, dist.get_world_size(), start), file=console, flush=True)
-    validation = validation_shape(recipe, rows.valid)
-    flags = arguments.megatron_arguments(
-        recipe,
-        architectures.megatron_flags(config),
-        initialize.device_flags(on_cpu),
-        steps,
-        validation,
-    )
-    names = [blend.names if blend and len(blend.parts) > 1 else () for blend in (rows.train, rows.valid)]
+    if start >= run.steps:  # killed between the last save and its mark
+        return finish(folder, keep, None)
+    if ranks.rank() == 0:
+        announce(run, start, on_cpu, console)
     meter = Meter(recipe.data.most_sources)
-    step = Step(recipe.objective, config.vocab_size, meter)
-    reporter = Reporter(meter, folder.metrics, console, step.objective.name, steps, *names)
-    reporter.give_up(recipe.train.max_skipped, rows_of_step(recipe, rows))
-    stop = Stop(reporter, steps, recipe.train.exit_after)
+    step = Step(recipe.objective, run.config.vocab_size, meter)
+    reporter = Reporter(meter, folder.metrics, console, step.objective.name, run.steps, *run.rows.sources_apart)
+    reporter.give_up(recipe.train.max_skipped, rows_of_step(run))
+    stop = Stop(reporter, run.steps, recipe.train.exit_after)
     copies = HFCopies(folder, console) if recipe.train.save_hf and dist.get_rank() == 0 else None
-    install(reporter, stop, lambda iteration, seconds: saved(recipe, stop, copies, iteration, seconds), start)
-    margs = command_line.parse(flags)
+    install(reporter, stop, lambda iteration, seconds: saved(folder, keep, stop, copies, iteration, seconds), start)
+    margs = command_line.parse(
+        arguments.megatron_arguments(
+            recipe,
+            architectures.megatron_flags(run.config),
+            initialize.device_flags(on_cpu),
+            run.steps,
+            (run.validation.batch, run.validation.iterations),
+        )
+    )
     fill = start == 0 or recipe.lora is not None  # checkpoints of a LoRA run hold its adapters alone
-    model = model_config(recipe, config, model_folder, margs, on_cpu, fill=fill)
+    model = model_config(recipe, run.config, run.model_folder, margs, on_cpu, fill=fill)
     model.pre_wrap_hooks.append(communicators.warm_up)
     model.transformer.finalize_model_grads_func = step.finalize_grads
-    with situation(recipe, reporter, step), stops(stop):
-        pretrain(margs, model, step, datasets(recipe, rows, validation))
+    with situation(run, reporter, step), stops(stop):
+        pretrain(margs, model, step, datasets(run))
     if not on_cpu:
         report_peak(folder, console)
-    finish(recipe, stop.reason)
+    finish(folder, keep, stop.reason)
     if stop.reason and dist.get_rank() == 0:
         print(f"{stop.reason}: saved, not finished; the same command goes on", file=console, flush=True)
     dist.destroy_process_group()
     if copies:
         copies.stop() if stop.reason else copies.complete()
+
+
+def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
+    """Print what is about to happen."""
+    print(sentence(run, start), file=console, flush=True)
+    if initialize.torch_layers(on_cpu) and not on_cpu:
+        print(WITHOUT_TRANSFORMER_ENGINE, file=console, flush=True)
 
 
 def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None], start: int) -> None:
@@ -103,17 +110,17 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
 
     Args:
         saved: called with the iteration and the seconds that it took after each save.
-        start: the iteration that the run goes on from.
+        start: the iteration that the run resumes from, or 0.
     """
     # Before the arguments are parsed: with `--exit-signal-handler` Megatron would then take SIGTERM for itself.
     signal_handler.ask(stop.asked)
     # Before the first save: Megatron starts its helper process there.
     checkpoint_writer.without_helper_process()
-    # Before the first save or load of an optimizer. After the redirection, whose changes to the optimizer it lies over.
+    # Before the first save or load of an optimizer.
     bucket_padding.mend()
-    # Before `pretrain`, which looks up the loop's functions when it calls them. The reporter begins first, as the first
-    # event must not find lines of steps that are run again.
+    # Before the first event, which writes a line: those of steps that are run again must be gone by then.
     reporter.begin(start)
+    # Before `pretrain`, which looks up the loop's functions when it calls them.
     loop = TrainingLoop(start)
     loop.on_start.append(reporter.started)
     loop.on_step.append(reporter.stepped)
@@ -122,9 +129,8 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
     loop.install()
 
 
-def finish(recipe: Recipe, stopped: str | None) -> None:
-    """Leave the mark of a run that is done, or why it is not, when all ranks have come here. Collective: a barrier."""
-    folder = RunFolder.of(recipe)
+def finish(folder: RunFolder, keep: Retention, stopped: str | None) -> None:
+    """Mark the run as done, or as unfinished with the reason, once all ranks are here. Collective: a barrier."""
     dist.barrier()
     if dist.get_rank() != 0:
         return
@@ -132,24 +138,19 @@ def finish(recipe: Recipe, stopped: str | None) -> None:
         folder.mark_unfinished(stopped)
     else:
         folder.mark_done()
-        retention(recipe).apply(folder, wait=True)  # what was left undeleted, with the last validation known
+        keep.apply(folder, wait=True)  # what was left undeleted, with the last validation known
 
 
-def saved(recipe: Recipe, stop: Stop, copies: HFCopies | None, iteration: int, seconds: float) -> None:
-    """After a save, on every rank: how long it took; on rank 0 the older ones are deleted that need not be kept."""
+def saved(
+    folder: RunFolder, keep: Retention, stop: Stop, copies: HFCopies | None, iteration: int, seconds: float
+) -> None:
+    """Hear of a save, on every rank; on rank 0 seal it and delete the older checkpoints that need not be kept."""
     stop.saved(iteration, seconds)
     if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else the last good one may be an older one
-        folder = RunFolder.of(recipe)
         seal(folder.checkpoint(iteration))
-        retention(recipe).apply(folder)
+        keep.apply(folder)
         if copies:
             copies.follow()
-
-
-def retention(recipe: Recipe) -> Retention:
-    """Which checkpoints the recipe keeps."""
-    metric = recipe.train.best_metric or ("lm_loss" if recipe.objective.name == "sft" else "mean_p")
-    return Retention(recipe.train.keep_last, recipe.train.keep_best, metric)
 
 
 @contextlib.contextmanager
@@ -163,15 +164,15 @@ def stops(stop: Stop) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def situation(recipe: Recipe, reporter: Reporter, step: Step) -> Iterator[None]:
+def situation(run: Run, reporter: Reporter, step: Step) -> Iterator[None]:
     """Notes for the last line of a run that fails: where it was, with which rows, and what it will go on from."""
     try:
         yield
     except Exception as e:
         e.add_note(f"after step {reporter.iteration}")
         if step.rows:
-            e.add_note(f"rows of its micro-batch: {', '.join(map(str, step.rows))} of {recipe.data.train}")
-        again = RunFolder.of(recipe).saved_iteration()
+            e.add_note(f"rows of its micro-batch: {', '.join(map(str, step.rows))} of {run.recipe.data.train}")
+        again = run.folder.saved_iteration()
         e.add_note(f"next start: {f'from the checkpoint of step {again}' if again else 'from the beginning'}")
         raise
 

@@ -1,6 +1,6 @@
-"""The recipe's model on its layout: its configuration for Megatron, with weights and adapters.
+"""The recipe's model in its layout: Megatron's configuration of it, with weights and adapters.
 
-For the commands that do not train, `build` makes the model without Megatron's `pretrain`, and `forward` runs it.
+For commands that do not train, `build` makes the model without Megatron's `pretrain`, and `forward` runs it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 
 def model_config(
-    recipe: Recipe, config: ModelConfig, model_folder: Path, margs: Any, on_cpu: bool, *, fill: bool
+    recipe: Recipe, config: ModelConfig, model_folder: Path | None, margs: Any, on_cpu: bool, *, fill: bool
 ) -> Any:
-    """Megatron's model configuration with weights and adapters, and our layers where Transformer Engine is missing.
+    """Return Megatron's model configuration, with weights, adapters and, without Transformer Engine, our layers.
 
     Args:
-        fill: fill the model's weights from the folder, or draw them; False where a checkpoint brings all of them.
+        model_folder: the folder of the weights; None if they are drawn or have no values.
+        fill: load the weights from the folder or draw them; False if a checkpoint provides all of them.
     """
     from megatron.training.argument_utils import gpt_config_from_args
 
@@ -48,16 +49,16 @@ def model_config(
 
 
 def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[str] | None = None) -> list[GPTModel]:
-    """This rank's model chunks as training would begin with them, weights and adapters included, not wrapped for DDP.
+    """Build this rank's model chunks as at the start of training, with weights and adapters, not wrapped for DDP.
 
-    Joins the group of all ranks and sets Megatron's global arguments. Collective over all ranks.
+    Joins the process group of all ranks and sets Megatron's global arguments. Collective over all ranks.
 
     Args:
-        flags: of Megatron's, beside the recipe's.
+        flags: Megatron flags in addition to the recipe's.
 
     Raises:
         FieldError: a flag under `megatron:` that Megatron does not have.
-        UserError: no whole model in the folder.
+        UserError: the folder does not hold a complete model.
     """
     on_cpu = initialize.runs_on_cpu(recipe)
     initialize.join(recipe, on_cpu)
@@ -77,10 +78,10 @@ def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[s
 
 
 def forward(chunks: list[GPTModel], batches: list[dict[str, Tensor]], step: Callable[..., Any], recipe: Recipe) -> None:
-    """Micro-batches once through this rank's chunks by Megatron's own schedule, without gradients.
+    """Run micro-batches once through this rank's chunks by Megatron's own schedule, without gradients.
 
     Args:
-        batches: on the CPU, the same on every rank that holds the model with this one.
+        batches: on the CPU, the same on all ranks that share one copy of the model.
         step: Megatron's `forward_step_func`.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -1,10 +1,10 @@
 """Megatron's GPT training step with the objective on the last pipeline stage.
 
-A micro-batch is read by every rank itself; the model runs; on the last stage `GPTModel`'s own hook, `output_processor`,
-turns hidden states into log p of the labels, and the loss function returns Megatron's three parts: this rank's sum, its
-count, a report. With `calculate_per_token_loss` Megatron all-reduces the count over data x context parallelism and
-divides once, so that the gradient is that of one process that saw the whole global batch. What the numbers mean is
-`objective`'s affair; who writes them down, `metrics`'.
+Every rank reads its micro-batch itself and runs the model. On the last stage `GPTModel`'s own hook, `output_processor`,
+turns hidden states into log p of the labels, and the loss function returns the three parts that Megatron expects: this
+rank's sum, its count and a report. With `calculate_per_token_loss` Megatron all-reduces the count over data x context
+parallelism and divides once, so the gradient is that of one process with the whole global batch. The loss itself is
+defined in `objective`; `reporting` writes the reports.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -20,10 +20,11 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from bft_megatron.data.columns import Columns
 from bft_megatron.errors import FieldError
 from bft_megatron.objective.loss import LossSum, objective_sum
 from bft_megatron.objective.records import Objective, lookup, lowest_confidence
-from bft_megatron.objective.view import Rows, View
+from bft_megatron.objective.view import Geometry, View
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training.head import Head
@@ -32,33 +33,12 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch as the data set gives it, on the CPU: the whole rows, all context-parallel ranks' tokens."""
-
-    tokens: Tensor
-    """[b, s] int64"""
-    labels: Tensor
-    """[b, s] int64, the next token, -100 where nothing is learned"""
-    position_ids: Tensor
-    """[b, s] int64, from 0 in each sample"""
-    samples: Tensor
-    """[b] int64, how many samples a row holds; 0 for a filler row"""
-    weight: Tensor
-    """[b, k] fp32, the data's weight of each sample"""
-    real_tokens: Tensor
-    """[b] int64, tokens that are not padding"""
-    row: Tensor
-    """[b] int64, the row's number in the prepared data, -1 for a filler row"""
-    source: Tensor
-    """[b] int64, which of the sources the row is from; any for a filler row"""
-    cu_seqlens: Tensor | None = None
-    """[1, k + 1] int32, the samples' edges in a packed row; None: padded rows"""
-    max_seqlen: Tensor | None = None
-    """[1] int64, the longest sample of a packed row"""
+class Batch(Columns):
+    """One micro-batch as the data set yields it, on the CPU: whole rows, with all context-parallel ranks' tokens."""
 
     @cached_property
     def edges(self) -> Tensor:
-        """[B+1] int: the samples' edges in the flattened rows."""
+        """Return the samples' edges in the flattened rows, [B+1] int."""
         if self.cu_seqlens is not None:
             return self.cu_seqlens[0]
         b, s = self.tokens.shape
@@ -66,31 +46,31 @@ class Batch:
 
     @cached_property
     def counted(self) -> Tensor:
-        """[B] bool: the samples that are some; not a packed row's tail, not a filler row."""
+        """Return which segments are samples, [B] bool; a packed row's tail and a filler row are not."""
         if self.cu_seqlens is None:
             return self.samples > 0
         return torch.arange(len(self.edges) - 1) < self.samples
 
     @cached_property
     def source_of(self) -> Tensor:
-        """[B] int64: the source of each sample."""
+        """Return the source of each sample, [B] int64."""
         return self.source if self.cu_seqlens is None else self.source.expand(len(self.edges) - 1)
 
-    def rows(self, cp_windows: str) -> Rows:
-        """The batch's geometry for the objective, under this rank's context-parallel group."""
+    def geometry(self, cp_windows: Literal["per_rank", "exact"]) -> Geometry:
+        """Return the batch's geometry for the objective, under this rank's context-parallel group."""
         group = parallel_state.get_context_parallel_group()
-        return Rows(self.labels.flatten(), self.edges, self.counted, self.weight.flatten(), group, cp_windows)
+        return Geometry(self.labels.flatten(), self.edges, self.counted, self.weight.flatten(), group, cp_windows)
 
     def packed_seq_params(self) -> PackedSeqParams | None:
-        """What rotary embedding and attention need of a packed row, on every pipeline stage; None for padded rows."""
-        if self.cu_seqlens is None:
+        """Return what rotary embedding and attention need of a packed row, on every stage; None for padded rows."""
+        if self.cu_seqlens is None or self.max_seqlen is None:
             return None
         edges, longest = self.edges.cuda(non_blocking=True), int(self.max_seqlen)
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=edges,
             cu_seqlens_kv=edges,
-            # Padding lies at a sample's end, behind every query that counts: the padded edges serve in both places.
+            # Padding is at a sample's end, after every query that counts, so the padded edges serve for both.
             cu_seqlens_q_padded=edges,
             cu_seqlens_kv_padded=edges,
             max_seqlen_q=longest,
@@ -104,13 +84,13 @@ class Step:
     Args:
         settings: the recipe's `objective:`.
         vocab_size: the model's true vocabulary, without Megatron's padding.
-        meter: where the step adds its sums.
+        meter: the meter to which the step adds its sums.
     """
 
     def __init__(self, settings: ObjectiveSettings, vocab_size: int, meter: Meter) -> None:
         self.settings, self.vocab_size, self.meter = settings, vocab_size, meter
         self.rows: list[int] = []
-        """Of the training micro-batch that was read last; who looks for what made a run fail wants to know."""
+        """The rows of the last training micro-batch, for the report of a run that fails."""
         self.objective: Objective = lookup(
             settings.name,
             group_size=settings.group_size,
@@ -125,14 +105,14 @@ class Step:
     def forward(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module
     ) -> tuple[Tensor, LossFunction]:
-        """Megatron's `forward_step_func`: one micro-batch through this stage -> (output, loss function)."""
+        """Run one micro-batch through this stage, as Megatron's `forward_step_func` -> (output, loss function)."""
         batch = Batch(**next(data_iterator))
         self.rows = batch.row.tolist() if model.training else []
-        rows = batch.rows(self.settings.cp_windows)
+        geometry = batch.geometry(self.settings.cp_windows)
         b = len(batch.tokens)
 
-        def mine(x: Tensor) -> Tensor:  # [b, s] -> [b, s/cp], this context-parallel rank's share
-            return x.flatten()[rows.positions].view(b, -1)
+        def mine(x: Tensor) -> Tensor:  # [b, s] -> [b, s/cp], this context-parallel rank's part
+            return x.flatten()[geometry.positions].view(b, -1)
 
         labels = mine(batch.labels)
         head = Head(self.settings, self.vocab_size, labels, entropy="entropy" in self.objective.needs)
@@ -144,29 +124,31 @@ class Step:
             packed_seq_params=batch.packed_seq_params(),
             output_processor=head,
         )
-        return output, lambda logp: self._loss(logp, rows, head, batch)
+        return output, lambda logp: self._loss(logp, geometry, head, batch)
 
-    def _loss(self, logp: Tensor, rows: Rows, head: Head, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """logp [b, s/cp] fp32 with its gradient -> (sum, count, report). Collectives: the objective's, over CP."""
+    def _loss(
+        self, logp: Tensor, geometry: Geometry, head: Head, batch: Batch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return (sum, count, report) of logp [b, s/cp] fp32, with gradient. Collectives over CP: the objective's."""
         assert head.correct is not None, (
             "GPTModel did not call output_processor: this is not the release that is pinned"
         )
         logp = logp.flatten()
-        view = rows.view(logp, None if head.entropy is None else head.entropy.flatten())
-        result = objective_sum(self.objective, rows, view, logp)
+        view = geometry.view(logp, None if head.entropy is None else head.entropy.flatten())
+        result = objective_sum(self.objective, geometry, view, logp)
         confidence = lowest_confidence(view, self.settings.group_size, self.settings.confidence)
-        self.measure(result, view, confidence, rows, head.correct, batch)
+        self.measure(result, view, confidence, geometry, head.correct, batch)
         count = torch.tensor(result.count, dtype=torch.int, device=logp.device)
         report = {"loss": torch.stack((result.loss.detach(), count.float()))}
         return result.loss, count, report
 
     def measure(
-        self, result: LossSum, view: View, confidence: Tensor, rows: Rows, correct: Tensor, batch: Batch
+        self, result: LossSum, view: View, confidence: Tensor, geometry: Geometry, correct: Tensor, batch: Batch
     ) -> None:
-        """Add this rank's share of the micro-batch to the meter: token sums by rank, sample sums on CP rank 0 alone."""
+        """Add this rank's part of the micro-batch to the meter: token sums, and on CP rank 0 alone sample sums."""
         device = confidence.device
-        counted = rows.counted.to(device, non_blocking=True)
-        ours = counted if rows.cp_rank == 0 else torch.zeros_like(counted)
+        counted = geometry.counted.to(device, non_blocking=True)
+        ours = counted if geometry.cp_rank == 0 else torch.zeros_like(counted)
         source = batch.source_of.to(device, non_blocking=True)
 
         def of_samples(x: Tensor, where: Tensor = source) -> Tensor:  # [B] -> [sources]
@@ -176,14 +158,14 @@ class Step:
             return of_samples(x, source[view.sample])
 
         tokens, samples = of_tokens(torch.ones_like(view.logp)), of_samples(ours)
-        real = batch.real_tokens * (rows.cp_rank == 0)
+        real = batch.real_tokens * (geometry.cp_rank == 0)
         self.meter.add(
             {
                 "loss": of_tokens(result.token_loss),
                 "divisor": tokens if self.objective.reduce == "tokens" else samples,
                 "nll": of_tokens(-view.logp),
                 "p": of_tokens(view.logp.double().exp()),
-                "correct": of_tokens(rows.take(correct.flatten())),
+                "correct": of_tokens(geometry.take(correct.flatten())),
                 "confidence": of_samples(torch.where(ours, confidence, 0.0)),
                 "weight": of_samples(torch.where(ours, result.sample_weight, 0.0)),
                 "samples": samples,
@@ -198,6 +180,6 @@ class Step:
         )
 
     def finalize_grads(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Megatron's `finalize_model_grads`, then the reports' two all-reduces over data x context parallelism."""
+        """Run Megatron's `finalize_model_grads`, then the meter's two all-reduces over data x context parallelism."""
         finalize_model_grads(model, num_tokens, **kwargs)
         self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -50,10 +50,13 @@ def mend() -> None:
     """Have each parameter's own state saved; changes nothing where Megatron does that already.
 
     Raises:
-        Exception: whatever the trial raises on a release whose method needs more than it is given there. No checkpoint
-            must be written until it is known what that release saves.
+        RuntimeError: the trial cannot tell. No checkpoint must be written until it is known what this release saves.
     """
-    if not saves_each_its_own():
+    try:
+        right = saves_each_its_own()
+    except Exception as e:
+        raise RuntimeError(f"cannot tell whether this Megatron saves the right state: {SHARDED_STATE.target}") from e
+    if not right:
         SHARDED_STATE.wrap(_with_padded_tensors)
 
 
@@ -104,7 +107,9 @@ def _with_padded_tensors(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _padded(buffers: list[Any], state: dict[Any, Any] | None) -> dict[Any, Any] | None:
     """Each buffer's tensors, without padding between its buckets -> at the places that its parameters have in it."""
-    for i, buffer in enumerate(buffers if state else []):
+    if not state:
+        return state
+    for i, buffer in enumerate(buffers):
         for tensors in state[i].values():
             for key in tensors.keys() - {"numel_unpadded"}:
                 parts = tensors[key].split([bucket.numel_unpadded for bucket in buffer.buckets])

@@ -30,7 +30,7 @@ class Change:
     """The test that fails when the behaviour behind the change is another."""
     parameters: tuple[str, ...] | None = None
     """Names of the original's parameters. Of a wrapped or internal function those that are passed or read by name; of a
-    replaced one all of them, in their order. None: what is changed has no signature."""
+    replaced one all of them, in their order. None: none of them matters."""
 
     @property
     def release(self) -> str:

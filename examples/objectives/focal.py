@@ -1,9 +1,9 @@
-"""An objective of your own: the focal weight, which turns away from what the model already knows.
+"""Example of your own objective: the focal weight, which decreases for tokens that the model already predicts.
 
     w_t = (1 - p_t)^gamma     s_b = 1     a mean over supervised tokens
 
-The weight is a constant, as all weights here are: the gradient is that of -w_t log p_t and not of the focal loss, whose
-weight would be differentiated too. In a recipe:
+The weight is a constant, as all weights here are: the gradient is that of -w_t log p_t and not that of the focal loss,
+whose weight is differentiated too. In a recipe:
 
     objective: {name: examples.objectives.focal:record, gamma: 2}
 """
@@ -18,10 +18,10 @@ from bft_megatron.objective.view import View
 
 
 def record(gamma: float) -> Objective:
-    """The objective with `gamma` as the exponent."""
+    """Return the objective with `gamma` as the exponent."""
 
     def weights(view: View) -> tuple[Tensor, Tensor]:
-        missing = -view.logp.double().expm1()  # 1 - p, with all its digits where p is nearly 1
+        missing = -view.logp.double().expm1()  # 1 - p, precise also if p is close to 1
         return missing**gamma, torch.ones_like(view.weight)
 
     return Objective("focal", "tokens", frozenset(), weights)

@@ -1,6 +1,6 @@
-"""An objective of your own: the token weight measured against the confidence of its neighbourhood.
+"""Example of your own objective: the token weight relative to the confidence of the tokens before it.
 
-A reading of "group-normalised token reweighting", which the 2026 revision of the BFT paper names (arXiv 2511.21075v3):
+One reading of "group-normalised token reweighting" in the 2026 revision of the BFT paper (arXiv 2511.21075v3):
 
     w_t = clip(p_t / C_t, 0, 1)     C_t: mean p of the g supervised tokens that end at t
     s_b = 1 - min over t of C_t
@@ -20,7 +20,7 @@ from bft_megatron.objective.view import View
 
 
 def record(group_size: int) -> Objective:
-    """The objective for windows of `group_size` supervised tokens."""
+    """Return the objective for windows of `group_size` supervised tokens."""
 
     def weights(view: View) -> tuple[Tensor, Tensor]:
         p = view.logp.double().exp()

@@ -15,6 +15,7 @@ from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import datasets, loop
 from tests.helpers.checkpoints import assert_same_tensors
 from tests.helpers.commands import run_command
@@ -44,13 +45,13 @@ def _prepared(made: Recipe) -> RunRows:
 def _rows_of(tmp_path: Path, *steps: int) -> set[int]:
     """The rows of these steps: of the same data without poison, in a run of its own."""
     made = reader.load(RECIPE, [*_overrides(tmp_path, set()), f"output={tmp_path / 'clean'}"])
-    of = datasets.rows_of_step(made, _prepared(made))
+    of = datasets.rows_of_step(Run(made, read_config(MODEL), MODEL, _prepared(made), 1))
     return {row for step in steps for row in of(step)}
 
 
 def _train(made: Recipe, prepared: RunRows) -> None:
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
-        loop.run(made, read_config(MODEL), MODEL, prepared, console)
+        loop.train(Run(made, read_config(MODEL), MODEL, prepared, int(os.environ["WORLD_SIZE"])), console)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

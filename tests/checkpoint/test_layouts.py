@@ -16,6 +16,7 @@ from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import loop
 from tests.helpers.comparing import assert_same
 from tests.helpers.runs import MODEL, RECIPE, Case, Layout, Result, make_recipe, read_metrics, write_data
@@ -32,7 +33,7 @@ def _run(made: Recipe, layout: Layout) -> Result:
 
 def _train(made: Recipe, prepared: RunRows) -> None:
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
-        loop.run(made, read_config(MODEL), MODEL, prepared, console)
+        loop.train(Run(made, read_config(MODEL), MODEL, prepared, int(os.environ["WORLD_SIZE"])), console)
 
 
 def _recipe(folder: Path, data: Path, layout: Layout) -> Recipe:

@@ -20,6 +20,7 @@ from tests.helpers.material import TINY
 from tests.helpers.runs import read_metrics
 
 
+@pytest.mark.slow
 def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path):
     """A rank in a save, then the launcher; `make soak` kills thirty ranks."""
     out = tmp_path / "killed"

@@ -1,4 +1,4 @@
-"""Masks: the learned spans decoded, and held to transformers' own masks on templates with markers."""
+"""Masks: the supervised spans decoded, and held to transformers' own masks on templates with markers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Make = Callable[..., Path]
 CHATS = [c.messages for name in ("train", "valid") for c in sources.read(TINY / f"{name}.jsonl")]
 
 
-def learned(messages: list[dict[str, Any]], tokenizer: ChatTokenizer, supervise: chat.Supervise) -> list[str]:
-    """Texts of the learned runs of tokens."""
+def supervised(messages: list[dict[str, Any]], tokenizer: ChatTokenizer, supervise: chat.Supervise) -> list[str]:
+    """Texts of the supervised runs of tokens."""
     runs: list[list[int]] = [[]]
     for token, on in zip(*encode(messages, tokenizer, supervise), strict=True):
         if on:
@@ -66,7 +66,7 @@ def test_masks_equal_transformers_with_and_without_markers(pair: tuple[Path, Cha
                 assert [int(on) for on in mask] == want["assistant_masks"]
 
 
-def test_a_token_across_an_edge_is_learned_as_in_transformers(model_with: Make) -> None:
+def test_a_token_across_an_edge_is_supervised_as_in_transformers(model_with: Make) -> None:
     """Here " in" is one token, whose last letter the template wrote, and " the" one whose first letter it wrote."""
     template = "{% for m in messages %} t{% generation %}{{ m.content }}{% endgeneration %}n.{% endfor %}"
     folder, messages = model_with(template), [{"role": "assistant", "content": "he heart i"}]
@@ -87,16 +87,16 @@ def test_the_beginning_of_text_is_not_doubled(model_with: Make) -> None:
 
 def test_learns_answers_and_their_end_of_turn_alone(tiny: ChatTokenizer) -> None:
     messages = chat_of("Hi", "Hello!", "assistant\nBye", "Good bye.\n", system="assistant")
-    assert learned(messages, tiny, "assistant") == ["Hello!<|im_end|>", "Good bye.\n<|im_end|>"]
-    assert learned(messages, tiny, "last") == ["Good bye.\n<|im_end|>"]
+    assert supervised(messages, tiny, "assistant") == ["Hello!<|im_end|>", "Good bye.\n<|im_end|>"]
+    assert supervised(messages, tiny, "last") == ["Good bye.\n<|im_end|>"]
     everything = tiny.render(messages)[0]
-    assert learned(messages, tiny, "all") == [everything]
+    assert supervised(messages, tiny, "all") == [everything]
     assert everything.endswith("<|im_end|>\n")
 
 
 def test_last_with_markers_is_the_last_answer(model_with: Make) -> None:
     tokenizer = tokenizers.load(model_with(CHATML))
-    assert learned(chat_of("a", "b", "c", "d"), tokenizer, "last") == ["d<|im_end|>"]
+    assert supervised(chat_of("a", "b", "c", "d"), tokenizer, "last") == ["d<|im_end|>"]
 
 
 def test_what_follows_the_last_answer_is_left_out(tiny: ChatTokenizer) -> None:
@@ -109,26 +109,26 @@ def test_what_follows_the_last_answer_is_left_out(tiny: ChatTokenizer) -> None:
 def test_a_conversation_may_open_with_the_assistant(model_with: Make, template: str) -> None:
     messages = [{"role": "assistant", "content": "How can I help?"}, *chat_of("a", "b")]
     tokenizer = tokenizers.load(model_with(template))
-    assert learned(messages, tokenizer, "assistant") == ["How can I help?<|im_end|>", "b<|im_end|>"]
+    assert supervised(messages, tokenizer, "assistant") == ["How can I help?<|im_end|>", "b<|im_end|>"]
 
 
-def test_a_header_without_a_generation_prompt_is_not_learned(model_with: Make) -> None:
+def test_a_header_without_a_generation_prompt_is_not_supervised(model_with: Make) -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     tokenizer = tokenizers.load(model_with(template))
-    assert learned(chat_of("x", "assistant", "y", "b"), tokenizer, "assistant") == [
+    assert supervised(chat_of("x", "assistant", "y", "b"), tokenizer, "assistant") == [
         "assistant<|im_end|>",
         "b<|im_end|>",
     ]
 
 
-def test_an_end_of_turn_that_is_no_token_is_learned_whole(model_with: Make) -> None:
+def test_an_end_of_turn_that_is_no_token_is_supervised_whole(model_with: Make) -> None:
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
     tokenizer = tokenizers.load(model_with(template))
     assert (
-        "".join(learned(chat_of("a", "b c"), tokenizer, "assistant")) == " b c\n\n"
+        "".join(supervised(chat_of("a", "b c"), tokenizer, "assistant")) == " b c\n\n"
     )  # the space is one token with the b
 
 
@@ -140,8 +140,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_last(model_wit
     assert "data.supervise: last" in str(error.value)
     assert "messages[1]" in str(error.value)
     assert "<think>deep</think>b" in str(error.value)
-    assert learned(messages, tokenizer, "last") == ["<think>x</think>d<|im_end|>"]
-    assert learned(messages[:2], tokenizer, "assistant") == ["<think>deep</think>b<|im_end|>"]
+    assert supervised(messages, tokenizer, "last") == ["<think>x</think>d<|im_end|>"]
+    assert supervised(messages[:2], tokenizer, "assistant") == ["<think>deep</think>b<|im_end|>"]
 
 
 def test_a_prompt_that_the_answer_does_not_continue_is_refused(model_with: Make) -> None:
@@ -177,10 +177,10 @@ answers = contents.filter(str.strip)
 
 
 @given(st.lists(st.tuples(contents, answers), min_size=1, max_size=3), st.none() | contents)
-def test_any_text_is_learned_as_it_stands(
+def test_any_text_is_supervised_as_it_stands(
     tiny: ChatTokenizer, turns: list[tuple[str, str]], system: str | None
 ) -> None:
-    """Control tokens in the text stay text, learned tokens spell the answers, all tokens the conversation."""
+    """Control tokens in the text stay text, supervised tokens spell the answers, all tokens the conversation."""
     messages = chat_of(*(text for turn in turns for text in turn), system=system)
     tokens, _ = encode(messages, tiny, "all")
     for token in ("<|im_start|>", "<|im_end|>"):
@@ -189,4 +189,4 @@ def test_any_text_is_learned_as_it_stands(
     assert max(tokens) < 500
     whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     assert tiny.backend.decode(tokens, skip_special_tokens=False) == whole
-    assert learned(messages, tiny, "assistant") == [f"{answer}<|im_end|>" for _, answer in turns]
+    assert supervised(messages, tiny, "assistant") == [f"{answer}<|im_end|>" for _, answer in turns]

@@ -1,4 +1,4 @@
-"""Rows as tensors: each learned token once, no label across an edge, and the order of a run."""
+"""Rows as tensors: each supervised token once, no label across an edge, and the order of a run."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def expected(settings: DataSettings, tokenizer: tokenizers.ChatTokenizer) -> Cou
     """Samples as inputs, labels and weight, made from the source itself."""
     made = []
     for conversation in sources.read(settings.train):
-        tokens, learned = chat.encode(conversation.messages, tokenizer, "assistant")
-        labels = [token if on else -100 for token, on in zip(tokens[1:], learned[1:], strict=True)]
+        tokens, supervised = chat.encode(conversation.messages, tokenizer, "assistant")
+        labels = [token if on else -100 for token, on in zip(tokens[1:], supervised[1:], strict=True)]
         made.append((tuple(tokens[:-1]), tuple(labels), conversation.weight))
     return Counter(made)
 

@@ -77,7 +77,7 @@ def spelled(tokens: list[int], tokenizer: ChatTokenizer) -> list[int]:
     return [tokens.count(tokenizer.backend.token_to_id(token)) for token in CONTROL]
 
 
-def check(line: bytes, tokens: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> None:
+def check(line: bytes, tokens: list[int], supervised: list[bool], tokenizer: ChatTokenizer) -> None:
     """A sample that was made of a line has the template's own control tokens and ends what it learns with one."""
     row = json.loads(line)
     chat = row.get("messages") or row.get("conversations") or []
@@ -91,7 +91,7 @@ def check(line: bytes, tokens: list[int], learned: list[bool], tokenizer: ChatTo
     extra = bool(row.get("system")) and roles[0] != "system"
     said = last + 1 + extra
     assert spelled(tokens, tokenizer) == [said, said, 0]
-    ends = [i for i, on in enumerate(learned) if on and not (i + 1 < len(learned) and learned[i + 1])]
+    ends = [i for i, on in enumerate(supervised) if on and not (i + 1 < len(supervised) and supervised[i + 1])]
     assert all(tokens[i] == tokenizer.backend.token_to_id("<|im_end|>") for i in ends)
     assert 0 < len(ends) <= sum(own.get(role) == "assistant" for role in roles)
 

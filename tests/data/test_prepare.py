@@ -22,7 +22,7 @@ from rich.console import Console
 from bft_megatron.data import chat, readers, sources, tokenizers
 from bft_megatron.data.encoding import Counts
 from bft_megatron.data.prepare import Prepared, load, prepare
-from bft_megatron.data.report import report
+from bft_megatron.data.summary import summary_table
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe.schema import DataSettings
@@ -65,7 +65,7 @@ def started(cache: Path, settings: DataSettings = SETTINGS, file_size: int = -1)
 
 def shown(**sources: Prepared) -> str:
     console = Console(file=io.StringIO(), width=120)
-    console.print(report(sources))
+    console.print(summary_table(sources))
     return console.file.getvalue()
 
 
@@ -116,7 +116,7 @@ def test_overlong_samples_are_dropped_or_truncated_and_counted(tmp_path: Path) -
     assert re.search(rf"too long, truncated +│ +0 │ +{dropped.counts.overlong} │", shown(a=dropped, b=truncated))
 
 
-def test_samples_without_a_learned_label_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_samples_without_a_supervised_label_are_dropped_and_counted(tmp_path: Path) -> None:
     short, long = chat_of("a", "b"), chat_of("a b c d e f g h i j k l m n o", "b")
     settings = replace(source(tmp_path, {"messages": short}, {"messages": long}), seq_length=16, overlong="truncate")
     counts = prepared(tmp_path, settings).counts

@@ -120,8 +120,8 @@ def test_masks_equal_transformers(
 
 
 @pytest.mark.parametrize("template", [*CONTROL])
-def test_a_masked_turn_is_not_learned(model: tuple[Any, ChatTokenizer, ChatTokenizer], template: str) -> None:
-    """Each of three answers masked in turn, and all but the last: what is learned is the others' own."""
+def test_a_masked_turn_is_not_supervised(model: tuple[Any, ChatTokenizer, ChatTokenizer], template: str) -> None:
+    """Each of three answers masked in turn, and all but the last: what is supervised is the others' own."""
     _, ours, plain = model
     turns = [i for i, message in enumerate(LONG) if message["role"] == "assistant"]
     for tokenizer in (ours,) if template == "qwen3" else (ours, plain):
@@ -142,7 +142,7 @@ def test_a_masked_turn_is_not_learned(model: tuple[Any, ChatTokenizer, ChatToken
 
 
 @pytest.mark.parametrize("template", ["qwen3"])
-def test_thoughts_that_the_template_drops_are_learned_a_row_a_turn(
+def test_thoughts_that_the_template_drops_are_supervised_a_row_a_turn(
     model: tuple[Any, ChatTokenizer, ChatTokenizer], template: str
 ) -> None:
     _, ours, plain = model
@@ -171,11 +171,11 @@ def test_thoughts_that_the_template_drops_are_learned_a_row_a_turn(
 def test_a_rows_own_variables_reach_the_template(
     model: tuple[Any, ChatTokenizer, ChatTokenizer], template: str
 ) -> None:
-    """Without thinking, the empty thought is part of the prompt and so not learned."""
+    """Without thinking, the empty thought is part of the prompt and so not supervised."""
     *_, plain = model
-    learned = [
+    supervised = [
         sum(encoded(Conversation(1, chat_of("a", "b"), 1.0, template=variables), plain)[1])
         for variables in ({}, {"enable_thinking": False})
     ]
-    assert learned[1] == len(plain.backend.encode("b<|im_end|>").ids)
-    assert learned[0] == learned[1] + len(plain.backend.encode("<think>\n\n</think>\n\n").ids)
+    assert supervised[1] == len(plain.backend.encode("b<|im_end|>").ids)
+    assert supervised[0] == supervised[1] + len(plain.backend.encode("<think>\n\n</think>\n\n").ids)

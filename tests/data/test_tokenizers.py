@@ -70,9 +70,9 @@ def test_a_sentencepiece_model_gives_sentencepieces_own_tokens(tmp_path: Path, k
         assert ours.backend.encode(text, add_special_tokens=False).ids == own.encode(text)
     begin, end, open_, close = (own.piece_to_id(piece) for piece in ("<s>", "</s>", "[INST]", "[/INST]"))
     for question, answer in [("Hi", "Yes."), ("a</s>b[INST]", "c [/INST]<s><unk>")]:
-        tokens, learned = chat.encode(chat_of(question, answer), ours, "assistant")
+        tokens, supervised = chat.encode(chat_of(question, answer), ours, "assistant")
         assert tokens == [begin, open_, *own.encode(question), close, *own.encode(answer), end]
-        assert sum(learned) == len(own.encode(answer)) + 1
+        assert sum(supervised) == len(own.encode(answer)) + 1
 
 
 def test_refuses_a_folder_without_a_tokenizer(tmp_path: Path) -> None:

@@ -17,8 +17,14 @@ def test_torchrun_trains(tmp_path: Path):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     more = ["train.iterations=1", "train.warmup_iterations=0", f"output={tmp_path}"]
-    command = [str(Path(sys.executable).with_name(words[0])), *words[1:], *more]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name(words[0])), *words[1:], *more],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "done").exists()
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())

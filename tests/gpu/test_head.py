@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.sums import TORCH, Kernels, Statistics
@@ -33,10 +33,10 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def exact(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p, entropy and argmax of float64 logits [n, 1, v], written out; 0 where there is no label."""
-    valid, logp = targets != IGNORE_INDEX, logits[..., :V].log_softmax(-1)
+    supervised, logp = targets != IGNORE_INDEX, logits[..., :V].log_softmax(-1)
     at = logp.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     entropy = -(logp.exp() * logp).sum(-1)
-    return at.where(valid, 0.0), entropy.where(valid, 0.0), (logp.argmax(-1) == targets) & valid
+    return at.where(supervised, 0.0), entropy.where(supervised, 0.0), (logp.argmax(-1) == targets) & supervised
 
 
 def distance(x: Tensor, to: Tensor) -> float:

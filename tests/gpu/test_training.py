@@ -1,12 +1,7 @@
-"""Training on one card against the same run on the CPU: every reported number, every gradient; and a resume.
-
-The processes are forked, so this session must not touch the card itself: `make test-gpu` runs this file by itself.
-"""
+"""Training on one card against the same run on the CPU: every reported number, every gradient; and a resume."""
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -14,7 +9,7 @@ import pytest
 from bft_megatron.recipe.schema import Recipe
 from tests.helpers.cases import OWN
 from tests.helpers.comparing import differences
-from tests.helpers.runs import Case, Layout, Result, make_recipe, run, write_data
+from tests.helpers.runs import Case, Layout, Result, make_recipe, run, run_on_card, write_data
 
 FP32 = 5e-5
 """Relative: a GPU adds in another order than a CPU."""
@@ -27,13 +22,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     write_data(folder)
     return folder
-
-
-def run_on_card(made: Recipe) -> Result:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-    return run(made, 1, gpu=True)
 
 
 def worst(result: Result, expected: Result) -> tuple[str, float]:

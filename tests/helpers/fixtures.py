@@ -1,4 +1,4 @@
-"""What is made once a session and shared: small models, the tiny conversations, references of runs."""
+"""What is made once a session and shared: small models, the tiny conversations, runs and their references."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers import model_reference as reference
 from tests.helpers import tiny_models
+from tests.helpers.background import arguments
+from tests.helpers.commands import run_command
 from tests.helpers.runs import Case, Layout, Result, make_recipe, run, write_data
 from tests.helpers.tiny_models import SavedModel
 
@@ -61,3 +63,12 @@ def one_process(data: Path) -> Callable[[Case], Result]:
         return run(make_recipe(data / f"{case}-one", data, case, Layout(), 2), 1)
 
     return two_steps
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed, with checkpoints of steps 2, 4 and 6; a test that damages one copies it first."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_command(patch, *arguments(out, "train.save_every=2", "train.keep_last=3")) == 0
+    return out

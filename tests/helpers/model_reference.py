@@ -48,7 +48,7 @@ def first_step(
     folder = find_model(made.model)
     run_rows = prepare_rows(made, folder, read_config(folder).vocab_size)
     batch = made.train.global_batch_size
-    training = training_rows(run_rows.train, seed=made.train.seed, limit=run_rows.rows(made))
+    training = training_rows(run_rows.train, seed=made.train.seed, limit=run_rows.total)
     validation = validation_rows(run_rows.valid, batch=1)
     valid = measure(made, model, [validation[i] for i in range(run_rows.valid.rows)], windows_cp)
     train = measure(made, model, [training[i] for i in range(batch)], windows_cp)

@@ -23,8 +23,9 @@ from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import loop
-from tests.helpers.world import run_world
+from tests.helpers.world import run_on_gpu, run_world
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 MODEL = RECIPE.parent / "tiny"
@@ -148,15 +149,27 @@ def _sources(data: Path, split: str) -> str:
     return f"[{{path: {data / split}.jsonl, name: long}}, {{path: {data / split}_short.jsonl, name: short}}]"
 
 
-def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None, *, gpu: bool = False) -> Result:
+def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None) -> Result:
     """Run a recipe over forked processes, from the newest checkpoint of its folder, and read what it left.
 
-    `before` is called in each process first. With `gpu` they use the machine's GPUs.
+    `before` is called in each process first.
     """
     folder, model = RunFolder.of(made), find_model(made.model)
     prepared = prepare_rows(made, model, read_config(model).vocab_size)
-    run_world(world, train_rank, made, prepared, before, megatron=not gpu, gpu=gpu)
+    run_world(world, train_rank, made, prepared, before, megatron=True)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
+
+
+def run_on_card(made: Recipe) -> Result:
+    """Run a recipe on this machine's GPU, and read what it left."""
+    folder, model = RunFolder.of(made), find_model(made.model)
+    prepared = prepare_rows(made, model, read_config(model).vocab_size)
+    run_on_gpu(train_rank, made, prepared, do_nothing)
+    return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
+
+
+def do_nothing() -> None:
+    """Stand for what is called before a run."""
 
 
 def train_rank(made: Recipe, prepared: RunRows, before: Callable[[], None]) -> None:
@@ -164,7 +177,7 @@ def train_rank(made: Recipe, prepared: RunRows, before: Callable[[], None]) -> N
     before()
     model = find_model(made.model)
     with output_to(RunFolder.of(made).log(int(os.environ["RANK"]))) as console:
-        loop.run(made, read_config(model), model, prepared, console)
+        loop.train(Run(made, read_config(model), model, prepared, int(os.environ["WORLD_SIZE"])), console)
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -30,8 +30,8 @@ from tests.helpers import tiny_models
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How many processes cut the model in which way."""
+class Sharding:
+    """The tensor and pipeline parallel sizes of a model that is built without a recipe."""
 
     tp: int = 1
     pp: int = 1
@@ -70,7 +70,7 @@ TRANSFORMER_ENGINE = ("--transformer-impl", "transformer_engine")
 @contextlib.contextmanager
 def model(
     folder: Path,
-    layout: Layout,
+    layout: Sharding,
     *,
     random: bool = False,
     seed: int = 7,
@@ -144,7 +144,7 @@ def save(chunks: list[Any], folder: Path, metadata: dict[str, Any] | None = None
 
 def save_loaded(
     folders: dict[Path, Path],
-    layout: Layout,
+    layout: Sharding,
     *,
     metadata: dict[str, Any] | None = None,
     **build: Any,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,15 @@ from typing import Any
 import torch.distributed as dist
 
 
-def run_world(
-    n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, megatron: bool = False, gpu: bool = False
-) -> list[Any]:
+def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, megatron: bool = False) -> list[Any]:
     """Call `fn(*args)` in n forked processes, each a rank of one gloo world, and return what they return, by rank.
 
-    With `megatron` the CPU backend is installed in them first; with `gpu` they form no world, which `fn` does. A rank
-    that raises fails the call with its traceback and ends the others; so does running past `timeout` seconds. The
-    calling process never holds a process group.
+    With `megatron` the CPU backend is installed in them first. A rank that raises fails the call with its traceback and
+    ends the others; so does running past `timeout` seconds. The calling process never holds a process group.
     """
     gc.freeze()  # what is imported is not looked through again, in each child, at every collection
     with tempfile.TemporaryDirectory() as folder:
-        pids = [_fork(rank, n, Path(folder), fn, args, megatron, gpu) for rank in range(n)]
+        pids = [_fork(rank, n, Path(folder), fn, args, megatron) for rank in range(n)]
         failed = _wait(pids, timeout)
         errors = [p.read_text() for p in sorted(Path(folder).glob("*.error"))]
         assert not errors, "\n".join(errors)
@@ -51,9 +51,8 @@ def _fork(
             from bft_megatron.upstream import cuda_on_cpu
 
             cuda_on_cpu.install()
-        if not gpu:
-            store = dist.FileStore(str(folder / "store"), n)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
+        store = dist.FileStore(str(folder / "store"), n)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
         (folder / f"{rank}.result").write_bytes(pickle.dumps(fn(*args)))
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -81,3 +80,21 @@ def _wait(pids: list[int], timeout: float) -> str:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
     return failed
+
+
+def run_on_gpu(fn: Callable[..., Any], *args: Any, timeout: float = 240) -> Any:
+    """Call `fn(*args)` in a new process, the only rank of a job on this machine's first GPU, and return its result.
+
+    The process is spawned: to import Megatron where there is a GPU claims it, and a fork cannot claim it again.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_only_rank, fn, args).result(timeout)
+
+
+def _only_rank(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    return fn(*args)

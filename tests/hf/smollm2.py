@@ -19,10 +19,10 @@ from bft_megatron.hf.generate import generate
 from tests import conftest  # noqa: F401  (Megatron, imported once)
 from tests.helpers import sharded, tiny_models
 from tests.helpers.exported import assert_same, tensors
-from tests.helpers.sharded import Layout
+from tests.helpers.sharded import Sharding
 from tests.helpers.world import run_world
 
-LAYOUTS = [Layout(tp=3), Layout(pp=2), Layout(pp=2, first=10)]  # three key/value heads
+LAYOUTS = [Sharding(tp=3), Sharding(pp=2), Sharding(pp=2, first=10)]  # three key/value heads
 QUESTIONS = ["What is arachnodactyly?", "Name three prime numbers.", "Write a sentence about the sea."]
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         saved = {folder: work / "checkpoints"}
-        run_world(3, sharded.save_loaded, saved, Layout(tp=3), megatron=True, timeout=600)
+        run_world(3, sharded.save_loaded, saved, Sharding(tp=3), megatron=True, timeout=600)
         export(work / "checkpoints", work / "out", folder, dtype=next(iter(tensors(folder).values())).dtype)
         assert_same(tensors(folder), tensors(work / "out"))
         print("load, save at TP 3, export: every tensor bit for bit")
@@ -50,7 +50,7 @@ def main() -> None:
             print(f"the same answer from both: {answer!r}")
 
 
-def _logits(folder: Path, layout: Layout) -> torch.Tensor | None:
+def _logits(folder: Path, layout: Sharding) -> torch.Tensor | None:
     with sharded.model(folder, layout) as chunks:
         return sharded.logits(chunks)
 

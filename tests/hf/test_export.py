@@ -21,12 +21,12 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf.export import export, written_whole
 from tests.helpers import sharded, tiny_models
 from tests.helpers.exported import assert_same, tensors
-from tests.helpers.sharded import Layout
+from tests.helpers.sharded import Sharding
 from tests.helpers.tiny_models import SavedModel
 from tests.helpers.world import run_world
 
 
-def _save(checkpoints: dict[Path, Path], layout: Layout, **build: Any) -> None:
+def _save(checkpoints: dict[Path, Path], layout: Sharding, **build: Any) -> None:
     """For each model folder: build its model in a world, load it, save a checkpoint into the folder it is mapped to."""
     run_world(layout.world, partial(sharded.save_loaded, checkpoints, layout, **build), megatron=True)
 
@@ -35,7 +35,7 @@ def _save(checkpoints: dict[Path, Path], layout: Layout, **build: Any) -> None:
 def checkpoints(models: list[SavedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of each model, TP 2 x PP 2, under the model's name."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    _save({m.folder: folder / m.name for m in models}, Layout(tp=2, pp=2))
+    _save({m.folder: folder / m.name for m in models}, Sharding(tp=2, pp=2))
     return folder
 
 
@@ -58,7 +58,7 @@ def test_round_trip_is_bit_identical(models: list[SavedModel], checkpoints: Path
 
 
 def test_round_trip_tied_otherwise(models_tied_otherwise: list[SavedModel], tmp_path: Path) -> None:
-    _save({m.folder: tmp_path / m.name for m in models_tied_otherwise}, Layout(tp=2, pp=2))
+    _save({m.folder: tmp_path / m.name for m in models_tied_otherwise}, Sharding(tp=2, pp=2))
     for model in models_tied_otherwise:
         export(tmp_path / model.name, tmp_path / "out" / model.name, model.folder)
         assert_same(tensors(model.folder), tensors(tmp_path / "out" / model.name))
@@ -74,11 +74,11 @@ def test_transformers_reads_it(models: list[SavedModel], checkpoints: Path, tmp_
 
 @pytest.mark.parametrize(
     ("layout", "metadata"),
-    [(Layout(), None), (Layout(), {"non_homogeneous_layers": True}), (Layout(pp=2, vpp=2), None)],
+    [(Sharding(), None), (Sharding(), {"non_homogeneous_layers": True}), (Sharding(pp=2, vpp=2), None)],
     ids=["one process", "layer by layer", "virtual pipeline"],
 )
 def test_other_layouts(
-    layout: Layout, metadata: dict[str, bool] | None, models: list[SavedModel], tmp_path: Path
+    layout: Sharding, metadata: dict[str, bool] | None, models: list[SavedModel], tmp_path: Path
 ) -> None:
     saved = {m.folder: tmp_path / m.name for m in models[1:3]}
     _save(saved, layout, metadata=metadata)
@@ -90,7 +90,7 @@ def test_other_layouts(
 def test_bfloat16_is_kept_and_chosen(tmp_path: Path) -> None:
     model, bf16 = tmp_path / "model", torch.bfloat16
     tiny_models.save("qwen2", model, dtype=bf16)
-    _save({model: tmp_path / "ck"}, Layout(tp=2), flags=("--bf16",))
+    _save({model: tmp_path / "ck"}, Sharding(tp=2), flags=("--bf16",))
     before = tensors(model)
     assert {t.dtype for t in before.values()} == {bf16}
     export(tmp_path / "ck", tmp_path / "kept", model)
@@ -105,7 +105,7 @@ def test_bfloat16_is_kept_and_chosen(tmp_path: Path) -> None:
 
 def test_random_weights_are_the_same_on_every_layout(models: list[SavedModel], tmp_path: Path) -> None:
     """Also: 0.02 wide, norms one, biases zero, no two tensors alike, and another seed gives another model."""
-    layouts = [Layout(), Layout(tp=2), Layout(tp=2, pp=2), Layout(pp=2, vpp=2)]
+    layouts = [Sharding(), Sharding(tp=2), Sharding(tp=2, pp=2), Sharding(pp=2, vpp=2)]
     for i, layout in enumerate(layouts):
         saved = {m.folder: tmp_path / f"{m.name}-{i}" for m in models[1:3]}
         _save(saved, layout, random=True)
@@ -122,7 +122,7 @@ def test_random_weights_are_the_same_on_every_layout(models: list[SavedModel], t
         for name, t in drawn[0].items():
             if t.ndim == 1:
                 assert torch.equal(t, torch.ones_like(t) if "norm" in name else torch.zeros_like(t)), name
-    _save({models[1].folder: tmp_path / "reseeded"}, Layout(), random=True, seed=8)
+    _save({models[1].folder: tmp_path / "reseeded"}, Sharding(), random=True, seed=8)
     export(tmp_path / "reseeded", tmp_path / "out" / "reseeded", models[1].folder)
     name, seeded = "model.embed_tokens.weight", tensors(tmp_path / "out" / f"{models[1].name}-0")
     assert not torch.equal(tensors(tmp_path / "out" / "reseeded")[name], seeded[name])

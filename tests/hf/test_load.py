@@ -18,14 +18,21 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import check_weights
 from bft_megatron.hf.weights import global_path, join, part, weights
 from tests.helpers import sharded, tiny_models
-from tests.helpers.sharded import Layout
+from tests.helpers.sharded import Sharding
 from tests.helpers.tiny_models import SavedModel
 from tests.helpers.world import run_world
 
-LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2), Layout(pp=2, first=1), Layout(pp=2, vpp=2)]
+LAYOUTS = [
+    Sharding(),
+    Sharding(tp=2),
+    Sharding(pp=2),
+    Sharding(tp=2, pp=2),
+    Sharding(pp=2, first=1),
+    Sharding(pp=2, vpp=2),
+]
 
 
-def _logits(folders: list[Path], layout: Layout) -> list[torch.Tensor | None]:
+def _logits(folders: list[Path], layout: Sharding) -> list[torch.Tensor | None]:
     out = []
     for folder in folders:
         with sharded.model(folder, layout) as chunks:
@@ -34,17 +41,17 @@ def _logits(folders: list[Path], layout: Layout) -> list[torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_logits_are_those_of_transformers(layout: Layout, models: list[SavedModel]) -> None:
+def test_logits_are_those_of_transformers(layout: Sharding, models: list[SavedModel]) -> None:
     _check_logits(layout, models)
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, first=1)], ids=str)
-def test_logits_tied_and_untied(layout: Layout, models_tied_otherwise: list[SavedModel]) -> None:
+@pytest.mark.parametrize("layout", [Sharding(tp=2, pp=2), Sharding(pp=2, first=1)], ids=str)
+def test_logits_tied_and_untied(layout: Sharding, models_tied_otherwise: list[SavedModel]) -> None:
     """Where it makes a difference: tied, the last stage has a copy of the embedding."""
     _check_logits(layout, models_tied_otherwise)
 
 
-def _check_logits(layout: Layout, models: list[SavedModel]) -> None:
+def _check_logits(layout: Sharding, models: list[SavedModel]) -> None:
     ranks = run_world(layout.world, _logits, [m.folder for m in models], layout, megatron=True)
     prompt = tiny_models.prompts()[1].bool()
     for model, *outputs in zip(models, *ranks, strict=True):
@@ -55,7 +62,7 @@ def _check_logits(layout: Layout, models: list[SavedModel]) -> None:
             assert error < 1e-5 * model.logits.abs().max(), (model.name, error)
 
 
-def _elements_read(folder: Path, layout: Layout) -> tuple[int, int]:
+def _elements_read(folder: Path, layout: Sharding) -> tuple[int, int]:
     """(elements that this rank asked the files for, largest piece)."""
     pieces = []
     read = shards.Reader.__call__
@@ -76,12 +83,12 @@ def test_a_rank_reads_only_its_part(models: list[SavedModel]) -> None:
     table = [(w, t) for w in weights(config) for t in w.tensors]
     size = {t.name: torch.Size(t.shape).numel() for _, t in table}
     whole = sum(size[t.name] for w, t in table if w.axis is None)
-    read = run_world(4, _elements_read, models[0].folder, Layout(tp=2, pp=2), megatron=True)
+    read = run_world(4, _elements_read, models[0].folder, Sharding(tp=2, pp=2), megatron=True)
     assert sum(total for total, _ in read) == sum(size.values()) + whole
     assert max(largest for _, largest in read) < max(size.values())
 
 
-def _vocabulary_rows(folder: Path, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+def _vocabulary_rows(folder: Path, layout: Sharding) -> tuple[torch.Tensor, torch.Tensor]:
     with sharded.model(folder, layout) as (chunk,):
         return chunk.embedding.word_embeddings.weight.detach(), chunk.output_layer.weight.detach()
 
@@ -89,7 +96,7 @@ def _vocabulary_rows(folder: Path, layout: Layout) -> tuple[torch.Tensor, torch.
 def test_padded_vocabulary_is_zero(tmp_path: Path) -> None:
     """100 tokens are padded to 256, so that one of two ranks holds nothing but padding."""
     expected = tiny_models.save("llama", tmp_path, vocab_size=100).state_dict()
-    ranks = run_world(2, _vocabulary_rows, tmp_path, Layout(tp=2), megatron=True)
+    ranks = run_world(2, _vocabulary_rows, tmp_path, Sharding(tp=2), megatron=True)
     for i, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
         rows = torch.cat([rank[i] for rank in ranks])
         assert rows.shape[0] == 256
@@ -97,7 +104,7 @@ def test_padded_vocabulary_is_zero(tmp_path: Path) -> None:
         assert not rows[100:].any()
 
 
-def _error_of_loading(folder: Path, layout: Layout) -> str:
+def _error_of_loading(folder: Path, layout: Sharding) -> str:
     with pytest.raises(UserError) as error, sharded.model(folder, layout):
         pass
     return str(error.value)
@@ -105,7 +112,7 @@ def _error_of_loading(folder: Path, layout: Layout) -> str:
 
 def test_more_tensor_parallel_ranks_than_key_value_heads(tmp_path: Path) -> None:
     tiny_models.save("llama", tmp_path, num_key_value_heads=1)
-    messages = run_world(2, _error_of_loading, tmp_path, Layout(tp=2), megatron=True)
+    messages = run_world(2, _error_of_loading, tmp_path, Sharding(tp=2), megatron=True)
     assert messages == ["tensor parallelism 2 does not divide the model's 1 key/value heads"] * 2
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from bft_megatron.errors import UserError
 from bft_megatron.hf.trainer import bft_loss_func, dft_loss_func
 from bft_megatron.objective.records import lowest_confidence
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Geometry
 from tests.helpers import objective_reference as reference
 
 GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("*.npz"))
@@ -50,8 +50,8 @@ def test_the_authors_confidences(path: Path):
     b, s = labels.shape
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     logp = reference.logprobs(torch.from_numpy(golden["logits"]), shifted).float().flatten()
-    rows = Rows(shifted.flatten(), torch.arange(b + 1) * s, torch.ones(b) > 0, torch.ones(b))
-    found = lowest_confidence(rows.view(logp), int(golden["group_size"]), "geometric")
+    geometry = Geometry(shifted.flatten(), torch.arange(b + 1) * s, torch.ones(b) > 0, torch.ones(b))
+    found = lowest_confidence(geometry.view(logp), int(golden["group_size"]), "geometric")
     torch.testing.assert_close(found, torch.from_numpy(golden["confidence"]), rtol=1e-6, atol=0)
 
 

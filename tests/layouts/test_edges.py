@@ -38,8 +38,12 @@ def extremes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("case", "layout"),
     [
         (Case(), Layout(data=8)),
-        (Case(), Layout(context=4, data=2)),
-        (Case(pad_multiple=64, cp_windows="per_rank"), Layout(tensor=2, context=4, sequence=True)),
+        pytest.param(Case(), Layout(context=4, data=2), marks=pytest.mark.slow),
+        pytest.param(
+            Case(pad_multiple=64, cp_windows="per_rank"),
+            Layout(tensor=2, context=4, sequence=True),
+            marks=pytest.mark.slow,
+        ),
         (Case("dft"), Layout(pipeline=2, virtual_pipeline=2, data=2)),
         (Case("sft", packing=False), Layout(context=2, pipeline=2)),
     ],

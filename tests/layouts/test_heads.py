@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Geometry
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
 from examples.objectives import eaft, focal
@@ -51,8 +51,11 @@ def test_without_logits_as_with_them(
 
 @pytest.mark.parametrize(
     ("case", "overrides"),
-    [(EAFT, ()), (EAFT, CHUNKED), (FOCAL, CHUNKED)],
-    ids=["eaft", "eaft-chunked", "focal-chunked"],
+    [
+        pytest.param(EAFT, (), marks=pytest.mark.slow, id="eaft"),
+        pytest.param(EAFT, CHUNKED, id="eaft-chunked"),
+        pytest.param(FOCAL, CHUNKED, marks=pytest.mark.slow, id="focal-chunked"),
+    ],
 )
 def test_examples_agree_with_one_process(
     case: Case, overrides: tuple[str, ...], data: Path, one_process: Callable[[Case], Result]
@@ -86,7 +89,7 @@ def test_overlapped_communication_changes_neither_losses_nor_what_is_saved(data:
 
 def test_the_examples_weights():
     logp = torch.tensor([-0.5, -3.0, -1e-6, -2.0])
-    geometry = Rows(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]), torch.tensor([True]), torch.ones(1))
+    geometry = Geometry(torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]), torch.tensor([True]), torch.ones(1))
     view = geometry.view(logp, torch.tensor([0.0, 1.0, 2.0, 9.0]))
     token, sample = eaft.record(gamma=2).weights(view)
     assert token.tolist() == pytest.approx([0, (1 / math.log(20)) ** 2, (2 / math.log(20)) ** 2, 1])

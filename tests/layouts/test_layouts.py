@@ -36,7 +36,9 @@ def test_packed_rows_and_padded_rows_of_the_same_samples_give_the_same_numbers(d
     assert_same(results[True], results[False])
 
 
-@pytest.mark.parametrize(("case", "layout"), [*CHOSEN, *drawn(9, seed=20)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "layout"), [*CHOSEN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in drawn(20))], ids=str
+)
 def test_layout_agrees_with_plain_float64_and_with_one_process(
     case: Case,
     layout: Layout,

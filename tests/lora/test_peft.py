@@ -20,12 +20,12 @@ from bft_megatron.lora.peft import AdapterFolder, export_adapter, export_merged
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 from tests.helpers import sharded, tiny_models
-from tests.helpers.sharded import Layout
+from tests.helpers.sharded import Sharding
 from tests.helpers.tiny_models import SavedModel
 from tests.helpers.world import run_world
 
 SETTINGS = LoraSettings(rank=3, alpha=6)
-ON_TP2_PP2 = Layout(tp=2, pp=2)
+ON_TP2_PP2 = Sharding(tp=2, pp=2)
 
 
 def _adapt(folder: Path, adapter: Path | None, gpt: Any) -> None:
@@ -35,7 +35,7 @@ def _adapt(folder: Path, adapter: Path | None, gpt: Any) -> None:
 
 
 def _logits(
-    folders: list[Path], layout: Layout, adapters: list[Path | None], saved: list[Path] | None = None
+    folders: list[Path], layout: Sharding, adapters: list[Path | None], saved: list[Path] | None = None
 ) -> list[Tensor | None]:
     """Logits with each model's adapter, which is saved as a checkpoint too where a folder is given for it."""
     found = []
@@ -104,7 +104,7 @@ def test_a_fresh_adapter_is_the_same_on_every_layout_and_changes_nothing(
 ):
     """Not a bit of the logits: zeros are added."""
     folders = [models[0].folder, models[2].folder]
-    layouts = {"one": Layout(), "tp2": Layout(tp=2)}
+    layouts = {"one": Sharding(), "tp2": Sharding(tp=2)}
     for name, layout in layouts.items():
         saved = [tmp_path / name / str(i) for i in range(len(folders))]
         adapted_ranks = run_world(layout.world, _logits, folders, layout, [None] * 2, saved, megatron=True)
@@ -118,7 +118,7 @@ def test_a_fresh_adapter_is_the_same_on_every_layout_and_changes_nothing(
             assert bool(one.read_tensor(factor, 0).any()) == ("lora_A" in factor.name)
 
 
-def _plain(folders: list[Path], layout: Layout) -> list[Tensor | None]:
+def _plain(folders: list[Path], layout: Sharding) -> list[Tensor | None]:
     """Logits of the frozen models: Megatron multiplies by frozen weights in another order."""
 
     def freeze(gpt: Any) -> None:

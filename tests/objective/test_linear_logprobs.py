@@ -48,11 +48,11 @@ def _expected(case: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor
     logp = reference.logprobs(logits, targets, vocabulary)
     d_hidden, d_weight = torch.autograd.grad((logp * upstream).sum(), (h, w))
     p = logits.detach()[..., :vocabulary].softmax(-1)
-    valid = targets != reference.NONE
+    supervised = targets != reference.NONE
     return {
         "logp": logp.detach(),
-        "correct": (p.argmax(-1) == targets) & valid,
-        "entropy": torch.special.entr(p).sum(-1) * valid,
+        "correct": (p.argmax(-1) == targets) & supervised,
+        "entropy": torch.special.entr(p).sum(-1) * supervised,
         "d_hidden": d_hidden,
         "d_weight": d_weight,
     }

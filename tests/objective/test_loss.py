@@ -13,7 +13,7 @@ from bft_megatron.objective import records
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import Objective
-from bft_megatron.objective.view import Rows
+from bft_megatron.objective.view import Geometry
 from tests.helpers import objective_reference as reference
 from tests.helpers.objective_reference import Setting
 from tests.helpers.world import run_world
@@ -70,13 +70,13 @@ def _rank(setting: Setting, tp: int, cp: int, windows: Any) -> tuple[float, int,
         mesh = dist.init_device_mesh("cpu", (cp, tp))
         groups = [mesh.get_group(0) if cp > 1 else None, mesh.get_group(1) if tp > 1 else None]
     logits, labels, edges, counted, weight = _data()
-    rows = Rows(labels, torch.tensor(edges), counted, weight, groups[0], windows)
+    geometry = Geometry(labels, torch.tensor(edges), counted, weight, groups[0], windows)
     shard = logits.chunk(tp, -1)[dist.get_rank(groups[1]) if tp > 1 else 0]
-    x = shard[rows.positions].clone().requires_grad_()
-    logp = vocab_parallel_logprobs(x[:, None], labels[rows.positions][:, None], group=groups[1]).flatten()
-    result = objective_sum(_objective(setting), rows, rows.view(logp), logp)
+    x = shard[geometry.positions].clone().requires_grad_()
+    logp = vocab_parallel_logprobs(x[:, None], labels[geometry.positions][:, None], group=groups[1]).flatten()
+    result = objective_sum(_objective(setting), geometry, geometry.view(logp), logp)
     (gradient,) = torch.autograd.grad(result.loss, x)
-    return float(result.loss.detach()), result.count, rows.positions.tolist(), gradient
+    return float(result.loss.detach()), result.count, geometry.positions.tolist(), gradient
 
 
 def _ranks(tp: int, cp: int, windows: str) -> list[tuple[float, int, list[int], Tensor]]:
@@ -128,21 +128,23 @@ def test_packed_padded_and_one_by_one_are_equal():
     for b, length in enumerate(LENGTHS):
         part = slice(edges[b], edges[b + 1])
         logp = vocab_parallel_logprobs(logits[part], labels[part])
-        alone = Rows(labels[part], torch.tensor([0, length]), torch.tensor([True]), weight[b : b + 1])
+        alone = Geometry(labels[part], torch.tensor([0, length]), torch.tensor([True]), weight[b : b + 1])
         total += float(objective_sum(objective, alone, alone.view(logp), logp).loss)
         padded_logp.append(torch.nn.functional.pad(logp, (0, longest - length)))
         padded_labels.append(torch.nn.functional.pad(labels[part], (0, longest - length), value=reference.NONE))
     logp = torch.cat(padded_logp)
-    batch = Rows(torch.cat(padded_labels), torch.arange(len(LENGTHS) + 1) * longest, torch.ones(6) > 0, weight)
+    batch = Geometry(torch.cat(padded_labels), torch.arange(len(LENGTHS) + 1) * longest, torch.ones(6) > 0, weight)
     assert float(objective_sum(objective, batch, batch.view(logp), logp).loss) == pytest.approx(total, rel=1e-6)
     assert _rank(GRID[4], 1, 1, "per_rank")[0] == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sft", "dft", "bft"])
 def test_without_a_supervised_token_the_loss_keeps_its_graph(name: str):
-    rows = Rows(torch.full((6,), reference.NONE), torch.tensor([0, 4, 6]), torch.tensor([True, False]), torch.ones(2))
+    geometry = Geometry(
+        torch.full((6,), reference.NONE), torch.tensor([0, 4, 6]), torch.tensor([True, False]), torch.ones(2)
+    )
     logp = torch.randn(6).requires_grad_()
-    result = objective_sum(_objective(Setting(name, "samples")), rows, rows.view(logp), logp)
+    result = objective_sum(_objective(Setting(name, "samples")), geometry, geometry.view(logp), logp)
     result.loss.backward()
     assert result.loss.item() == 0
     assert logp.grad.tolist() == [0.0] * 6
@@ -151,9 +153,9 @@ def test_without_a_supervised_token_the_loss_keeps_its_graph(name: str):
 
 def test_the_loss_is_a_scalar_of_its_own_and_ignores_masked_positions():
     labels = torch.tensor([3, reference.NONE, 4])
-    rows = Rows(labels, torch.tensor([0, 3]), torch.tensor([True]), torch.ones(1))
+    geometry = Geometry(labels, torch.tensor([0, 3]), torch.tensor([True]), torch.ones(1))
     logp = torch.tensor([-1.0, float("nan"), -2.0]).requires_grad_()
-    result = objective_sum(records.sft, rows, rows.view(logp), logp)
+    result = objective_sum(records.sft, geometry, geometry.view(logp), logp)
     result.loss.backward()
     assert (result.loss.item(), result.count, result.loss.dtype) == (3.0, 2, torch.float32)
     assert not result.loss._is_view()
@@ -164,16 +166,16 @@ def test_the_datas_weight_scales_a_sample_and_not_the_count():
     labels, edges, counted = torch.tensor([1, 1, 1]), torch.tensor([0, 1, 3]), torch.tensor([True, True])
     logp = torch.tensor([-1.0, -2.0, -4.0])
     for reduce, loss, count in (("tokens", 0.5 + 18.0, 3), ("samples", 0.5 + 9.0, 2)):
-        rows = Rows(labels, edges, counted, torch.tensor([0.5, 3.0]))
-        result = objective_sum(_objective(Setting("sft", reduce)), rows, rows.view(logp), logp)
+        geometry = Geometry(labels, edges, counted, torch.tensor([0.5, 3.0]))
+        result = objective_sum(_objective(Setting("sft", reduce)), geometry, geometry.view(logp), logp)
         assert (result.loss.item(), result.count) == (loss, count)
         assert result.sample_weight.tolist() == [1.0, 1.0]
 
 
 def test_weights_of_another_shape_are_refused_by_name():
-    rows = Rows(torch.tensor([1, 1, 1]), torch.tensor([0, 3]), torch.tensor([True]), torch.ones(1))
+    geometry = Geometry(torch.tensor([1, 1, 1]), torch.tensor([0, 3]), torch.tensor([True]), torch.ones(1))
     wrong = Objective("wrong", "tokens", frozenset(), lambda view: (view.logp[:, None], view.weight))
     with pytest.raises(
         ValueError, match=r"'wrong': weights of shapes \(3, 1\) and \(1,\), expected .*\(3,\) and \(1,\)"
     ):
-        objective_sum(wrong, rows, rows.view(torch.zeros(3)), torch.zeros(3))
+        objective_sum(wrong, geometry, geometry.view(torch.zeros(3)), torch.zeros(3))

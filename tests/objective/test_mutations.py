@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bft_megatron.objective import loss, view
-from bft_megatron.objective.view import Rows, View
+from bft_megatron.objective.view import Geometry, View
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training import head, step
@@ -146,13 +146,13 @@ def keep_sums_local(patch: Patch) -> None:
 def count_tokens_by_rank(patch: Patch) -> None:
     """n_b of a context-parallel rank's own tokens."""
     patch.setattr(
-        Rows, "n", property(lambda self: torch.bincount(self._sample_at[self._tokens], minlength=len(LENGTHS)))
+        Geometry, "n", property(lambda self: torch.bincount(self._sample_at[self._tokens], minlength=len(LENGTHS)))
     )
 
 
 def count_samples_on_every_rank(patch: Patch) -> None:
     """The divisor counts each sample once a context-parallel rank."""
-    patch.setattr(loss, "_count", lambda objective, rows, seen: int(rows.counted.sum()))
+    patch.setattr(loss, "_count", lambda objective, geometry, seen: int(geometry.counted.sum()))
 
 
 def count_the_tail(patch: Patch) -> None:
@@ -164,22 +164,22 @@ def let_gradients_into_weights(patch: Patch) -> None:
     """w_t = p_t is not detached."""
     whole = step.objective_sum
 
-    def attached(objective: Any, rows: Rows, seen: View, logp: Tensor) -> Any:
-        weights = lambda v: (rows.take(logp).double().exp(), objective.weights(v)[1])  # noqa: E731
-        return whole(replace(objective, weights=weights), rows, seen, logp)
+    def attached(objective: Any, geometry: Geometry, seen: View, logp: Tensor) -> Any:
+        weights = lambda v: (geometry.take(logp).double().exp(), objective.weights(v)[1])  # noqa: E731
+        return whole(replace(objective, weights=weights), geometry, seen, logp)
 
     patch.setattr(step, "objective_sum", attached)
 
 
 def weigh_samples_twice(patch: Patch) -> None:
     """The data's weight is squared."""
-    made = Rows.view
+    made = Geometry.view
 
-    def twice(self: Rows, *args: Any) -> View:
+    def twice(self: Geometry, *args: Any) -> View:
         seen = made(self, *args)
         return replace(seen, weight=seen.weight**2)
 
-    patch.setattr(Rows, "view", twice)
+    patch.setattr(Geometry, "view", twice)
 
 
 def _with_labels(patch: Patch, change: Callable[[Tensor], Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from bft_megatron.errors import UserError
 from bft_megatron.objective import records
 from bft_megatron.objective.records import Objective, lowest_confidence
-from bft_megatron.objective.view import Rows, View
+from bft_megatron.objective.view import Geometry, View
 from tests.helpers import objective_reference as reference
 
 SETTINGS = {"group_size": 3, "gamma": 2.0, "confidence": "arithmetic"}
@@ -24,8 +24,8 @@ def _view(samples: list[list[float]]) -> View:
     lengths = torch.tensor([len(s) for s in samples])
     edges = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     labels = torch.zeros(int(lengths.sum()), dtype=torch.int64)
-    rows = Rows(labels, edges, torch.ones(len(samples), dtype=torch.bool), torch.ones(len(samples)))
-    return rows.view(torch.tensor([x for s in samples for x in s], dtype=torch.float32))
+    geometry = Geometry(labels, edges, torch.ones(len(samples), dtype=torch.bool), torch.ones(len(samples)))
+    return geometry.view(torch.tensor([x for s in samples for x in s], dtype=torch.float32))
 
 
 log_probabilities = st.lists(st.lists(st.floats(-30, 0, width=32), max_size=9), min_size=1, max_size=5)

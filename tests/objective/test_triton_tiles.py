@@ -89,10 +89,12 @@ def test_as_float64(case: str, dtype: torch.dtype, way: str, interpreted: dict[A
     logits = found["logits"].requires_grad_()
     logp = reference.logprobs(logits, targets, vocabulary)
     (d_logits,) = torch.autograd.grad((logp * found["upstream"]).sum(), logits)
-    p, valid = logits.detach()[..., :vocabulary].softmax(-1), targets != reference.NONE
+    p, supervised = logits.detach()[..., :vocabulary].softmax(-1), targets != reference.NONE
     torch.testing.assert_close(found["logp"].double(), logp.detach(), rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(found["entropy"].double(), torch.special.entr(p).sum(-1) * valid, rtol=1e-4, atol=2e-5)
-    assert torch.equal(found["correct"], (p.argmax(-1) == targets) & valid)
+    torch.testing.assert_close(
+        found["entropy"].double(), torch.special.entr(p).sum(-1) * supervised, rtol=1e-4, atol=2e-5
+    )
+    assert torch.equal(found["correct"], (p.argmax(-1) == targets) & supervised)
     expected = (d_logits,)
     if way == "chunked":
         expected = (d_logits @ weight.double(), d_logits[:, 0].T @ hidden[:, 0].double())
@@ -113,7 +115,7 @@ def test_compiles_for_a_gpu(kernel: str, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_tiles, kernel)
-    kinds = {"X": "*bf16", "OUT": "*bf16", "HOLE": "*i64", "VALID": "*i8", "OTHERS": "*fp64", "WEIGHTED": "*fp64"}
+    kinds = {"X": "*bf16", "OUT": "*bf16", "HOLE": "*i64", "SUPERVISED": "*i8", "OTHERS": "*fp64", "WEIGHTED": "*fp64"}
     constants = {"ENTROPY": True, "BLOCK": triton_tiles.LARGEST_BLOCK}
     signature = {
         name: "constexpr" if name in constants else "i32" if name.islower() else kinds.get(name, "*fp32")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bft_megatron.objective.view import Rows, View, zigzag
+from bft_megatron.objective.view import Geometry, View, zigzag
 from tests.helpers import objective_reference as reference
 from tests.helpers.world import run_world
 
@@ -26,8 +26,8 @@ LAYOUTS = {  # lengths of samples, multiples of 8 to split over 4 ranks; the las
 }
 
 
-def _rows(layout: str, group: Any = None, windows: Any = "per_rank") -> tuple[Rows, Tensor]:
-    """The layout's rows with random labels, and a value for each of the N positions."""
+def _geometry(layout: str, group: Any = None, windows: Any = "per_rank") -> tuple[Geometry, Tensor]:
+    """The layout's geometry with random labels, and a value for each of the N positions."""
     lengths = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(sum(lengths))
     labels = reference.random_rows(generator, lengths, 100)
@@ -40,28 +40,30 @@ def _rows(layout: str, group: Any = None, windows: Any = "per_rank") -> tuple[Ro
     counted = torch.tensor([True] * (len(lengths) - 1) + [layout in ("padded", "one sample")])
     edges = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     values = torch.randn(sum(lengths), generator=generator).abs().neg()
-    return Rows(labels, edges, counted, torch.rand(len(lengths), generator=generator), group, windows), values
+    return Geometry(labels, edges, counted, torch.rand(len(lengths), generator=generator), group, windows), values
 
 
-def _samples(rows: Rows, cp: int = 1) -> list[list[list[int]]]:
+def _samples(geometry: Geometry, cp: int = 1) -> list[list[list[int]]]:
     """Each sample's supervised positions, by chunk."""
-    edges = rows.cu_seqlens.tolist()
+    edges = geometry.cu_seqlens.tolist()
     return [
-        [[t for t in chunk if rows.labels[t] != reference.NONE] for chunk in reference.split(range(a, b), cp)]
+        [[t for t in chunk if geometry.labels[t] != reference.NONE] for chunk in reference.split(range(a, b), cp)]
         for a, b in pairwise(edges)
     ]
 
 
-def _check_view(view: View, rows: Rows, values: Tensor, cp: int, exact: bool, positions: list[int], g: int) -> None:
+def _check_view(
+    view: View, geometry: Geometry, values: Tensor, cp: int, exact: bool, positions: list[int], g: int
+) -> None:
     """A rank's view of `values` [N] against loops over the whole rows."""
-    tokens = [t for t in positions if rows.labels[t] != reference.NONE]
-    samples = _samples(rows, cp)
+    tokens = [t for t in positions if geometry.labels[t] != reference.NONE]
+    samples = _samples(geometry, cp)
     sample_of = {t: b for b, chunks in enumerate(samples) for chunk in chunks for t in chunk}
     x = [[float(values[t]) for chunk in chunks for t in chunk] for chunks in samples]
     assert view.logp.tolist() == [float(values[t]) for t in tokens]
     assert view.sample.tolist() == [sample_of[t] for t in tokens]
     assert view.n.tolist() == [len(s) for s in x]
-    assert torch.equal(view.weight, rows.weight)
+    assert torch.equal(view.weight, geometry.weight)
     _close(view.sum(view.logp), [math.fsum(s) for s in x])
     _close(view.mean(view.logp), [math.fsum(s) / max(len(s), 1) for s in x])
     _close(view.min(view.logp), [min([math.inf, *s]) for s in x])
@@ -100,21 +102,21 @@ def test_one_process(data: st.DataObject):
     masked = data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths)), "masked")
     labels = torch.where(torch.tensor(masked, dtype=torch.bool), reference.NONE, 7)
     edges = torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
-    rows = Rows(labels, edges, torch.ones(len(lengths), dtype=torch.bool), torch.rand(len(lengths)))
+    geometry = Geometry(labels, edges, torch.ones(len(lengths), dtype=torch.bool), torch.rand(len(lengths)))
     values = -torch.rand(sum(lengths)) * 9
-    view = rows.view(values)
-    _check_view(view, rows, values, 1, False, list(range(sum(lengths))), data.draw(st.integers(1, 6), "g"))
+    view = geometry.view(values)
+    _check_view(view, geometry, values, 1, False, list(range(sum(lengths))), data.draw(st.integers(1, 6), "g"))
 
 
 def _on_a_rank(windows: str) -> None:
     cp, rank = dist.get_world_size(), dist.get_rank()
     for layout in LAYOUTS:
         for g in (1, 3, 6):
-            rows, values = _rows(layout, dist.group.WORLD, windows)
-            positions = reference.held(rows.cu_seqlens.tolist(), cp, rank)
-            assert rows.positions.tolist() == positions
-            assert rows.supervised.tolist() == [bool(rows.labels[t] != reference.NONE) for t in positions]
-            _check_view(rows.view(values[positions]), rows, values, cp, windows == "exact", positions, g)
+            geometry, values = _geometry(layout, dist.group.WORLD, windows)
+            positions = reference.held(geometry.cu_seqlens.tolist(), cp, rank)
+            assert geometry.positions.tolist() == positions
+            assert geometry.supervised.tolist() == [bool(geometry.labels[t] != reference.NONE) for t in positions]
+            _check_view(geometry.view(values[positions]), geometry, values, cp, windows == "exact", positions, g)
 
 
 @pytest.mark.parametrize("windows", ["per_rank", "exact"])
@@ -124,20 +126,20 @@ def test_context_parallel(cp: int, windows: str):
 
 
 def test_entropy_is_cut_as_log_p_is():
-    rows, values = _rows("packed")
-    view = rows.view(values, entropy=values * 2)
+    geometry, values = _geometry("packed")
+    view = geometry.view(values, entropy=values * 2)
     assert torch.equal(view.entropy, view.logp * 2)
-    assert rows.view(values).entropy is None
+    assert geometry.view(values).entropy is None
 
 
 def test_a_view_is_detached_and_take_is_not():
-    rows, values = _rows("packed")
+    geometry, values = _geometry("packed")
     x = values.requires_grad_()
-    assert not rows.view(x).logp.requires_grad
-    upstream = torch.randn(int(rows.supervised.sum()))
-    (gradient,) = torch.autograd.grad((rows.take(x) * upstream).sum(), x)
-    assert torch.equal(gradient[rows.supervised], upstream)
-    assert not gradient[~rows.supervised].any()
+    assert not geometry.view(x).logp.requires_grad
+    upstream = torch.randn(int(geometry.supervised.sum()))
+    (gradient,) = torch.autograd.grad((geometry.take(x) * upstream).sum(), x)
+    assert torch.equal(gradient[geometry.supervised], upstream)
+    assert not gradient[~geometry.supervised].any()
 
 
 def test_windows_do_not_depend_on_the_place_in_a_long_row():
@@ -146,7 +148,9 @@ def test_windows_do_not_depend_on_the_place_in_a_long_row():
     noise = -torch.rand(131072, generator=torch.Generator().manual_seed(2)) * 20
     labels = torch.zeros(300 + 131072, dtype=torch.int64)
     both = torch.ones(2, dtype=torch.bool)
-    first = Rows(labels, torch.tensor([0, 300, len(labels)]), both, torch.ones(2)).view(torch.cat([sample, noise]))
-    last = Rows(labels, torch.tensor([0, 131072, len(labels)]), both, torch.ones(2)).view(torch.cat([noise, sample]))
+    first = Geometry(labels, torch.tensor([0, 300, len(labels)]), both, torch.ones(2)).view(torch.cat([sample, noise]))
+    last = Geometry(labels, torch.tensor([0, 131072, len(labels)]), both, torch.ones(2)).view(
+        torch.cat([noise, sample])
+    )
     here, there = first.min(first.windows(first.logp, 256))[0], last.min(last.windows(last.logp, 256))[1]
     torch.testing.assert_close(here, there, rtol=1e-11, atol=0)

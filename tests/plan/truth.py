@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -31,6 +32,7 @@ from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import datasets, loop
 from tests.helpers.world import run_world
 
@@ -62,7 +64,8 @@ def real(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int) -> list
 
 def planned(recipe: Recipe, config: ModelConfig, rows: RunRows, world: int, ranks: list[int]) -> list[Sizes]:
     """The same two steps, planned, of some of the ranks."""
-    calls = [(recipe, config, rank, world, datasets.datasets(recipe, rows, (0, 0))) for rank in ranks]
+    run = Run(recipe, config, Path(recipe.model), replace(rows, valid=None), world)
+    calls = [(recipe, config, rank, world, datasets.datasets(run)) for rank in ranks]
     return [_sizes(trace) for trace in each(fake_step.run, calls)]
 
 
@@ -103,7 +106,7 @@ def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
     with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console, recorder, ledger:
         _mark_moments(ledger)
         with contextlib.suppress(_TwoSteps):
-            loop.run(recipe, config, Path(recipe.model), rows, console)
+            loop.train(Run(recipe, config, Path(recipe.model), rows, dist.get_world_size()), console)
     moments = _Moments(recorder)
     return Sizes(
         weights=moments.grown("setup", "model"),

@@ -21,6 +21,7 @@ def _unfinished(out: Path) -> str:
     return (out / "unfinished").read_text().strip()
 
 
+@pytest.mark.slow
 def test_runs_that_are_signalled_join_to_one_that_is_not(undisturbed: Path, tmp_path: Path):
     """SIGTERM to one rank in its first milliseconds, SIGUSR1 to the launcher during a step, then to the end."""
     out = tmp_path / "run"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES
 from bft_megatron.hf.architectures import ModelConfig, megatron_flags, read_config
+from bft_megatron.hf.weights import parameter_count
 from bft_megatron.plan.known import CONFIGS
 from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
@@ -25,6 +28,15 @@ def test_every_recipe_is_tried():
     assert {path.stem for path in RECIPES.glob("*.yaml")} == SHIPPED.keys() | {"tiny", "cpu_demo"}
 
 
+@pytest.mark.parametrize("name", sorted(SHIPPED))
+def test_the_disk_that_a_recipe_names_is_that_of_its_checkpoint(name: str, tmp_path: Path):
+    text = (RECIPES / f"{name}.yaml").read_text()
+    size, unit = re.findall(r"([\d.]+) (GB|TB) a checkpoint", text)[0]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[reader.load(RECIPES / f"{name}.yaml").model]))
+    real = CHECKPOINT_BYTES * parameter_count(read_config(tmp_path))
+    assert float(size) * {"GB": 1e9, "TB": 1e12}[unit] == pytest.approx(real, rel=0.02)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_recipe(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Our checks and Megatron's own parser and validation, as rank 0 of the real world, accept it."""
@@ -35,7 +47,7 @@ def test_recipe(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rules.check_recipe(made, config)
     rules.check_world(made, gpus)
     [seen] = run_world(1, accepted, made, config, gpus)
-    one_copy = rules.model_parallel_size(made)
+    one_copy = made.parallel.model_parallel_size
     assert seen["data_parallel_size"] == gpus // one_copy
     assert seen["grad_reduce_in_bf16"] == bool(made.megatron.get("grad-reduce-in-bf16"))
     assert seen["accumulate_allreduce_grads_in_fp32"] != seen["grad_reduce_in_bf16"]

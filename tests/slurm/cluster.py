@@ -19,6 +19,8 @@ from pathlib import Path
 
 PORTS = 300
 """Of one cluster: the controller's, one a node, and srun's."""
+READY_SECONDS = 180
+"""For a daemon to come up or a query to be answered: on a busy machine many times what a quiet one takes."""
 RESTING = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE")
 
 CONFIGURATION = """\
@@ -51,7 +53,11 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1
 ReturnToService=2
 SlurmctldTimeout=30
-SlurmdTimeout=10
+SlurmdTimeout=20
+# Messages, connections and the first process of a job take longer than the defaults allow where the machine is busy.
+MessageTimeout=60
+TCPTimeout=15
+BatchStartTimeout=60
 InactiveLimit=0
 MinJobAge=3600
 KillWait=5
@@ -71,6 +77,7 @@ class Cluster:
     def __init__(self, root: Path, nodes: int, gpus: int = 8) -> None:
         self.root, self.gpus = root, gpus
         self.nodes = [f"t{os.getpid()}n{n}" for n in range(1, nodes + 1)]
+        self._commands: dict[str, tuple[str, ...]] = {}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -85,15 +92,27 @@ class Cluster:
         idle = ("sinfo", "-h", "--partition=batch", "--states=idle", "--format=%D")
         try:
             self._spawn("munged", "munged", "-F", "--num-threads=2", *munge)
-            wait_for((self.root / "munge/socket").exists, 5, "munged")
+            self._wait_until((self.root / "munge/socket").exists, "munged")
             self._spawn("slurmctld", "slurmctld", "-D")
+            self._wait_until(lambda: "is UP" in self.run("scontrol", "ping", check=False), "slurmctld")
             for node in self.nodes:
                 self.start_node(node)
-            wait_for(lambda: self.run(*idle, check=False) == str(len(self.nodes)), 20, "nodes")
-        except TimeoutError:
+            self._wait_until(lambda: self.run(*idle, check=False) == str(len(self.nodes)), "nodes")
+        except TimeoutError as e:
             logs = "\n".join(f"{p.name}:\n{p.read_text()[-2000:]}" for p in (self.root / "log").iterdir())
             self.stop()
-            raise RuntimeError(f"Slurm did not come up\n{logs}") from None
+            raise RuntimeError(f"Slurm did not come up: {e}\n{logs}") from None
+
+    def _wait_until(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait for a daemon, and start again what has ended: a port or a socket may have been taken for a moment."""
+
+        def now() -> bool:
+            for name, daemon in list(self._daemons.items()):
+                if daemon.poll() is not None:
+                    self._spawn(name, *self._commands[name])
+            return ready()
+
+        wait_for(now, READY_SECONDS, what)
 
     def start_node(self, node: str) -> None:
         """A slurmd in namespaces of its own, in which it has its own host name and knows the others' addresses."""
@@ -111,7 +130,7 @@ class Cluster:
         """Jobs first, then the daemons."""
         if "slurmctld" in self._daemons:
             self.run("scancel", "--quiet", "--user=root", check=False)
-            wait_for(lambda: not self.run("squeue", "-h", check=False), 20, "jobs to end", give_up=False)
+            wait_for(lambda: not self.run("squeue", "-h", check=False), 60, "jobs to end", give_up=False)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:
@@ -124,11 +143,22 @@ class Cluster:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         environment |= {"SLURM_CONF": f"{self.root}/slurm.conf"} | {k: str(v) for k, v in variables.items()}
         done = subprocess.run(
-            [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=60
+            [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=180
         )
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}: status {done.returncode}: {done.stderr}")
         return done.stdout.strip()
+
+    def ask(self, *query: object) -> str:
+        """What a query prints; repeated where the controller is too busy to answer."""
+        end = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                return self.run(*query)
+            except (RuntimeError, subprocess.TimeoutExpired):
+                if time.monotonic() > end:
+                    raise
+                time.sleep(1)
 
     def submit(self, *words: object, **variables: object) -> str:
         """`sbatch WORDS` -> the job's number."""
@@ -136,7 +166,7 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm says of a job."""
-        words = self.run("scontrol", "-o", "show", "job", number).split()
+        words = self.ask("scontrol", "-o", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, number: str, seconds: float, states: Sequence[str] = RESTING) -> dict[str, str]:
@@ -177,6 +207,7 @@ class Cluster:
 
     def _spawn(self, name: str, *command: str) -> None:
         """A daemon that ends with this process, however that ends."""
+        self._commands[name] = command
         environment = {**os.environ, "SLURM_CONF": f"{self.root}/slurm.conf"}
         with (self.root / f"log/{name}.out").open("ab") as log:
             self._daemons[name] = subprocess.Popen(

@@ -15,7 +15,7 @@ from bft_megatron.lora.adapters import adapters, lora_hook, unfused_spec
 from bft_megatron.lora.factors import Fresh, adapted
 from bft_megatron.recipe.schema import LoraSettings
 from tests.helpers import sharded
-from tests.helpers.sharded import TRANSFORMER_ENGINE, Layout, stored_tensors
+from tests.helpers.sharded import TRANSFORMER_ENGINE, Sharding, stored_tensors
 from tests.helpers.tiny_models import SavedModel
 from tests.helpers.world import run_world
 
@@ -30,7 +30,7 @@ def _adapt(folder: Path, gpt: Any, spec: Any = None) -> None:
     gpt.pre_wrap_hooks.append(lora_hook(config, SETTINGS, Fresh(adapted(config, SETTINGS), 1)))
 
 
-def _contents(folders: list[Path], layout: Layout, flags: tuple[str, ...], spec: Any) -> list[dict[str, Any]]:
+def _contents(folders: list[Path], layout: Sharding, flags: tuple[str, ...], spec: Any) -> list[dict[str, Any]]:
     found = []
     for folder in folders:
         with sharded.model(folder, layout, flags=flags, adapt=partial(_adapt, folder, spec=spec)) as chunks:
@@ -54,8 +54,8 @@ def _contents(folders: list[Path], layout: Layout, flags: tuple[str, ...], spec:
     return found
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
-def test_adapters_are_those_of_the_cpu(layout: Layout, models: list[SavedModel]):
+@pytest.mark.parametrize("layout", [Sharding(), Sharding(tp=2, pp=2)], ids=str)
+def test_adapters_are_those_of_the_cpu(layout: Sharding, models: list[SavedModel]):
     """The same factors at the same layers, bit for bit, marked alike, and nothing else trained or stored."""
     folders, sequence = [m.folder for m in models], ("--sequence-parallel",) if layout.tp > 1 else ()
     cpu = run_world(layout.world, _contents, folders, layout, sequence, None, megatron=True)
@@ -76,7 +76,7 @@ def _norms(folder: Path) -> tuple[set[str], set[str]]:
     """Kinds of the modules before the adapted column-parallel layers, and parameters of the layer that are norms'."""
     with sharded.model(
         folder,
-        Layout(),
+        Sharding(),
         flags=TRANSFORMER_ENGINE,
         adapt=lambda gpt: setattr(gpt, "transformer_layer_spec", unfused_spec),
     ) as (chunk,):
@@ -94,7 +94,7 @@ def test_norms_are_modules_of_their_own(models: list[SavedModel]):
 def _refusal(folder: Path) -> str:
     with (
         pytest.raises(AssertionError) as error,
-        sharded.model(folder, Layout(), flags=TRANSFORMER_ENGINE, adapt=partial(_adapt, folder)),
+        sharded.model(folder, Sharding(), flags=TRANSFORMER_ENGINE, adapt=partial(_adapt, folder)),
     ):
         pass
     return str(error.value)
@@ -107,7 +107,7 @@ def test_a_layer_that_norms_its_own_input_is_refused(models: list[SavedModel]):
     assert "norms its own input" in said
 
 
-def _whole(folders: list[Path], layout: Layout, flags: tuple[str, ...], spec: Any) -> list[set[tuple[Any, ...]]]:
+def _whole(folders: list[Path], layout: Sharding, flags: tuple[str, ...], spec: Any) -> list[set[tuple[Any, ...]]]:
     found = []
     for folder in folders:
         adapt = (lambda gpt: setattr(gpt, "transformer_layer_spec", spec)) if spec else lambda _: None
@@ -117,7 +117,7 @@ def _whole(folders: list[Path], layout: Layout, flags: tuple[str, ...], spec: An
 
 
 def test_the_unfused_layers_checkpoint_is_the_fused_ones(models: list[SavedModel]):
-    folders, layout = [m.folder for m in models], Layout(tp=2)
+    folders, layout = [m.folder for m in models], Sharding(tp=2)
     fused, unfused = (
         run_world(2, _whole, folders, layout, TRANSFORMER_ENGINE, spec, megatron=True) for spec in (None, unfused_spec)
     )

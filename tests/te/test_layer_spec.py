@@ -14,15 +14,15 @@ from bft_megatron.hf.export import export
 from bft_megatron.hf.weights import global_path, weights
 from tests.helpers import sharded
 from tests.helpers.exported import assert_same, tensors
-from tests.helpers.sharded import TRANSFORMER_ENGINE, Layout, stored_tensors
+from tests.helpers.sharded import TRANSFORMER_ENGINE, Sharding, stored_tensors
 from tests.helpers.tiny_models import SavedModel
 from tests.helpers.world import run_world
 
-LAYOUTS = [Layout(), Layout(tp=2), Layout(tp=2, pp=2), Layout(pp=2, vpp=2)]
+LAYOUTS = [Sharding(), Sharding(tp=2), Sharding(tp=2, pp=2), Sharding(pp=2, vpp=2)]
 SPECS = {"cpu": (), "te": TRANSFORMER_ENGINE}
 
 
-def _contents(folders: list[Path], layout: Layout, flags: tuple[str, ...]) -> list[dict[str, Any]]:
+def _contents(folders: list[Path], layout: Sharding, flags: tuple[str, ...]) -> list[dict[str, Any]]:
     """Of each model, this rank's parameters by their path in the whole model, and its sharded tensors by key."""
     found = []
     for folder in folders:
@@ -37,7 +37,7 @@ def _contents(folders: list[Path], layout: Layout, flags: tuple[str, ...]) -> li
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_parameters_and_checkpoint_keys_are_those_of_the_cpu(layout: Layout, models: list[SavedModel]):
+def test_parameters_and_checkpoint_keys_are_those_of_the_cpu(layout: Sharding, models: list[SavedModel]):
     folders = [m.folder for m in models]
     cpu, engine = (
         run_world(layout.world, _contents, folders, layout, flags, megatron=True) for flags in SPECS.values()
@@ -60,13 +60,13 @@ def test_layers_are_transformer_engines(models: list[SavedModel]):
 
 
 def _kinds(folder: Path) -> dict[str, str]:
-    with sharded.model(folder, Layout(), flags=TRANSFORMER_ENGINE) as (chunk,):
+    with sharded.model(folder, Sharding(), flags=TRANSFORMER_ENGINE) as (chunk,):
         layer = chunk.decoder.layers[0]
         return {n: type(m).__name__ for n, m in layer.named_modules() if type(m).__module__ == te.__name__}
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, vpp=2)], ids=str)
-def test_load_then_export_is_bit_identical(layout: Layout, models: list[SavedModel], tmp_path: Path):
+@pytest.mark.parametrize("layout", [Sharding(tp=2, pp=2), Sharding(pp=2, vpp=2)], ids=str)
+def test_load_then_export_is_bit_identical(layout: Sharding, models: list[SavedModel], tmp_path: Path):
     saved = {m.folder: tmp_path / m.name for m in models}
     save = partial(sharded.save_loaded, saved, layout, flags=TRANSFORMER_ENGINE)
     run_world(layout.world, save, megatron=True)
@@ -76,6 +76,6 @@ def test_load_then_export_is_bit_identical(layout: Layout, models: list[SavedMod
 
 
 def test_every_parameter_is_in_the_table(models: list[SavedModel]):
-    ranks = run_world(1, _contents, [m.folder for m in models], Layout(), TRANSFORMER_ENGINE, megatron=True)
+    ranks = run_world(1, _contents, [m.folder for m in models], Sharding(), TRANSFORMER_ENGINE, megatron=True)
     for model, found in zip(models, ranks[0], strict=True):
         assert found["parameters"].keys() == {w.path for w in weights(read_config(model.folder))}

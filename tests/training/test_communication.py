@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training.head import Head
@@ -59,21 +59,21 @@ def _train_step(name: str, head: str, windows: str) -> tuple[list[tuple[str, str
     names = {group.group_name: name for name, group in groups.items()}
     settings = ObjectiveSettings(name=name, head=head, cp_windows=windows, group_size=3)
     step, batch = Step(settings, V, Meter(SOURCES)), _batch()
-    rows = batch.rows(windows)
-    labels = batch.labels.flatten()[rows.positions].view(1, -1)
+    geometry = batch.geometry(windows)
+    labels = batch.labels.flatten()[geometry.positions].view(1, -1)
     mine = Head(settings, V, labels, entropy="entropy" in step.objective.needs)
     hidden = torch.randn(S // CP // TP, 1, H, requires_grad=True)
     parts = [Collectives() for _ in range(4)]
     with parts[0]:
         logp = mine(hidden_states=hidden, output_layer=layer, output_weight=None)
     with parts[1]:
-        loss, _, _ = step._loss(logp, rows, mine, batch)
+        loss, _, _ = step._loss(logp, geometry, mine, batch)
     with parts[2]:
         loss.backward()
     with parts[3]:
         step.meter.reduce(groups["step"])
     seen = [[(names[g], *s) for g, s in zip(part.groups, part.seen, strict=True)] for part in parts]
-    return *seen, rows.supervised.view(TP, -1).sum(1).tolist()
+    return *seen, geometry.supervised.view(TP, -1).sum(1).tolist()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from bft_megatron.errors import FieldError
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import ObjectiveSettings
+from bft_megatron.run.resolved import Run
 from bft_megatron.training import head, loop
 from tests.helpers import objective_reference as reference
 from tests.helpers.runs import MODEL, RECIPE
@@ -116,10 +117,9 @@ def test_auto_goes_by_the_size_of_the_logits_and_by_what_can_be_done():
 def test_triton_is_refused_on_a_cpu(tmp_path: Path):
     made = reader.load(RECIPE, ["device=cpu", "objective.kernels=triton", f"output={tmp_path}"])
     with pytest.raises(FieldError, match="triton runs on GPUs alone") as error:
-        loop.run(made, read_config(MODEL), MODEL, _NoRows(), None)
+        loop.train(Run(made, read_config(MODEL), MODEL, _NoRows(), 1), None)
     assert error.value.field == "objective.kernels"
 
 
 class _NoRows:
-    def steps(self, _: Any) -> int:
-        return 1
+    steps = 1

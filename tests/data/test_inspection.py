@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bft_megatron import cli
-from bft_megatron.data import inspect, page, tokenizers
+from bft_megatron.data import inspection, page, tokenizers
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import validation_rows
 from bft_megatron.data.prepare import Prepared, prepare
@@ -44,27 +44,27 @@ def prepared(source: Path, tmp_path: Path) -> Prepared:
 
 
 @pytest.fixture
-def row(prepared: Prepared, source: Path, tiny: tokenizers.ChatTokenizer) -> inspect.Row:
-    return inspect.read(Blend.of(prepared), [(str(source),)], tiny, 0)
+def row(prepared: Prepared, source: Path, tiny: tokenizers.ChatTokenizer) -> inspection.Row:
+    return inspection.read(Blend.of(prepared), [(str(source),)], tiny, 0)
 
 
-def test_edges_masks_and_weights_are_those_of_the_tensors(row: inspect.Row, prepared: Prepared):
+def test_edges_masks_and_weights_are_those_of_the_tensors(row: inspection.Row, prepared: Prepared):
     item = validation_rows(prepared, batch=1)[0]
     edges, labels = item["cu_seqlens"].tolist(), item["labels"]
     assert [sample.start for sample in row.samples] == edges[:3]
     assert [sample.start + sample.tokens + sample.padding for sample in row.samples] == edges[1:4]
     assert [sample.weight for sample in row.samples] == item["weight"][:3].tolist()
     for sample, start, end in zip(row.samples, edges, edges[1:], strict=False):
-        learned = [span.learned for span in sample.spans for _ in range(span.tokens)][1:]
-        assert learned == (labels[start : start + sample.tokens] != -100).tolist()
+        supervised = [span.supervised for span in sample.spans for _ in range(span.tokens)][1:]
+        assert supervised == (labels[start : start + sample.tokens] != -100).tolist()
         assert sample.supervised == int((labels[start:end] != -100).sum()) > 0
 
 
-def test_text_is_that_of_the_conversation(row: inspect.Row):
+def test_text_is_that_of_the_conversation(row: inspection.Row):
     sample = row.samples[0]
     assert sample.where.endswith("data.jsonl:1")
-    assert "".join(s.text for s in sample.spans if s.learned) == "été 🎉\n\t<script><|im_end|>So.<|im_end|>"
-    assert ODD in "".join(s.text for s in sample.spans if not s.learned)
+    assert "".join(s.text for s in sample.spans if s.supervised) == "été 🎉\n\t<script><|im_end|>So.<|im_end|>"
+    assert ODD in "".join(s.text for s in sample.spans if not s.supervised)
     assert sum(s.text.count("<|im_end|>") for s in sample.spans if s.control) == 5  # the user's own is text
 
 
@@ -72,35 +72,35 @@ def test_text_is_that_of_the_conversation(row: inspect.Row):
 @given(data=st.data(), text=st.text(st.sampled_from("ab é漢🎉\n "), max_size=20))
 def test_spans_join_to_the_whole_wherever_they_part(data: st.DataObject, text: str, tiny: tokenizers.ChatTokenizer):
     ids = tiny.backend.encode(f"<|im_start|>{text}<|im_end|>", add_special_tokens=False).ids
-    learned = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    spans = inspect.decode(ids, learned, tiny)
+    supervised = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+    spans = inspection.decode(ids, supervised, tiny)
     assert "".join(span.text for span in spans) == f"<|im_start|>{text}<|im_end|>"
-    assert [span.learned for span in spans for _ in range(span.tokens)] == learned
+    assert [span.supervised for span in spans for _ in range(span.tokens)] == supervised
 
 
 def test_spaces_between_spans_survive_where_the_tokenizer_strips_the_first(sentencepiece_like: Callable[[str], Path]):
     tokenizer = tokenizers.load(sentencepiece_like(LLAMA))
     ids = tokenizer.backend.encode("What is 漢字, é? Heat.", add_special_tokens=False).ids
-    spans = inspect.decode(ids, [i % 2 == 0 for i in range(len(ids))], tokenizer)
+    spans = inspection.decode(ids, [i % 2 == 0 for i in range(len(ids))], tokenizer)
     assert "".join(span.text for span in spans) == "What is 漢字, é? Heat."
 
 
-def test_terminal(row: inspect.Row, capsys: pytest.CaptureFixture[str]):
-    inspect.print_row(row, Console(no_color=True, width=40))
+def test_terminal(row: inspection.Row, capsys: pytest.CaptureFixture[str]):
+    inspection.print_row(row, Console(no_color=True, width=40))
     said = capsys.readouterr().out
     assert re.findall("⟦(.*?)⟧", said, re.DOTALL)[1:3] == ["été 🎉\n\t<script><|im_end|>".expandtabs(), "So.<|im_end|>"]
     assert "\x1b" not in said.replace("␛", "")
     assert "<U+202E>" in said
     assert "weight 2.5" in said
-    inspect.print_row(row, Console(force_terminal=True, color_system="standard"))
+    inspection.print_row(row, Console(force_terminal=True, color_system="standard"))
     assert "\x1b[1;32mété 🎉" in capsys.readouterr().out
 
 
-def test_page_is_self_contained_and_marks_what_is_learned(row: inspect.Row):
+def test_page_is_self_contained_and_marks_what_is_supervised(row: inspection.Row):
     html = page.page(row)
     marked = "".join(re.findall("<mark>(.*?)</mark>", html.partition("<section")[2], re.DOTALL))
-    learned = "".join(s.text for sample in row.samples for s in sample.spans if s.learned)
-    assert unescape(re.sub("</?b>", "", marked)) == inspect.visible(learned)
+    supervised = "".join(s.text for sample in row.samples for s in sample.spans if s.supervised)
+    assert unescape(re.sub("</?b>", "", marked)) == inspection.visible(supervised)
     assert not re.search(r"<script|https?:|url\(|src=", html)
     shares = [int(n) for n in re.findall(r'<a [^>]*style="flex:(\d+)', html)]
     assert shares == [sample.tokens + sample.padding for sample in row.samples]

@@ -1,5 +1,4 @@
-"""The parallel layout of LLaMA-Factory's two Megatron backends, what DeepSpeed and FSDP do in its place, recomputation
-and precision."""
+"""Parallel sizes, sharding, recomputation and precision, for LLaMA-Factory's Megatron, DeepSpeed and FSDP backends."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ _SIZES = {
     "context_parallel_size": "parallel.context",
 }
 
-# Of both backends; each is one of Megatron's own flags.
+# Fields of both backends, each one of Megatron's own flags.
 _FLAGS = (
     "account_for_embedding_in_pipeline_split",
     "account_for_loss_in_pipeline_split",
@@ -35,22 +34,22 @@ _MIXED_PRECISION = {"bf16_mixed": "bf16", "bf16-mixed": "bf16", "32": "fp32", "f
 
 
 def model_parallel_size(config: Config) -> int:
-    """GPUs that hold the model once."""
+    """Return the number of GPUs that hold the model once: tensor x pipeline x context."""
     return tensor_size(config) * config.integer("pipeline_model_parallel_size", 1) * context_size(config)
 
 
 def tensor_size(config: Config) -> int:
-    """Tensor-parallel size, of a Megatron backend or of the DeepSpeed file."""
+    """Return the tensor-parallel size, from a Megatron backend's field or the DeepSpeed file."""
     return max(config.integer("tensor_model_parallel_size", 1), _autotp(config))
 
 
 def context_size(config: Config) -> int:
-    """Context-parallel size, of a Megatron backend or of HyperParallel."""
+    """Return the context-parallel size, from a Megatron backend's field or HyperParallel's."""
     return max(config.integer("context_parallel_size", 1), config.integer("hyper_parallel_cp_size", 1))
 
 
 def on_megatron(config: Config) -> bool:
-    """Whether the config is one for LLaMA-Factory's Megatron backends, as their fields or the environment say."""
+    """Return whether the config is for one of LLaMA-Factory's Megatron backends, by its fields or the environment."""
     switched = any(
         os.environ.get(name, "").lower() in ("1", "true", "y") for name in ("USE_MCA", "USE_MEGATRON_BRIDGE")
     )
@@ -58,12 +57,12 @@ def on_megatron(config: Config) -> bool:
 
 
 def deepspeed(config: Config) -> dict[str, Any]:
-    """The content of the DeepSpeed file; empty where there is none, or where it isn't here.
+    """Return the content of the DeepSpeed file; {} if the config names none, or if it isn't here.
 
-    It is looked for from the current folder and from the folders that the config lies in.
+    It is searched in the current folder, the config's folder and the parents of that.
 
     Raises:
-        UserError: a file that is no JSON object.
+        UserError: the file is not a JSON object.
     """
     value = config.raw("deepspeed")
     if value is None or isinstance(value, dict):
@@ -83,7 +82,7 @@ def deepspeed(config: Config) -> dict[str, Any]:
 
 
 def carry(to: Conversion) -> None:
-    """Parallel sizes, sharding, recomputation and precision."""
+    """Convert parallel sizes, sharding, recomputation and precision."""
     _carry_sizes(to)
     _carry_sharding(to)
     _carry_flags(to)
@@ -141,7 +140,7 @@ def _carry_flags(to: Conversion) -> None:
 
 
 def _carry_recomputation(to: Conversion) -> None:
-    """On in its trainer unless disabled; in its Megatron backends as their own fields say."""
+    """Convert recomputation: LLaMA-Factory's trainer has it on by default, its Megatron backends have own fields."""
     config = to.config
     if on_megatron(config):
         flags = {name.replace("_", "-"): config.raw(name) for name in _RECOMPUTE if config.raw(name)}

@@ -1,4 +1,4 @@
-"""What preparing made of the sources, as a table for a person: rows, what was dropped and why, tokens, lengths."""
+"""A table of the prepared sources: rows, samples dropped and why, tokens, lengths."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bft_megatron.data.prepare import Prepared
 
 BARS = " ▁▂▃▄▅▆▇█"
 SHOWN = 5
-"""Refused rows that are shown; all are in the file beside the samples."""
+"""Number of refused rows shown; all of them are in refused.txt beside the samples."""
 
 
-def report(sources: Mapping[str, Prepared]) -> RenderableType:
-    """A table with a column a source, and the first rows that were left out.
+def summary_table(sources: Mapping[str, Prepared]) -> RenderableType:
+    """Return a table with one column per source, followed by the first refused rows.
 
     Args:
-        sources: by the name that they are reported under.
+        sources: prepared sources by their names in reports.
     """
     table = Table()
     table.add_column("")
@@ -34,7 +34,7 @@ def report(sources: Mapping[str, Prepared]) -> RenderableType:
 
 
 OPTIONAL = {"rows refused", "too long, dropped", "too long, truncated", "nothing to learn, dropped"}
-"""Lines that are only there where some source has one."""
+"""Lines that are shown only if some source has a non-zero number there."""
 
 
 def _numbers(prepared: Prepared) -> dict[str, str]:
@@ -56,7 +56,7 @@ def _numbers(prepared: Prepared) -> dict[str, str]:
 
 
 def histogram(counts: Counts) -> str:
-    """The samples' lengths as bars, each for lengths up to twice those of the one before: `16 ▁▃█▂ 128`."""
+    """Return the samples' lengths as bars; each bar covers twice the lengths of the one before: `16 ▁▃█▂ 128`."""
     filled = [k for k, n in enumerate(counts.lengths) if n]
     first, last = filled[0], filled[-1]
     bins = counts.lengths[first : last + 1]

@@ -1,4 +1,4 @@
-"""A conversion as the recipe's YAML, and as the table that shows both sides."""
+"""Writing a conversion: the recipe's YAML, and the table that compares both sides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FIELDS = [f"{group}.{f.name}" for group, settings in GROUPS.items() for f in fi
 
 
 def recipe_text(conversion: Conversion) -> str:
-    """The recipe's YAML, headed by what was not carried over."""
+    """Return the recipe's YAML, with a comment at the top that lists what was not carried over."""
     head = [f"# From {conversion.config.path.name}, for {_gpus(conversion.gpus)}."]
     if conversion.lost:
         head += ["# Not carried over:", *(f"#   {_line(lost)}" for lost in conversion.lost)]
@@ -27,7 +27,7 @@ def recipe_text(conversion: Conversion) -> str:
 
 
 def print_table(conversion: Conversion, console: Console) -> None:
-    """Effective values side by side, then the fields that were not carried over, and those that need not be."""
+    """Print effective values side by side, then the fields that were not carried over and those that need not be."""
     more = " (--gpus N for more)" if conversion.assumed else ""
     table, before = Table("", f"LLaMA-Factory on {_gpus(conversion.gpus)}{more}", "recipe"), ""
     for row in conversion.rows:
@@ -52,7 +52,7 @@ def _line(lost: Lost) -> str:
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields by dotted name as groups, those of a group in the recipe's own order."""
+    """Group fields with dotted names into a tree, each group in the recipe's own order."""
     tree: dict[str, Any] = {}
     for name in sorted(values, key=lambda name: _FIELDS.index(name) if name in _FIELDS else -1):
         group, _, leaf = name.rpartition(".")

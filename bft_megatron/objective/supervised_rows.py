@@ -1,7 +1,7 @@
-"""Which rows of a batch have a label, and their way between this rank's hidden states and the rows that are computed.
+"""The rows with a label, for the head without logits: selecting, gathering and reducing them over tensor parallelism.
 
-The index work, the gather and the reduction over tensor parallelism of the head without logits; what is computed of the
-rows is in linear_logprobs.py. Both ways go through a pool [p, h] that holds the rows with a label at `place`.
+linear_logprobs.py computes with the rows. Hidden states and their gradient pass through a pool [p, h], which holds the
+rows with a label at the indices `place`.
 """
 
 from __future__ import annotations
@@ -12,56 +12,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bft_megatron.objective import IGNORE_INDEX
+from bft_megatron.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True, eq=False)
-class KeptRows:
-    """The n rows that have a label, in sequence order, among all s*b and among those that this rank holds."""
+class SupervisedRows:
+    """The n rows with a label, in sequence order: their indices among all s*b rows and among those of this rank."""
 
     label: Tensor  # [n] int64
-    index: Tensor  # [n] int64, among all rows
-    mine: Tensor  # [m] int64, among this rank's
-    place: Tensor | None  # [n] int64, in the pool; None: the pool's rows are those with a label
-    counts: list[int]  # how many each rank holds; under sequence parallelism alone more than one entry
+    index: Tensor  # [n] int64, indices among all rows
+    mine: Tensor  # [m] int64, indices among this rank's rows
+    place: Tensor | None  # [n] int64, indices in the pool; None: every row of the pool has a label
+    counts: list[int]  # rows with a label on each rank under sequence parallelism, else one entry
     group: dist.ProcessGroup | None
     sequence_parallel: bool
 
     @staticmethod
-    def of(targets: Tensor, device: torch.device, group: dist.ProcessGroup | None, sequence_parallel: bool) -> KeptRows:
-        """targets [s, b], wherever they are -> the rows, on `device`."""
+    def of(
+        targets: Tensor, device: torch.device, group: dist.ProcessGroup | None, sequence_parallel: bool
+    ) -> SupervisedRows:
+        """Find the rows with a label in targets [s, b], on the targets' device, and put the indices on `device`."""
         label = targets.reshape(-1)
-        valid = label != IGNORE_INDEX
-        shards = valid.view(dist.get_world_size(group) if sequence_parallel else 1, -1)
+        supervised = label != IGNORE_INDEX
+        shards = supervised.view(dist.get_world_size(group) if sequence_parallel else 1, -1)
         own = shards[dist.get_rank(group) if sequence_parallel else 0]
-        index, mine = (x.nonzero()[:, 0] for x in (valid, own))
+        index, mine = (x.nonzero()[:, 0] for x in (supervised, own))
         counts = shards.sum(1).tolist()
         place = index
-        if sequence_parallel:  # each rank's rows at the front of its equal part of the pool
+        if sequence_parallel:  # each rank's rows are at the front of its part of the pool; all parts have equal size
             offset = torch.arange(len(counts), device=index.device) * max(counts)
             order = torch.arange(shards.shape[1], device=index.device)
             first = torch.tensor(counts, device=index.device)
             place = (offset[:, None] + order)[order < first[:, None]]
         full = len(place) == (max(counts) * len(counts) if sequence_parallel else len(label))
         label, index, mine = (x.to(device, non_blocking=True) for x in (label[index], index, mine))
-        place = None if full else place.to(device, non_blocking=True)
-        return KeptRows(label, index, mine, place, counts, group, sequence_parallel)
+        in_pool = None if full else place.to(device, non_blocking=True)
+        return SupervisedRows(label, index, mine, in_pool, counts, group, sequence_parallel)
 
     @property
     def n(self) -> int:
-        """Rows with a label, on all ranks."""
+        """Return the number of rows with a label on all ranks."""
         return sum(self.counts)
 
     def pick(self, x: Tensor) -> Tensor:
-        """x [s*b] -> [n]."""
+        """Select the values of the rows with a label: x [s*b] -> [n]."""
         return x[self.index]
 
     def spread(self, x: Tensor, shape: torch.Size) -> Tensor:
-        """x [n] -> `shape`, of s*b elements, 0 at the other rows."""
+        """Write x [n] into zeros of `shape`, which has s*b elements, at the rows with a label."""
         return x.new_zeros(shape.numel()).index_copy_(0, self.index, x).view(shape)
 
     def pool(self, hidden: Tensor) -> Tensor:
-        """This rank's hidden states -> [p, h]: themselves, or under SP what an all-gather [longest, h] brings."""
+        """Return the pool [p, h]: this rank's hidden states; under SP all ranks', by one all-gather [longest, h]."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         if not self.sequence_parallel:
             return flat
@@ -72,25 +74,26 @@ class KeptRows:
         return everyone
 
     def take(self, pool: Tensor, rows: slice) -> Tensor:
-        """Some of the n rows, [rows, h]; a view of the pool where they lie in it as they are."""
+        """Return some of the n rows from the pool, [rows, h]; a view of it where every row of the pool has a label."""
         return pool[rows] if self.place is None else pool[self.place[rows]]
 
     def put(self, pool: Tensor, rows: slice, x: Tensor) -> None:
-        """Write x [rows, h], of any dtype, to its rows of the pool."""
+        """Write x [rows, h], of any dtype, to its rows of the pool, in place."""
         if self.place is None:
             pool[rows].copy_(x)
         else:
             pool.index_copy_(0, self.place[rows], x.to(pool.dtype))
 
     def empty_pool(self, hidden: Tensor) -> Tensor:
-        """Zeros [p, h] of hidden's dtype, for the hidden states' gradient."""
+        """Return zeros [p, h] of hidden's dtype, for the gradient of the hidden states."""
         p = len(self.counts) * max(self.counts) if self.sequence_parallel else hidden.numel() // hidden.shape[-1]
         return hidden.new_zeros(p, hidden.shape[-1])
 
     def unpool(self, gradient: Tensor, hidden: Tensor) -> Tensor:
-        """gradient, a pool of this vocabulary shard -> that of this rank's hidden states.
+        """Sum the gradient pools of all vocabulary shards -> the gradient of this rank's hidden states.
 
-        One collective, in their dtype as Megatron's: an all-reduce [n, h], under SP a reduce-scatter [tp*longest, h].
+        One collective in the dtype of the hidden states, as in Megatron: an all-reduce [n, h], or under SP a
+        reduce-scatter [tp*longest, h].
         """
         if not self.sequence_parallel:
             if self.n and self.group is not None and dist.get_world_size(self.group) > 1:

@@ -1,7 +1,7 @@
-"""One row as it will be trained: the text of its samples, and which of it is learned. The page of it is in `page`.
+"""Reading one prepared row for inspection and printing it: its text, and which of it is supervised. HTML is in `page`.
 
-The text is decoded from the row's own token ids, span by span, and never taken from the source: what is shown is what
-the model reads.
+The text is decoded from the row's own token ids, span by span, and never taken from the source, so that it shows
+exactly the tokens that the model reads.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 
 _COLUMNS = ("tokens", "learned", "weight", "file", "line")
-_BROKEN = "\ufffd"  # in place of bytes that are no character
-_HARMLESS = "\n\t\u200c\u200d"  # the last two join and part the letters and emoji round them
+_BROKEN = "\ufffd"  # replaces bytes that are not a whole character
+_HARMLESS = "\n\t\u200c\u200d"  # the last two (ZWNJ, ZWJ) shape the letters and emoji around them
 
 
 @dataclass(frozen=True)
 class Span:
-    """Neighbouring tokens of a sample that are alike.
+    """Consecutive tokens of a sample that are all supervised or not, and all control tokens or not.
 
     Attributes:
-        text: as decoded; bytes that are no whole character are shown as U+FFFD.
-        tokens: how many.
-        learned: whether they are labels.
-        control: whether they are control tokens, not text that spells one.
+        text: the decoded text; bytes that are not a whole character are shown as U+FFFD.
+        tokens: number of tokens.
+        supervised: whether the tokens are supervised.
+        control: whether they are control tokens, as opposed to text that spells one.
     """
 
     text: str
     tokens: int
-    learned: bool
+    supervised: bool
     control: bool
 
 
@@ -47,12 +47,12 @@ class Sample:
     """A sample in its row.
 
     Attributes:
-        where: its file, and the line or the row there.
+        where: file and line, or file and row.
         weight: its weight in the data.
         start: its first place in the row.
-        tokens: its places, padding not among them; the last label is one token more.
-        supervised: its labels that are learned.
-        padding: places after it that hold no token.
+        tokens: number of places, without padding; with the last label, it has one token more.
+        supervised: number of supervised labels.
+        padding: number of padding places after it.
         spans: its text.
     """
 
@@ -67,14 +67,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Row:
-    """A row.
+    """A prepared row and its samples.
 
     Attributes:
-        number: from 0, counted through the sources.
-        rows: of all sources.
+        number: the row's number from 0, counted through the sources.
+        rows: number of rows in all sources.
         source: its source's name.
-        places: tokens of a row.
-        samples: in their order in the row.
+        places: length of a row in tokens.
+        samples: the samples in their order in the row.
     """
 
     number: int
@@ -84,7 +84,7 @@ class Row:
     samples: list[Sample]
 
     def summary(self) -> str:
-        """What the row holds, in a line."""
+        """Return one line about the row's content."""
         tokens = sum(sample.tokens for sample in self.samples)
         supervised = sum(sample.supervised for sample in self.samples)
         return (
@@ -95,12 +95,12 @@ class Row:
 
 
 def read(blend: Blend, files: list[tuple[str, ...]], tokenizer: ChatTokenizer, number: int) -> Row:
-    """A row of prepared sources.
+    """Read a row of the prepared sources.
 
     Args:
-        files: those of each source.
-        tokenizer: that they were prepared with.
-        number: from 0, counted through the sources.
+        files: each source's files.
+        tokenizer: the tokenizer that prepared them.
+        number: the row's number from 0, counted through the sources.
 
     Raises:
         UserError: there is no such row.
@@ -113,10 +113,10 @@ def read(blend: Blend, files: list[tuple[str, ...]], tokenizer: ChatTokenizer, n
     members = Table.from_file(str(folder / "rows.arrow"))[within]["samples"]
     columns = Table.from_file(str(folder / "samples.arrow")).with_format("numpy")[members]
     samples, start = [], 0
-    for ids, learned, weight, file, line in zip(*(columns[name] for name in _COLUMNS), strict=True):
+    for ids, supervised, weight, file, line in zip(*(columns[name] for name in _COLUMNS), strict=True):
         tokens = len(ids) - 1
         size = padded(tokens, blend.pad_multiple) if blend.packing else blend.seq_length
-        labels = np.append(False, learned[1:])  # the first token is no token's label
+        labels = np.append(False, supervised[1:])  # the first token is never a label
         spans = decode(ids.tolist(), labels.tolist(), tokenizer)
         where = f"{files[source][file]}:{line}"
         samples.append(Sample(where, float(weight), start, tokens, int(labels.sum()), size - tokens, spans))
@@ -124,24 +124,24 @@ def read(blend: Blend, files: list[tuple[str, ...]], tokenizer: ChatTokenizer, n
     return Row(number, rows, blend.parts[source].name, blend.seq_length, samples)
 
 
-def decode(ids: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> list[Span]:
-    """A sample's tokens as text in spans; joined, the spans are the text of the whole.
+def decode(ids: list[int], supervised: list[bool], tokenizer: ChatTokenizer) -> list[Span]:
+    """Decode a sample's tokens to spans of text; joined, the spans are the text of the whole sample.
 
-    Spans decoded one by one would lose a character whose bytes lie in two of them (it is shown in the second), and with
-    some tokenizers the space before each. So a span is decoded with those before it, back to the last but one that
-    began with a character, and is what the text gains.
+    Decoding each span alone would lose a character whose bytes lie in two spans (it is shown in the second) and, with
+    some tokenizers, the space before a span. So a span is decoded together with the spans before it, back to the last
+    but one that began with a whole character, and its text is what this adds.
     """
     control = {i for i, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
-    kinds = [(is_learned, token in control) for token, is_learned in zip(ids, learned, strict=True)]
+    kinds = [(is_supervised, token in control) for token, is_supervised in zip(ids, supervised, strict=True)]
     spans: list[Span] = []
-    start = window = shown = 0  # the text from `window` on is decoded, of whose characters `shown` are in spans
+    start = window = shown = 0  # the text from token `window` on is decoded; its first `shown` characters are in spans
     begins_whole = True
-    for (is_learned, is_control), group in groupby(kinds):
+    for (is_supervised, is_control), group in groupby(kinds):
         end = start + len(list(group))
         text = tokenizer.backend.decode(ids[window:end], skip_special_tokens=False)
         ends_whole = end == len(ids) or not text.endswith(_BROKEN)
         text = text if ends_whole else text.rstrip(_BROKEN)
-        spans.append(Span(text[shown:], end - start, is_learned, is_control))
+        spans.append(Span(text[shown:], end - start, is_supervised, is_control))
         if begins_whole and ends_whole:
             window, text = start, tokenizer.backend.decode(ids[start:end], skip_special_tokens=False)
         shown = len(text) if ends_whole else max(shown, len(text))
@@ -150,16 +150,16 @@ def decode(ids: list[int], learned: list[bool], tokenizer: ChatTokenizer) -> lis
 
 
 def visible(text: str) -> str:
-    """Text with control and format characters spelled out, so that a terminal or a browser shows, not obeys, them."""
+    """Spell out control and format characters, so that a terminal or browser displays them instead of obeying them."""
     return "".join(c if c in _HARMLESS or unicodedata.category(c) not in ("Cc", "Cf") else _spelled(c) for c in text)
 
 
 def print_row(row: Row, console: Console) -> None:
-    """The row for a terminal: what is learned in green, the rest dim; between ⟦ and ⟧ where there are no colours."""
+    """Print the row: supervised text green, the rest dim; without colours, supervised text stands between ⟦ and ⟧."""
     bare = console.color_system is None or console.no_color
     legend = [("learned", True, False), (" not learned ", False, False), ("control token", False, True)]
     console.print(row.summary(), soft_wrap=True, highlight=False)
-    console.print(_coloured([Span(text, 0, learned, control) for text, learned, control in legend], bare))
+    console.print(_coloured([Span(text, 0, supervised, control) for text, supervised, control in legend], bare))
     for sample in row.samples:
         console.print(f"\n── {heading(sample)}", style="bold", soft_wrap=True, highlight=False, markup=False)
         console.print(_coloured(sample.spans, bare), soft_wrap=True)
@@ -169,7 +169,7 @@ def print_row(row: Row, console: Console) -> None:
 
 
 def heading(sample: Sample) -> str:
-    """Where a sample is from and what it counts, in a line."""
+    """Return one line about a sample: its origin, place, tokens and weight."""
     padding = f", {sample.padding:,} of padding" if sample.padding else ""
     return (
         f"{sample.where}, places {sample.start:,} to {sample.start + sample.tokens - 1:,}: "
@@ -179,17 +179,17 @@ def heading(sample: Sample) -> str:
 
 def _coloured(spans: list[Span], bare: bool) -> Text:
     text = Text()
-    for learned, group in groupby(spans, lambda span: span.learned):
-        text.append("⟦" if bare and learned else "")
+    for supervised, group in groupby(spans, lambda span: span.supervised):
+        text.append("⟦" if bare and supervised else "")
         for span in group:
-            style = "bold green" if learned else "dim"
+            style = "bold green" if supervised else "dim"
             text.append(visible(span.text), f"{style} underline" if span.control else style)
-        text.append("⟧" if bare and learned else "")
+        text.append("⟧" if bare and supervised else "")
     return text
 
 
 def _spelled(character: str) -> str:
-    """ESC as ␛, U+202E as <U+202E>."""
+    """Return ESC as ␛, U+202E as <U+202E>."""
     code = ord(character)
     return chr(0x2400 + code) if code < 0x20 else f"<U+{code:04X}>"
 

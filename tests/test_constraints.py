@@ -1,0 +1,32 @@
+"""constraints.txt is a lock of pyproject.toml: one exact version of everything that is asked for, within its range."""
+
+from __future__ import annotations
+
+import tomllib
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.helpers.commands import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+ASKED = [
+    *PROJECT["project"]["dependencies"],
+    *PROJECT["dependency-groups"]["dev"],
+    *PROJECT["dependency-groups"]["docs"],
+]
+
+
+def test_every_line_is_one_exact_version():
+    locked = [Requirement(line) for line in LINES]
+    assert all(r.url is None and [s.operator for s in r.specifier] == ["=="] for r in locked)
+    names = [canonicalize_name(r.name) for r in locked]
+    assert len(names) == len(set(names))
+
+
+def test_everything_that_is_asked_for_is_locked_within_its_range():
+    locked = {canonicalize_name(name): version for name, version in (line.split("==") for line in LINES)}
+    for text in ASKED:
+        wanted = Requirement(text)
+        assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), text

@@ -37,9 +37,7 @@ def run_world(n: int, fn: Callable[..., Any], *args: Any, timeout: float = 240, 
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(n)]
 
 
-def _fork(
-    rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...], megatron: bool, gpu: bool
-) -> int:
+def _fork(rank: int, n: int, folder: Path, fn: Callable[..., Any], args: tuple[Any, ...], megatron: bool) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

@@ -1,8 +1,9 @@
 """Writes the parts of the pages that are generated from the code: `python -m docs.generate`.
 
 docs/recipe.md gets a table for each group of a recipe's fields: names, types and defaults from the dataclasses,
-meanings from the docstrings under the fields. docs/architecture.md gets the tree of the package, README.md its rooms,
-each line the first sentence of a docstring. A test holds the pages to the code.
+meanings from the docstrings under the fields. docs/flags.md gets what becomes of every flag of Megatron,
+docs/architecture.md the tree of the package, README.md its rooms, each line of these the first sentence of a docstring.
+A test holds the pages to the code.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
-from bft_megatron.recipe import schema, sources
+from bft_megatron.recipe import flag_groups, flags, schema, sources
+from bft_megatron.run import folder
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bft_megatron"
@@ -109,6 +111,36 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
 
 
+def flag_tables() -> dict[str, str]:
+    """Return the tables of docs/flags.md by the names of their markers."""
+    owned: dict[str, list[str]] = {}
+    refused = {reason: names.split() for reason, names in flag_groups.REFUSED.items()}
+    for made in flags.MADE:
+        if made.field:
+            owned.setdefault(made.field, []).append(made.flag)
+        elif made.why:
+            refused.setdefault(made.why, []).append(made.flag)
+    for flag, reasons in flag_groups.REFUSED_VALUES.items():
+        for value, reason in reasons.items():
+            refused.setdefault(reason, []).append(f"{flag}: {value}")
+    free, kept = (
+        {subject: names.split() for subject, names in groups.items()}
+        for groups in (flag_groups.MAY_CHANGE, flag_groups.MAY_NOT_CHANGE)
+    )
+    return {
+        "flags owned": _name_table("field", {f"`{field}`": names for field, names in owned.items()}),
+        "flags refused": _name_table("reason", refused),
+        "flags free": _name_table("subject", free),
+        "flags kept": _name_table("subject", kept),
+        "fields free": ", ".join(f"`{field}`" for field in sorted(folder.MAY_CHANGE)),
+    }
+
+
+def _name_table(first: str, groups: dict[str, list[str]]) -> str:
+    rows = [f"| {group} | {', '.join(f'`{name}`' for name in names)} |" for group, names in groups.items()]
+    return "\n".join([f"| {first} | flags |", "| --- | --- |", *rows])
+
+
 def filled(text: str, parts: dict[str, str]) -> str:
     """Return a page with each part between its markers, `<!-- begin NAME -->` and `<!-- end NAME -->`.
 
@@ -130,6 +162,7 @@ def pages() -> dict[Path, str]:
     parts = {
         "README.md": {"rooms": package_tree(files=False)},
         "docs/recipe.md": tables,
+        "docs/flags.md": flag_tables(),
         "docs/architecture.md": {"tree": package_tree(files=True)},
     }
     return {ROOT / name: filled((ROOT / name).read_text(), of_page) for name, of_page in parts.items()}

@@ -65,6 +65,18 @@ def refused(recipe: Path, *overrides: str) -> str:
         ("global_batch_size: 4", "global_batch_size: 4\n  micro_batch_size: 2", 8, "a packed micro-batch is one row"),
         ("init: random", "megatron: {sft: true}", 2, "megatron.sft: cannot be used here"),
         ("init: random", "megatron: {lr: 1}", 2, "is set by the recipe's own field train.lr"),
+        (
+            "init: random",
+            "megatron:\n  --adam_beta1: 0.5",
+            3,
+            "megatron.--adam_beta1: is set by the recipe's own field",
+        ),
+        (
+            "init: random",
+            "megatron: {fp8_margin: 1, fp8-margin: 0}",
+            2,
+            "Megatron's flag fp8-margin, which is given already",
+        ),
         ("iterations: 2", "epochs: 1\n  iterations: 2", 9, "give either train.iterations or train.epochs"),
     ],
 )

@@ -52,8 +52,7 @@ def _span(recipe: Recipe, at_end: bool) -> tuple[int, int]:
 
 def _candidates(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
     parallel, train = recipe.parallel, recipe.train
-    set_flags = {name.replace("_", "-") for name, value in recipe.megatron.items() if value}
-    if train.precision == "bf16" and "grad-reduce-in-bf16" not in set_flags:
+    if train.precision == "bf16" and not recipe.megatron.get("grad-reduce-in-bf16"):
         yield _with_flags(recipe, "gradients are summed in bf16", {"grad-reduce-in-bf16": True})
     if train.micro_batch_size > 1:
         changed = replace(recipe, train=replace(train, micro_batch_size=1))
@@ -61,7 +60,7 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
     if recipe.objective.head != "chunked":
         changed = replace(recipe, objective=replace(recipe.objective, head="chunked"))
         yield "objective.head=chunked", "the output layer's product is made twice", changed
-    if "recompute-granularity" not in set_flags:
+    if not recipe.megatron.get("recompute-granularity"):
         everything = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
         yield _with_flags(recipe, "attention is computed twice", {"recompute-granularity": "selective"})
         yield _with_flags(recipe, "a third more computing", everything)
@@ -76,8 +75,7 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
 
 def _with_flags(recipe: Recipe, costs: str, flags: dict[str, Any]) -> tuple[str, str, Recipe]:
     words = " ".join(f"megatron.{name}={str(value).lower()}" for name, value in flags.items())
-    kept = {name: value for name, value in recipe.megatron.items() if name.replace("_", "-") not in flags}
-    return words, costs, replace(recipe, megatron=kept | flags)
+    return words, costs, replace(recipe, megatron=recipe.megatron | flags)
 
 
 def possible(recipe: Recipe, config: ModelConfig, world: int) -> bool:

@@ -156,11 +156,10 @@ class _StageTimes:
         cp_head = messages(lambda phase, m: phase in passes and m.group == "cp" and m.head) / held
         tp_head = messages(lambda phase, m: phase == "forward" and m.group == "tp" and m.head) / held
         pp = messages(lambda _, m: m.group == "pp" and m.operator == "send") / held
-        overlapped = {flag.replace("_", "-") for flag, value in recipe.megatron.items() if value}
         reduce = messages(lambda _, m: m.group == "dp" and "scatter" in m.operator)
         gather = messages(lambda _, m: m.group == "dp" and "gather" in m.operator)
-        shown_reduce = max(0.0, reduce - backward) if "overlap-grad-reduce" in overlapped else reduce
-        shown_gather = max(0.0, gather - forward) if "overlap-param-gather" in overlapped else gather
+        shown_reduce = max(0.0, reduce - backward) if recipe.megatron.get("overlap-grad-reduce") else reduce
+        shown_gather = max(0.0, gather - forward) if recipe.megatron.get("overlap-param-gather") else gather
         return _StageTimes(
             stage,
             kernels=forward + backward,

@@ -91,8 +91,7 @@ def _trace(recipe: Recipe, config: ModelConfig, rank: int, world: int) -> Trace:
 def _spans(recipe: Recipe) -> list[tuple[int, int]]:
     """(first, last) of the stages that are alike. Those in the middle have equal layers, unless laid out by hand."""
     pipeline = recipe.parallel.pipeline
-    by_hand = any(flag.replace("_", "-") == "pipeline-model-parallel-layout" for flag in recipe.megatron)
-    if pipeline <= 4 or by_hand:
+    if pipeline <= 4 or "pipeline-model-parallel-layout" in recipe.megatron:
         return [(stage, stage) for stage in range(pipeline)]
     return [(0, 0), (1, pipeline - 2), (pipeline - 1, pipeline - 1)]
 
@@ -114,7 +113,6 @@ def _data_parallel(recipe: Recipe, world: int) -> int:
 
 def _rank(recipe: Recipe, world: int, stage: int) -> int:
     """The first rank of a stage, in Megatron's order."""
-    names = {flag.replace("_", "-") for flag, value in recipe.megatron.items() if value}
-    if "use-tp-pp-dp-mapping" in names:
+    if recipe.megatron.get("use-tp-pp-dp-mapping"):
         return stage * recipe.parallel.tensor * recipe.parallel.context
     return stage * (world // recipe.parallel.pipeline)

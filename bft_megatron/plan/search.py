@@ -58,9 +58,8 @@ def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
     parallel = recipe.parallel
     own = parameter_count(config) / (parallel.tensor * parallel.pipeline)
     sharded = world / (parallel.tensor * parallel.pipeline)
-    names = {name.replace("_", "-") for name, value in recipe.megatron.items() if value}
     weight = 2 if recipe.train.precision == "bf16" else 4
-    gradient = 2 if "grad-reduce-in-bf16" in names else 4
+    gradient = 2 if recipe.megatron.get("grad-reduce-in-bf16") else 4
     return own * (weight + gradient + OPTIMIZER_BYTES / sharded)
 
 

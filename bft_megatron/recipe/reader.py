@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bft_megatron.errors import UserError
+from bft_megatron.recipe import flags
 from bft_megatron.recipe.schema import ObjectiveSettings, Recipe
 from bft_megatron.recipe.yaml_file import YamlFile
 
@@ -44,6 +45,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     layers = [(source.tree, None), *((_override(o), o) for o in overrides or [])]
     merged = OmegaConf.structured(Recipe)
     for tree, override in layers:
+        _name_flags(tree, override, source)
         for key in _leaf_keys(tree):
             if key in MAY_BE_NULL and OmegaConf.select(tree, key) is None:
                 continue
@@ -64,9 +66,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 def where(path: str | Path, overrides: list[str], field_name: str) -> str:
     """The place that gave a field its value: the last override that names it, else its line in the recipe's file."""
     for override in reversed(overrides):
-        if override.partition("=")[0] == field_name:
+        if flags.canonical_field(override.partition("=")[0]) == field_name:
             return override
-    return YamlFile(Path(path), Path(path).read_text()).where(field_name)
+    source = YamlFile(Path(path), Path(path).read_text())
+    return source.where(next((key for key in source.lines if flags.canonical_field(key) == field_name), field_name))
 
 
 def dump(recipe: Recipe) -> str:
@@ -82,6 +85,29 @@ def _override(text: str) -> DictConfig:
         return OmegaConf.from_dotlist([text])
     except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f"cannot read the value: {str(e).splitlines()[0]}", text) from None
+
+
+def _name_flags(tree: DictConfig, override: str | None, source: YamlFile) -> None:
+    """Give the flags under `megatron` their canonical names, so that nothing else needs to know of other spellings.
+
+    Args:
+        tree: the file's, or an override's.
+        override: the text of the override; None for the file.
+
+    Raises:
+        UserError: one flag under two names.
+    """
+    given = OmegaConf.select(tree, "megatron")
+    if not isinstance(given, DictConfig) or given._is_none():
+        return
+    named: dict[str, Any] = {}
+    for name in given:
+        flag = flags.canonical(str(name))
+        if flag in named:
+            where = override or source.where(f"megatron.{name!s}")
+            raise UserError(f"is Megatron's flag {flag}, which is given already", where)
+        named[flag] = given._get_node(name)
+    OmegaConf.update(tree, "megatron", named, merge=False)
 
 
 def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:

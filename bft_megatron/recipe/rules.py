@@ -73,8 +73,8 @@ def check_world(recipe: Recipe, world_size: int) -> None:
 UNEVEN_SPLIT_FLAGS = {
     "account-for-embedding-in-pipeline-split",
     "account-for-loss-in-pipeline-split",
-    "num-layers-in-first-pipeline-stage",
-    "num-layers-in-last-pipeline-stage",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
     "pipeline-model-parallel-layout",
 }
 
@@ -173,13 +173,12 @@ def _check_model(recipe: Recipe, model: ModelShape) -> None:
     ):
         if count % parallel.tensor:
             raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide the model's {count} {what}")
-    uneven = any(flag.replace("_", "-") in UNEVEN_SPLIT_FLAGS for flag in recipe.megatron)
     chunks = parallel.pipeline * parallel.virtual_pipeline
-    if model.layers % chunks and not uneven:
+    if model.layers % chunks and not UNEVEN_SPLIT_FLAGS & recipe.megatron.keys():
         raise FieldError(
             "parallel.pipeline",
             f"pipeline x virtual_pipeline = {chunks} does not divide the model's {model.layers} layers; for an uneven "
-            "split set `account-for-embedding-in-pipeline-split` or `num-layers-in-first-pipeline-stage` under "
+            "split set `account-for-embedding-in-pipeline-split` or `decoder-first-pipeline-num-layers` under "
             "`megatron`",
         )
 

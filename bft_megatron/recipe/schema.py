@@ -213,4 +213,4 @@ class Recipe:
     train: TrainSettings = field(default_factory=TrainSettings)
     """The schedule and the optimizer."""
     megatron: dict[str, Any] = field(default_factory=dict)
-    """Megatron-LM's own flags by name, such as `recompute-granularity: selective`."""
+    """Megatron-LM's own flags by name, such as `recompute-granularity: selective`; underscores are read as dashes."""

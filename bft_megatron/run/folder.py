@@ -18,11 +18,17 @@ from pathlib import Path
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import hub
 from bft_megatron.hf.architectures import companions
-from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe import flags, reader, rules
 from bft_megatron.recipe.schema import Recipe
 
-# What may differ when a run goes on: the layout and how often it saves, looks and runs, not what is trained on what.
+# What may differ when a run resumes: what leaves its numbers alone, or changes no more than their rounding. What is
+# trained on what rows in what order, the schedule, the optimizer and the precision stay. Of the flags under `megatron`,
+# `recipe.flags` knows.
 MAY_CHANGE = {
+    "data.valid",
+    "objective.head",
+    "objective.chunk_size",
+    "objective.kernels",
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.virtual_pipeline",
@@ -179,12 +185,22 @@ class RunFolder:
             return
         before, now = _flat(reader.load(self.config)), _flat(recipe)
         for field in sorted(before.keys() | now.keys()):
-            if before.get(field) != now.get(field) and field not in MAY_CHANGE:
+            if before.get(field) != now.get(field) and not _may_change(field):
+                was, wanted = (_shown(field, values.get(field)) for values in (before, now))
                 raise FieldError(
                     field,
-                    f"{self.root} holds checkpoints of a run with {field} {before.get(field)}, not {now.get(field)}: "
-                    "set it back to go on with that run, or choose another output folder",
+                    f"{self.root} holds checkpoints of a run with {field} {was}, not {wanted}: set it back to go on "
+                    f"with that run, or choose another output folder{self._way_on(field, recipe)}",
                 )
+
+    def _way_on(self, field: str, recipe: Recipe) -> str:
+        """What to do where a finished run is asked for other steps: its schedule has ended, so another run begins."""
+        if field not in ("train.iterations", "train.epochs") or not (self.root / "done").exists():
+            return ""
+        if recipe.lora is not None:
+            return "; to train its adapters further, export them and set lora.adapter to their folder there"
+        drawn = " and init=pretrained" if recipe.init == "random" else ""
+        return f"; to train its model further, set model={self.root}{drawn} there"
 
     def check_converts(self, recipe: Recipe) -> None:
         """Raise FieldError where a converted model cannot be written here, or would not be the recipe's model."""
@@ -208,10 +224,21 @@ def _write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _may_change(field: str) -> bool:
+    group, _, flag = field.partition(".")
+    return flags.may_change(flag) if group == "megatron" else field in MAY_CHANGE
+
+
+def _shown(field: str, value: object) -> object:
+    return "left out" if value is None and field.startswith("megatron.") else value
+
+
 def _flat(recipe: Recipe) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in vars(recipe).items():
-        if hasattr(value, "__dict__"):
+        if name == "megatron":
+            flat |= {f"{name}.{flag}": v for flag, v in value.items() if not flags.is_left_out(flag, v)}
+        elif hasattr(value, "__dict__"):
             flat |= {f"{name}.{k}": v for k, v in vars(value).items()}
         else:
             flat[name] = value

@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
-from bft_megatron.training import arguments
 from bft_megatron.upstream import cuda_on_cpu, dataset_helpers, rotary, torch_adam
 
 CPU_FLAGS = [
@@ -68,7 +67,7 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
         rotary.install()
     if dist.is_initialized():
         return
-    timeout = timedelta(minutes=arguments.passed_through(recipe).get("distributed-timeout-minutes", 10))
+    timeout = timedelta(minutes=recipe.megatron.get("distributed-timeout-minutes", 10))
     if on_cpu:
         dist.init_process_group("gloo", timeout=timeout)
     else:

@@ -14,7 +14,7 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import _Random
 from bft_megatron.lora.peft import export_adapter, export_merged
 from bft_megatron.run.folder import RunFolder
-from tests.helpers.commands import run_command
+from tests.helpers.commands import command, run_command
 from tests.helpers.runs import MODEL, read_metrics
 
 LAYOUTS = {"one": [], "two": ["parallel.tensor=2", "parallel.pipeline=2"]}
@@ -62,3 +62,19 @@ def test_merging_adds_b_times_a(runs: dict[str, RunFolder], tmp_path: Path):
             assert b.abs().max() > 0
             expected = expected + 2 * b @ a
         torch.testing.assert_close(value, expected)
+
+
+def test_a_finished_run_asked_for_more_steps_says_the_way_on(runs: dict[str, RunFolder], tmp_path: Path):
+    """The way is gone: the new run begins with the adapters that the finished one ended with."""
+    finished, adapter = runs["two"], tmp_path / "adapter"
+    words = ["train", "recipes/tiny.yaml", "train.lr=1e-2", *LAYOUTS["two"]]
+    refused = command(*words, "train.iterations=5", LORA, f"output={finished.root}")
+    assert "to train its adapters further, export them and set lora.adapter to their folder" in refused.stderr
+    assert command("export", finished.root, adapter).returncode == 0
+    further = ["train.iterations=3", f"lora={{rank: 4, alpha: 8, adapter: {adapter}}}", f"output={tmp_path / 'more'}"]
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_command(patch, *words, *further) == 0
+    ended, begun = read_metrics(finished.metrics)[1][-1], read_metrics(RunFolder(tmp_path / "more").metrics)[1][0]
+    assert (begun["iteration"], ended["iteration"]) == (0, 3)
+    for name in ("loss", "lm_loss", "mean_p", "mean_confidence", "tokens"):
+        assert begun[name] == pytest.approx(ended[name], rel=1e-5), name

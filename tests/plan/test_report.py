@@ -16,6 +16,7 @@ from bft_megatron.plan.hardware import Cluster, lookup
 from bft_megatron.plan.known import model_config
 from bft_megatron.plan.page import page
 from bft_megatron.plan.plan import Plan, plan
+from bft_megatron.plan.search import candidates
 from bft_megatron.recipe import reader
 from tests.helpers.commands import ROOT, command
 
@@ -72,3 +73,17 @@ def test_refusals(options: list[str], says: str, tmp_path: Path):
     done = command("plan", str(ROOT / "recipes" / "qwen3_8b.yaml"), *options)
     assert done.returncode == 2
     assert says in done.stderr
+
+
+def test_a_search_reads_flags_whatever_their_spelling():
+    """Full recomputation keeps no activations of layers, so longer rows fit on more layouts."""
+
+    def layouts(*overrides: str) -> int:
+        rows = ["train.iterations=1000", "train.epochs=null", "data.seq_length=32768"]
+        made = reader.load(ROOT / "recipes" / "qwen3_8b.yaml", [*rows, *overrides])
+        return len(list(candidates(made, model_config(made.model), Cluster(H100, 8, 8))))
+
+    underscored, dashed = (
+        layouts(f"megatron.{flag}=full") for flag in ("recompute_granularity", "recompute-granularity")
+    )
+    assert underscored == dashed > layouts()

@@ -1,0 +1,35 @@
+"""Layers that the pipeline does not divide, by the flags that the refusal of such a layout advises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bft_megatron.errors import FieldError
+from tests.helpers import model_reference as reference
+from tests.helpers.comparing import assert_same
+from tests.helpers.runs import MODEL, Case, Layout, make_recipe, run
+
+PIPELINE = Layout(pipeline=2)
+
+
+@pytest.fixture(scope="module")
+def five_layers(data: Path) -> str:
+    shutil.copytree(MODEL, data / "five")
+    config = json.loads((MODEL / "config.json").read_text())
+    (data / "five" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    return "five"
+
+
+def test_five_layers_on_two_stages(data: Path, five_layers: str):
+    case = Case(model=five_layers)
+    with pytest.raises(
+        FieldError, match="set `account-for-embedding-in-pipeline-split` or `decoder-first-pipeline-num-"
+    ):
+        make_recipe(data / "uneven", data, case, PIPELINE, 1)
+    for advised in ("decoder-first-pipeline-num-layers=3", "account-for-embedding-in-pipeline-split=true"):
+        made = make_recipe(data / advised.partition("=")[0], data, case, PIPELINE, 1, f"megatron.{advised}")
+        assert_same(run(made, PIPELINE.world), reference.first_step(made, 1))

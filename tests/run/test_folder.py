@@ -1,0 +1,150 @@
+"""Which recipes continue the run of a folder, by the fields and flags that differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bft_megatron.errors import FieldError
+from bft_megatron.recipe import flag_groups, reader
+from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import MAY_CHANGE, RunFolder
+from tests.helpers.material import TINY
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """The tiny recipe with a flag that counts and one that does not."""
+    file = tmp_path / "recipe.yaml"
+    text = (TINY.parent / "tiny.yaml").read_text()
+    file.write_text(f"{text}megatron: {{lr_decay_style: linear, log_params_norm: true}}\n")
+    return file
+
+
+def load(file: Path, *overrides: str) -> Recipe:
+    return reader.load(file, [f"output={file.parent / 'run'}", f"model={TINY}", *overrides])
+
+
+@pytest.fixture
+def begun(recipe: Path) -> RunFolder:
+    """A folder as a run leaves it, checkpoints aside; its config has the flags' names as they were written."""
+    folder = RunFolder(recipe.parent / "run")
+    folder.checkpoints.mkdir(parents=True)
+    folder.write_config(load(recipe), TINY)
+    folder.config.write_text(folder.config.read_text().replace("lr-decay-style", "lr_decay_style"))
+    folder.write_tracker(1)
+    return folder
+
+
+def refusal(folder: RunFolder, made: Recipe) -> FieldError | None:
+    try:
+        folder.check_continues(made)
+    except FieldError as e:
+        return e
+    return None
+
+
+def test_a_run_with_underscored_flags_resumes(begun: RunFolder, recipe: Path):
+    assert "lr_decay_style: linear" in begun.config.read_text()
+    assert refusal(begun, load(recipe)) is None
+    assert refusal(begun, load(recipe, "megatron.lr-decay-style=linear")) is None
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.tensor=2", "parallel.pipeline=2", "train.micro_batch_size=2"),
+        ("objective.head=chunked", "objective.chunk_size=64", "objective.kernels=torch"),
+        ("data.valid=null",),
+        ("train.validate_every=3", "train.keep_last=9", "train.keep_best=1", "train.save_hf=true"),
+        ("megatron.recompute_granularity=full", "megatron.recompute-num-layers=1"),
+        ("megatron.log_params_norm=false", "megatron.distributed-timeout-minutes=3"),
+        ("megatron.num-workers=2", "megatron.attention-backend=flash", "megatron.overlap-grad-reduce=true"),
+        ("megatron.grad-reduce-in-bf16=false", "megatron.fp8-format=null"),
+    ],
+)
+def test_what_may_change(begun: RunFolder, recipe: Path, overrides: tuple[str, ...]):
+    assert refusal(begun, load(recipe, *overrides)) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("megatron.lr_decay_style=constant", "megatron.lr-decay-style linear, not constant"),
+        ("megatron.lr_decay_style=null", "megatron.lr-decay-style linear, not left out"),
+        ("megatron.lr-decay-style=false", "megatron.lr-decay-style linear, not False"),
+        ("megatron.grad-reduce-in-bf16=true", "megatron.grad-reduce-in-bf16 left out, not True"),
+        ("lora.rank=8", "lora."),
+        ("megatron.no-such-flag=1", "megatron.no-such-flag left out, not 1"),
+        *(
+            (f"{field}={value}", f"{field} ")
+            for field, value in {
+                "model": "recipes/other",
+                "init": "pretrained",
+                "objective.name": "sft",
+                "objective.group_size": 4,
+                "objective.gamma": 2,
+                "objective.confidence": "arithmetic",
+                "objective.reduce": "tokens",
+                "objective.cp_windows": "exact",
+                "data.train": "other.jsonl",
+                "data.seq_length": 128,
+                "data.packing": False,
+                "data.pad_multiple": 8,
+                "data.overlong": "truncate",
+                "data.supervise": "all",
+                "data.turns": "split",
+                "data.chat_template": "x",
+                "data.on_error": "skip",
+                "train.global_batch_size": 4,
+                "train.iterations": 21,
+                "train.lr": 1,
+                "train.min_lr": 0,
+                "train.warmup_iterations": 1,
+                "train.weight_decay": 1,
+                "train.adam_beta1": 0.5,
+                "train.adam_beta2": 0.5,
+                "train.adam_eps": 1,
+                "train.clip_grad": 2,
+                "train.seed": 1,
+                "train.precision": "bf16",
+            }.items()
+        ),
+    ],
+)
+def test_what_may_not_change(begun: RunFolder, recipe: Path, override: str, field: str):
+    error = refusal(begun, load(recipe, override))
+    assert error is not None
+    assert f"holds checkpoints of a run with {field}" in error.message
+    assert "set it back to go on with that run, or choose another output folder" in error.message
+    assert "to train its model further" not in error.message  # it is not finished
+
+
+@pytest.mark.parametrize("changed", ["train.iterations=21", "train.epochs=3"])
+def test_a_finished_run_says_the_way_on(begun: RunFolder, recipe: Path, changed: str):
+    begun.mark_done()
+    error = refusal(begun, load(recipe, changed))
+    assert error is not None
+    assert error.message.endswith(f"to train its model further, set model={begun.root} and init=pretrained there")
+    other = refusal(begun, load(recipe, "train.lr=1"))
+    assert other is not None
+    assert "further" not in other.message
+
+
+def test_fields_that_may_change_are_fields():
+    groups = {name: vars(value) for name, value in vars(load_plain()).items() if hasattr(value, "__dict__")}
+    for field in MAY_CHANGE:
+        group, dot, name = field.partition(".")
+        assert name in groups[group] if dot else hasattr(load_plain(), group), field
+
+
+def test_no_flag_is_in_both_groups():
+    both = [
+        {p for names in g.values() for p in names.split()} for g in (flag_groups.MAY_CHANGE, flag_groups.MAY_NOT_CHANGE)
+    ]
+    assert both[0] & both[1] == set()
+
+
+def load_plain() -> Recipe:
+    return reader.load(TINY.parent / "tiny.yaml")

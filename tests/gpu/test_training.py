@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
-from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
 from tests.helpers.cases import OWN
 from tests.helpers.comparing import differences
 from tests.helpers.runs import Case, Layout, Result, make_recipe, run, run_on_card, write_data
@@ -63,13 +64,12 @@ def test_bf16_is_near_it(case: Case, overrides: tuple[str, ...], data: Path, tmp
         assert distance < BF16, name
 
 
-def test_a_resumed_run_goes_the_same_way(data: Path, tmp_path: Path):
-    def made(output: str, steps: int) -> Recipe:
-        fields = ("train.precision=bf16", "train.min_lr=1e-3")  # a constant rate, which does not know the steps
-        return make_recipe(tmp_path / output, data, Case(), Layout(), steps, *fields)
-
-    whole = run_on_card(made("whole", 4))
-    run_on_card(made("cut", 2))
-    joined = run_on_card(made("cut", 4))
-    name, difference = worst(joined, whole)
+def test_a_resumed_run_takes_the_same_step_again(data: Path, tmp_path: Path):
+    made = make_recipe(tmp_path / "run", data, Case(), Layout(), 4, "train.precision=bf16", "train.keep_last=9")
+    whole, folder = run_on_card(made), RunFolder.of(made)
+    shutil.rmtree(folder.checkpoint(4))
+    folder.write_tracker(3)
+    again = run_on_card(made)
+    assert [line["iteration"] for line in again.train] == [1, 2, 3, 4]
+    name, difference = worst(again, whole)
     assert difference < 1e-3, name

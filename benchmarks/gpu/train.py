@@ -11,6 +11,7 @@ of a loss do not. FLOPs are 6 a token and parameter (4 where the weights are fro
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -55,6 +56,10 @@ MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
 """Name -> the model's config.json, fields of the recipe."""
 
 
+class Enough(Exception):
+    """The last step is measured; a run would save next."""
+
+
 def recipe(name: str, folder: Path, steps: int, overrides: list[str]) -> list[str]:
     """Write a model folder, data and a recipe for it -> the recipe's file and overrides."""
     config, fields = MODELS[name]
@@ -87,6 +92,7 @@ def recipe(name: str, folder: Path, steps: int, overrides: list[str]) -> list[st
 def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> dict[str, Any]:
     """Train in this process, the losses taking turns -> milliseconds of each loss's steps, tokens, memory."""
     import torch
+    import torch.distributed as dist
     from megatron.training import training
 
     from benchmarks import step as steps
@@ -109,6 +115,8 @@ def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> 
         result = whole_step(*args, **kwargs)
         torch.cuda.synchronize()
         times[turns[0].turn].append(1e3 * (time.perf_counter() - start))
+        if sum(map(len, times.values())) == len(losses) * rounds:
+            raise Enough
         return result
 
     def kept(*args: Any) -> steps.TakingTurns:
@@ -117,16 +125,15 @@ def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> 
 
     training.train_step, loop.Step = timed, kept
     with tempfile.TemporaryDirectory() as folder:
-        fixed = ["train.save_every=1000000", "megatron.no-save-optim=true"]
-        file, *fields = recipe(name, Path(folder), len(losses) * rounds, overrides + fixed)
+        file, *fields = recipe(name, Path(folder), len(losses) * rounds, overrides)
         made = reader.load(file, fields)
         config = read_config(Path(made.model))
         rows = prepare_rows(made, Path(made.model), config.vocab_size)
         run = RunFolder.of(made)
         run.write_config(made, Path(made.model))
-        with output_to(run.log(0)) as console:
+        with output_to(run.log(0)) as console, contextlib.suppress(Enough):
             loop.train(Run(made, config, Path(made.model), rows, 1), console)
-        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        dist.destroy_process_group()
     return {
         "card": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -134,7 +141,6 @@ def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> 
         "tokens": made.train.global_batch_size * made.data.seq_length,
         "GiB": torch.cuda.max_memory_allocated() / 2**30,
         "flops": flops(name, made.train.global_batch_size * made.data.seq_length, made.data.seq_length),
-        "loss": [line["loss"] for line in lines[-2:]],
     }
 
 

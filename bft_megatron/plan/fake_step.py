@@ -29,12 +29,12 @@ from bft_megatron.training.step import Step
 from bft_megatron.upstream import command_line, cuda_on_cpu, rotary, without_values
 
 LEFT_OUT = (
-    "--save",
-    "--load",
-    "--save-interval",
-    "--tensorboard-dir",
-    "--exit-signal-handler",
-    "--use-cpu-initialization",
+    "save",
+    "load",
+    "save-interval",
+    "tensorboard-dir",
+    "exit-signal-handler",
+    "use-cpu-initialization",
 )
 """Flags of a run that a plan leaves out."""
 INSTEAD = ("--num-workers", "0", "--disable-gloo-process-groups")
@@ -84,7 +84,7 @@ def run(
             from bft_megatron.plan import modelled
 
             modelled.install()
-        margs = command_line.parse([*_without(flags, LEFT_OUT), *INSTEAD])
+        margs = command_line.parse([*arguments.without(flags, LEFT_OUT), *INSTEAD])
         margs.do_train = True  # Megatron would read it from a tensor
         model = model_config(recipe, config, None, margs, on_cpu, fill=False)  # there are no values to load
         model.transformer.finalize_model_grads_func = step.finalize_grads
@@ -113,17 +113,6 @@ def kind_of_group(name: str) -> tuple[str, int]:
             if of().group_name == name:
                 return kind, of().size()
     return "world", dist.get_world_size()
-
-
-def _without(flags: list[str], names: tuple[str, ...]) -> list[str]:
-    """Return the argument list without some flags and their values."""
-    kept, skipping = [], False
-    for word in flags:
-        if word.startswith("--"):
-            skipping = word in names
-        if not skipping:
-            kept.append(word)
-    return kept
 
 
 def full_rows(recipe: Recipe) -> Callable[..., Any]:

@@ -74,12 +74,17 @@ REFUSED = {
     "a rerun would count a step's reports twice": "check-for-spiky-loss check-for-large-grads error-injection-*",
     "it breaks a run on purpose": "fault-injector-*",
     "the layer spec is chosen by the device": "spec transformer-impl distributed-backend",
+    "it replaces modules of the layers, and was not tried": """
+        use-te-activation-func use-transformer-engine-op-fuser use-kitchen-attention kitchen-attention-backend
+        use-grouped-gemm-for-dense-mlp""",
     "it is set where it is right": "use-cpu-initialization",
     # Checkpoints, the start and the end.
     "a run resumes from its newest intact checkpoint with all of its state, and begins from the recipe's model": """
         finetune pretrained-checkpoint ckpt-step use-checkpoint-args use-mp-args-from-checkpoint-args
         no-use-tokenizer-model-from-checkpoint-args exit-on-missing-checkpoint load-main-params-from-ckpt
         override-ckpt-iteration no-load-optim no-load-rng""",
+    "a checkpoint has all of a run's state, or the run could not resume as it was": """
+        no-save-optim no-save-rng dist-ckpt-strictness""",
     "a run keeps its schedule to its end": "override-opt-param-scheduler use-checkpoint-opt-param-scheduler",
     "recovery and export read persistent checkpoints in the format torch_dist, from local files": """
         auto-detect-ckpt-format ckpt-convert-* dist-ckpt-save-pre-mcore-014 non-persistent-* replication
@@ -87,7 +92,8 @@ REFUSED = {
     "Megatron does not support it with distributed checkpoints": "overlap-param-gather-with-optimizer-step",
     "its helper processes die of the signal that asks for a save, and the run would wait for them": """
         async-save async-strategy async-ckpt-* use-persistent-ckpt-worker dist-ckpt-workers""",
-    "SIGUSR1, SIGTERM and SIGINT are all answered": "exit-signal exit-signal-handler-for-training",
+    "SIGUSR1, SIGTERM and SIGINT are all answered": """
+        exit-signal exit-signal-handler-for-training exit-signal-handler-for-dataloader""",
     "status 0 would say that the run is done": "exit-interval adlr-autoresume adlr-autoresume-interval",
     "the launcher starts a run again as a whole": """
         inprocess-* enable-ft-package calc-ft-timeouts ft-num-warmup-iters""",
@@ -137,15 +143,15 @@ MAY_CHANGE = {
     "kernels": """
         attention-backend flash-attention-version use-flash-attn no-persist-layer-norm no-masked-softmax-fusion
         no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-gradient-accumulation-fusion
-        fused-residual-rmsnorm use-te-activation-func use-transformer-engine-op-fuser disable-jit-fuser
+        fused-residual-rmsnorm disable-jit-fuser
         deterministic-mode no-clone-scatter-output-in-embedding""",
     "processes and memory of the host": """
-        num-workers exit-signal-handler-for-dataloader manual-gc manual-gc-interval no-manual-gc-eval
+        num-workers manual-gc manual-gc-interval no-manual-gc-eval
         no-pin-cpu-grads no-pin-cpu-params overlap-cpu-optimizer-d2h-h2d""",
     "saving and loading": """
         ckpt-format ckpt-fully-parallel-load ckpt-fully-parallel-load-* no-ckpt-fully-parallel-save
         ckpt-fully-parallel-save-process-group ckpt-assume-constant-structure
-        no-ckpt-load-validate-sharding-integrity no-stream-ckpt-dequant dist-ckpt-strictness
+        no-ckpt-load-validate-sharding-integrity no-stream-ckpt-dequant dist-ckpt-optim-fully-reshardable
         distrib-optim-fully-reshardable-mem-efficient save-params-interval save-activations-interval
         save-wgrads-interval save-dgrads-interval dump-param-to-param-group-map""",
     "logs": """
@@ -168,8 +174,7 @@ MAY_NOT_CHANGE = {
         disable-bf16-reduced-precision-matmul fp8-format fp8-recipe fp8-quantizer-factory fp8-margin fp8-interval
         fp8-amax-* no-fp8-wgrad fp8-param-gather reuse-grad-buf-for-mxfp8-param-ag fp4-* first-last-layers-bf16
         num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 te-precision-config-file
-        use-grouped-gemm-for-dense-mlp use-kitchen-attention kitchen-attention-backend batch-invariant-mode
-        enable-experimental""",
+        batch-invariant-mode enable-experimental""",
     "schedule": """
         lr-decay-style lr-decay-iters lr-warmup-fraction lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
         decoupled-lr decoupled-min-lr apply-wd-to-qk-layernorm no-weight-decay-cond-type""",
@@ -178,7 +183,7 @@ MAY_NOT_CHANGE = {
         optimizer-cpu-offload optimizer-offload-fraction use-torch-optimizer-for-cpu-offload
         num-distributed-optimizer-instances""",
     "state and shape of a checkpoint": """
-        dist-ckpt-optim-fully-reshardable no-save-optim no-save-rng verify-integrity make-vocab-size-divisible-by
+        verify-integrity make-vocab-size-divisible-by
         te-rng-tracker""",
 }
 """Subject -> flags that are passed, and that stay as they are when a run resumes."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+from collections.abc import Collection
 from typing import Any
 
 from bft_megatron.errors import FieldError
@@ -34,7 +35,7 @@ def megatron_arguments(
     run = flags.Run(recipe, iterations, *validation, folder.checkpoints, folder.tensorboard)
     passed = passed_through(recipe)
     made = {made.flag: made.value(run) for made in flags.MADE if made.flag not in passed}
-    return [*_argument_list(made), *model_flags, *device_flags, *_argument_list(passed)]
+    return [*_argument_list(made), *model_flags, *without(device_flags, passed), *_argument_list(passed)]
 
 
 def passed_through(recipe: Recipe) -> dict[str, Any]:
@@ -63,6 +64,17 @@ def check_passed_through(recipe: Recipe) -> None:
             raise FieldError(
                 f"megatron.{flag}", f"Megatron has no such flag{f'; did you mean {close[0]}?' if close else ''}"
             )
+
+
+def without(arguments: list[str], flags: Collection[str]) -> list[str]:
+    """Return an argument list without some flags, given by their names, and their values."""
+    kept, keep = [], True
+    for word in arguments:
+        if word.startswith("--"):
+            keep = word[2:] not in flags
+        if keep:
+            kept.append(word)
+    return kept
 
 
 def _argument_list(values: dict[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from bft_megatron.reporting.announce import describe_layout
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows
+from bft_megatron.training import measuring
 from bft_megatron.training.model import build, forward
 from bft_megatron.training.step import Batch, Step
 
@@ -57,7 +58,8 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
     """
     recipe = replace(recipe, objective=replace(recipe.objective, cp_windows="exact"))
     file = RunFolder.of(recipe).root / "check.safetensors"
-    step = Step(recipe.objective, config.vocab_size, Meter(recipe.data.most_sources))
+    meter = Meter(recipe.data.most_sources)
+    step = Step(recipe.objective, config.vocab_size, measuring.into(meter))
     batches = _batches(recipe, rows)
     first = ranks.rank() == 0
     try:
@@ -65,7 +67,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, rows: RunRows, 
             _write_reference(file, batches, recipe, config, model_folder, step)
         chunks = build(recipe, config, model_folder)
         dist.barrier()
-        comparison = LayerComparison(file, config, step)
+        comparison = LayerComparison(file, config, step, meter)
         comparison.install([chunk.eval() for chunk in unwrap_model(chunks)])
         forward(chunks, batches, comparison.forward, recipe)
         good = comparison.verdict(recipe, console)
@@ -115,10 +117,11 @@ class LayerComparison:
         file: the reference's results, as `_write_reference` wrote them.
         config: the model's configuration.
         step: the training step whose forward pass is compared.
+        meter: the meter of its totals.
     """
 
-    def __init__(self, file: Path, config: ModelConfig, step: Step) -> None:
-        self.step, self.stages = step, reference.stages(config.layers)
+    def __init__(self, file: Path, config: ModelConfig, step: Step, meter: Meter) -> None:
+        self.step, self.meter, self.stages = step, meter, reference.stages(config.layers)
         self.vocab_size = config.vocab_size
         self._file = safe_open(file, "pt")
         self.scale = self._file.get_tensor("scale")
@@ -178,8 +181,8 @@ class LayerComparison:
         from megatron.core import parallel_state
 
         dist.all_reduce(self.error, op=dist.ReduceOp.MAX)
-        self.step.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
-        report, box = self.step.meter.totals.report(), [False]
+        self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        report, box = self.meter.totals.report(), [False]
         if dist.get_rank() == dist.get_world_size() - 1:
             box = [self._say(report, recipe, Console(file=console, width=100))]
         dist.broadcast_object_list(box, src=dist.get_world_size() - 1)

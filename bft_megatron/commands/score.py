@@ -23,14 +23,12 @@ from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import RowDataset, validation_rows
 from bft_megatron.data.sources import open_source
 from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.objective.loss import LossSum
-from bft_megatron.objective.view import Geometry, View
 from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
-from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.resolved import WholePass
+from bft_megatron.training.measuring import Measured
 from bft_megatron.training.model import build, forward
-from bft_megatron.training.step import Batch, Step
+from bft_megatron.training.step import Step
 
 NUMBERS = ("tokens", "lm_loss", "mean_p", "accuracy", "confidence", "weight")
 """Numbers of a sample: its supervised tokens, means over them, c_b, and the objective's s_b, without data weights."""
@@ -41,22 +39,19 @@ Score = dict[str, Any]
 """A sample's `source`, `where` (file and line) and NUMBERS."""
 
 
-class Scorer(Step):
-    """A step that keeps every sample's numbers instead of totals."""
+class Scores:
+    """The numbers of every sample that a step measures."""
 
-    def __init__(self, recipe: Recipe, config: ModelConfig) -> None:
-        super().__init__(recipe.objective, config.vocab_size, Meter())
+    def __init__(self) -> None:
         self.found: list[tuple[Tensor, Tensor]] = []
         """For each micro-batch, on the CPU: the rows of its samples [B] int64 and their NUMBERS [B, 6] fp64."""
 
-    def measure(
-        self, result: LossSum, view: View, confidence: Tensor, geometry: Geometry, correct: Tensor, batch: Batch
-    ) -> None:
-        """Keep the numbers of the batch's samples. Collectives: three SUM all-reduces [B] over context parallelism."""
-        means = [view.mean(x) for x in (-view.logp, view.logp.double().exp(), geometry.take(correct.flatten()))]
-        numbers = torch.stack([x.double() for x in (view.n, *means, confidence, result.sample_weight)], dim=1).cpu()
-        row = batch.row if batch.cu_seqlens is None else batch.row.expand(len(geometry.counted))
-        self.found.append((row[geometry.counted], numbers[geometry.counted]))
+    def keep(self, m: Measured) -> None:
+        """Keep the numbers of a micro-batch's samples. Collectives over CP: three SUM all-reduces [B]."""
+        means = [m.view.mean(x) for x in (-m.view.logp, m.view.logp.double().exp(), m.geometry.take(m.correct))]
+        numbers = torch.stack([x.double() for x in (m.view.n, *means, m.confidence, m.result.sample_weight)], dim=1)
+        row = m.batch.row if m.batch.cu_seqlens is None else m.batch.row.expand(len(m.geometry.counted))
+        self.found.append((row[m.geometry.counted], numbers.cpu()[m.geometry.counted]))
 
 
 def run(
@@ -80,14 +75,15 @@ def run(
         UserError, FieldError: as for `build`.
     """
     whole = WholePass.over(blend, recipe, ranks.world_size())
-    dataset, scorer = validation_rows(blend, batch=whole.batch), Scorer(recipe, config)
+    dataset, kept = validation_rows(blend, batch=whole.batch), Scores()
+    step = Step(recipe.objective, config.vocab_size, kept.keep)
     chunks = [chunk.eval() for chunk in build(recipe, config, model_folder)]
     for first in _progress(whole.iterations, console):
         batches = _batches(
             dataset, range(first * whole.batch, (first + 1) * whole.batch), recipe.train.micro_batch_size
         )
-        forward(chunks, batches, scorer.forward, recipe)
-    found = _gather(scorer)
+        forward(chunks, batches, step.forward, recipe)
+    found = _gather(kept)
     if dist.get_rank() == dist.get_world_size() - 1:
         files = [open_source(source).files for source in recipe.data.sources(data)]
         scores = _scores(*found, dataset, files)
@@ -116,16 +112,16 @@ def _batches(dataset: RowDataset, places: range, b: int) -> list[dict[str, Tenso
     return [default_collate([dataset[place] for place in batch]) for batch in own]
 
 
-def _gather(scorer: Scorer) -> tuple[Tensor, Tensor]:
+def _gather(kept: Scores) -> tuple[Tensor, Tensor]:
     """Gather rows [B] and NUMBERS [B, 6] of all samples, sorted by row, on the last stage.
 
     One all_gather_object over data parallelism.
     """
     from megatron.core import parallel_state
 
-    if not scorer.found:
+    if not kept.found:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, len(NUMBERS))
-    own = tuple(torch.cat(parts) for parts in zip(*scorer.found, strict=True))
+    own = tuple(torch.cat(parts) for parts in zip(*kept.found, strict=True))
     shares: list[Any] = [None] * parallel_state.get_data_parallel_world_size()
     dist.all_gather_object(shares, own, group=parallel_state.get_data_parallel_group())
     row, numbers = (torch.cat(parts) for parts in zip(*shares, strict=True))

@@ -23,7 +23,7 @@ from bft_megatron.plan.memory import Ledger
 from bft_megatron.plan.probe import Enough, StepProbe, Trace
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.totals import Meter
-from bft_megatron.training import arguments, initialize, loop
+from bft_megatron.training import arguments, initialize, loop, measuring
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
 from bft_megatron.upstream import command_line, cuda_on_cpu, rotary, without_values
@@ -76,7 +76,8 @@ def run(
         iterations=MANY,
         validation=(0, 0),
     )
-    step = Step(recipe.objective, config.vocab_size, Meter(recipe.data.most_sources))
+    meter = Meter(recipe.data.most_sources)
+    step = Step(recipe.objective, config.vocab_size, measuring.into(meter))
     ledger = Ledger("cpu" if on_cpu else "meta", kind_of_group)
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else contextlib.nullcontext()
     with fake, ledger:
@@ -87,7 +88,7 @@ def run(
         margs = command_line.parse([*arguments.without(flags, LEFT_OUT), *INSTEAD])
         margs.do_train = True  # Megatron would read it from a tensor
         model = model_config(recipe, config, None, margs, on_cpu, fill=False)  # there are no values to load
-        model.transformer.finalize_model_grads_func = step.finalize_grads
+        model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter)
         if not on_cpu:
             model.transformer_layer_spec = modelled.layer_spec
         probe = StepProbe(ledger)

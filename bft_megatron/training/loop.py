@@ -27,7 +27,7 @@ from bft_megatron.reporting.reporter import Reporter
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.resolved import Run
-from bft_megatron.training import arguments, communicators, initialize
+from bft_megatron.training import arguments, communicators, initialize, measuring
 from bft_megatron.training.datasets import datasets, rows_of_step
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
@@ -64,7 +64,7 @@ def train(run: Run, console: TextIO) -> None:
     if ranks.rank() == 0:
         announce(run, start, on_cpu, console)
     meter = Meter(recipe.data.most_sources)
-    step = Step(recipe.objective, run.config.vocab_size, meter)
+    step = Step(recipe.objective, run.config.vocab_size, measuring.into(meter))
     reporter = Reporter(meter, folder.metrics, console, step.objective.name, run.steps, *run.rows.sources_apart)
     reporter.give_up(recipe.train.max_skipped, rows_of_step(run))
     stop = Stop(reporter, run.steps, recipe.train.exit_after)
@@ -82,7 +82,7 @@ def train(run: Run, console: TextIO) -> None:
     fill = start == 0 or recipe.lora is not None  # checkpoints of a LoRA run hold its adapters alone
     model = model_config(recipe, run.config, run.model_folder, margs, on_cpu, fill=fill)
     model.pre_wrap_hooks.append(communicators.warm_up)
-    model.transformer.finalize_model_grads_func = step.finalize_grads
+    model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter)
     with situation(run, reporter, step), stops(stop):
         pretrain(margs, model, step, datasets(run))
     if not on_cpu:

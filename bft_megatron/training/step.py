@@ -12,22 +12,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from bft_megatron.data.columns import Columns
 from bft_megatron.errors import FieldError
-from bft_megatron.objective.loss import LossSum, objective_sum
+from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import Objective, lookup, lowest_confidence
-from bft_megatron.objective.view import Geometry, View
+from bft_megatron.objective.view import Geometry
 from bft_megatron.recipe.schema import ObjectiveSettings
-from bft_megatron.reporting.totals import Meter
 from bft_megatron.training.head import Head
+from bft_megatron.training.measuring import Measure, Measured
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -50,11 +49,6 @@ class Batch(Columns):
         if self.cu_seqlens is None:
             return self.samples > 0
         return torch.arange(len(self.edges) - 1) < self.samples
-
-    @cached_property
-    def source_of(self) -> Tensor:
-        """Return the source of each sample, [B] int64."""
-        return self.source if self.cu_seqlens is None else self.source.expand(len(self.edges) - 1)
 
     def geometry(self, cp_windows: Literal["per_rank", "exact"]) -> Geometry:
         """Return the batch's geometry for the objective, under this rank's context-parallel group."""
@@ -84,11 +78,11 @@ class Step:
     Args:
         settings: the recipe's `objective:`.
         vocab_size: the model's true vocabulary, without Megatron's padding.
-        meter: the meter to which the step adds its sums.
+        measure: called with every micro-batch after its loss, on the last stage.
     """
 
-    def __init__(self, settings: ObjectiveSettings, vocab_size: int, meter: Meter) -> None:
-        self.settings, self.vocab_size, self.meter = settings, vocab_size, meter
+    def __init__(self, settings: ObjectiveSettings, vocab_size: int, measure: Measure) -> None:
+        self.settings, self.vocab_size, self.measure = settings, vocab_size, measure
         self.rows: list[int] = []
         """The rows of the last training micro-batch, for the report of a run that fails."""
         self.objective: Objective = lookup(
@@ -137,49 +131,7 @@ class Step:
         view = geometry.view(logp, None if head.entropy is None else head.entropy.flatten())
         result = objective_sum(self.objective, geometry, view, logp)
         confidence = lowest_confidence(view, self.settings.group_size, self.settings.confidence)
-        self.measure(result, view, confidence, geometry, head.correct, batch)
+        self.measure(Measured(self.objective, batch, geometry, view, result, confidence, head.correct.flatten()))
         count = torch.tensor(result.count, dtype=torch.int, device=logp.device)
         report = {"loss": torch.stack((result.loss.detach(), count.float()))}
         return result.loss, count, report
-
-    def measure(
-        self, result: LossSum, view: View, confidence: Tensor, geometry: Geometry, correct: Tensor, batch: Batch
-    ) -> None:
-        """Add this rank's part of the micro-batch to the meter: token sums, and on CP rank 0 alone sample sums."""
-        device = confidence.device
-        counted = geometry.counted.to(device, non_blocking=True)
-        ours = counted if geometry.cp_rank == 0 else torch.zeros_like(counted)
-        source = batch.source_of.to(device, non_blocking=True)
-
-        def of_samples(x: Tensor, where: Tensor = source) -> Tensor:  # [B] -> [sources]
-            return torch.zeros(self.meter.sources, dtype=torch.float64, device=device).index_add_(0, where, x.double())
-
-        def of_tokens(x: Tensor) -> Tensor:  # [T] -> [sources]
-            return of_samples(x, source[view.sample])
-
-        tokens, samples = of_tokens(torch.ones_like(view.logp)), of_samples(ours)
-        real = batch.real_tokens * (geometry.cp_rank == 0)
-        self.meter.add(
-            {
-                "loss": of_tokens(result.token_loss),
-                "divisor": tokens if self.objective.reduce == "tokens" else samples,
-                "nll": of_tokens(-view.logp),
-                "p": of_tokens(view.logp.double().exp()),
-                "correct": of_tokens(geometry.take(correct.flatten())),
-                "confidence": of_samples(torch.where(ours, confidence, 0.0)),
-                "weight": of_samples(torch.where(ours, result.sample_weight, 0.0)),
-                "samples": samples,
-                "tokens": tokens,
-                "real_tokens": of_samples(
-                    real.to(device, non_blocking=True), batch.source.to(device, non_blocking=True)
-                ),
-            },
-            torch.full((self.meter.sources,), torch.inf, dtype=torch.float64, device=device).scatter_reduce_(
-                0, source, torch.where(counted, confidence, torch.inf).double(), "amin"
-            ),
-        )
-
-    def finalize_grads(self, model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-        """Run Megatron's `finalize_model_grads`, then the meter's two all-reduces over data x context parallelism."""
-        finalize_model_grads(model, num_tokens, **kwargs)
-        self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))

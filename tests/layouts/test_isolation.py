@@ -16,6 +16,7 @@ from bft_megatron.layers.spec import layer_spec
 from bft_megatron.objective.view import zigzag
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
+from bft_megatron.training import measuring
 from bft_megatron.training.initialize import CPU_FLAGS
 from bft_megatron.training.step import Step
 from bft_megatron.upstream import command_line
@@ -66,7 +67,7 @@ def log_probs(tensor: int, context: int) -> list[Tensor]:
     gpt.pre_wrap_hooks.append(weights_hook(None, config, seed=7))
     groups = ProcessGroupCollection.use_mpu_process_groups()
     (model,) = GPTModelBuilder(gpt).build_distributed_models(groups, wrap_with_ddp=False)
-    step = Step(ObjectiveSettings(), config.vocab_size, Meter())
+    step = Step(ObjectiveSettings(), config.vocab_size, measuring.into(Meter()))
     return [step.forward(iter([packed_row(changed)]), model)[0].detach()[0] for changed in (False, True)]
 
 

@@ -21,7 +21,7 @@ from bft_megatron.objective import loss, view
 from bft_megatron.objective.view import Geometry, View
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
-from bft_megatron.training import head, step
+from bft_megatron.training import head, measuring, step
 from tests.helpers import objective_reference as reference
 from tests.helpers.comparing import TOLERANCE, differences
 from tests.helpers.objective_reference import NONE, Setting
@@ -99,7 +99,8 @@ def _one_step(embedding: Tensor, layer: Any) -> Result:
     from megatron.core import parallel_state
 
     context, tensor = parallel_state.get_context_parallel_group(), parallel_state.get_tensor_model_parallel_group()
-    training = step.Step(ObjectiveSettings(group_size=GROUP_SIZE, cp_windows="exact"), VOCABULARY, Meter())
+    meter, settings = Meter(), ObjectiveSettings(group_size=GROUP_SIZE, cp_windows="exact")
+    training = step.Step(settings, VOCABULARY, measuring.into(meter))
 
     def model(tokens: Tensor, *_: Any, output_processor: head.Head, **__: Any) -> Tensor:
         hidden = embedding[tokens].transpose(0, 1)
@@ -115,8 +116,8 @@ def _one_step(embedding: Tensor, layer: Any) -> Result:
     shards = [torch.empty_like(columns) for _ in range(TP)]
     dist.all_gather(shards, gradients[1], group=tensor)
     found = {"embedding": gradients[0] / count, "output": torch.cat(shards).detach() / count}
-    training.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return Result([{"iteration": 1, **training.meter.totals.report()}], [], found)
+    meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return Result([{"iteration": 1, **meter.totals.report()}], [], found)
 
 
 def cross_sample_edges(patch: Patch) -> None:

@@ -8,6 +8,7 @@ import torch
 from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
+from bft_megatron.training import measuring
 from bft_megatron.training.head import Head
 from bft_megatron.training.step import Batch, Step
 from tests.helpers.collectives import Collectives
@@ -58,7 +59,8 @@ def _train_step(name: str, head: str, windows: str) -> tuple[list[tuple[str, str
     }
     names = {group.group_name: name for name, group in groups.items()}
     settings = ObjectiveSettings(name=name, head=head, cp_windows=windows, group_size=3)
-    step, batch = Step(settings, V, Meter(SOURCES)), _batch()
+    meter = Meter(SOURCES)
+    step, batch = Step(settings, V, measuring.into(meter)), _batch()
     geometry = batch.geometry(windows)
     labels = batch.labels.flatten()[geometry.positions].view(1, -1)
     mine = Head(settings, V, labels, entropy="entropy" in step.objective.needs)
@@ -71,7 +73,7 @@ def _train_step(name: str, head: str, windows: str) -> tuple[list[tuple[str, str
     with parts[2]:
         loss.backward()
     with parts[3]:
-        step.meter.reduce(groups["step"])
+        meter.reduce(groups["step"])
     seen = [[(names[g], *s) for g, s in zip(part.groups, part.seen, strict=True)] for part in parts]
     return *seen, geometry.supervised.view(TP, -1).sum(1).tolist()
 

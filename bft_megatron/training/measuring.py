@@ -1,0 +1,93 @@
+"""The sums that training reports of each micro-batch, and their reduction at the end of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from bft_megatron.data.columns import Columns
+from bft_megatron.objective.loss import LossSum
+from bft_megatron.objective.records import Objective
+from bft_megatron.objective.view import Geometry, View
+from bft_megatron.reporting.totals import Meter
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A micro-batch on the last stage, after its loss."""
+
+    objective: Objective
+    batch: Columns
+    geometry: Geometry
+    view: View
+    result: LossSum
+    confidence: Tensor
+    """[B] fp64, the lowest group confidence c_b of each sample"""
+    correct: Tensor
+    """[N/cp] bool, whether the label is the argmax"""
+
+    @property
+    def source(self) -> Tensor:
+        """The index of each sample's source, [B] int64."""
+        source = self.batch.source
+        return source if self.batch.cu_seqlens is None else source.expand(len(self.geometry.counted))
+
+
+Measure = Callable[[Measured], None]
+
+
+def into(meter: Meter) -> Measure:
+    """Return a function that adds this rank's part of a micro-batch to the meter.
+
+    Tokens count on the rank that holds them, samples on context-parallel rank 0 alone.
+    """
+
+    def add(m: Measured) -> None:
+        device, first = m.confidence.device, m.geometry.cp_rank == 0
+        counted = m.geometry.counted.to(device, non_blocking=True)
+        ours = counted if first else torch.zeros_like(counted)
+        source = m.source.to(device, non_blocking=True)
+
+        def of_samples(x: Tensor, where: Tensor = source) -> Tensor:  # [B] -> [sources]
+            return torch.zeros(meter.sources, dtype=torch.float64, device=device).index_add_(0, where, x.double())
+
+        def of_tokens(x: Tensor) -> Tensor:  # [T] -> [sources]
+            return of_samples(x, source[m.view.sample])
+
+        tokens, samples = of_tokens(torch.ones_like(m.view.logp)), of_samples(ours)
+        real, of_row = (x.to(device, non_blocking=True) for x in (m.batch.real_tokens * first, m.batch.source))
+        meter.add(
+            {
+                "loss": of_tokens(m.result.token_loss),
+                "divisor": tokens if m.objective.reduce == "tokens" else samples,
+                "nll": of_tokens(-m.view.logp),
+                "p": of_tokens(m.view.logp.double().exp()),
+                "correct": of_tokens(m.geometry.take(m.correct)),
+                "confidence": of_samples(torch.where(ours, m.confidence, 0.0)),
+                "weight": of_samples(torch.where(ours, m.result.sample_weight, 0.0)),
+                "samples": samples,
+                "tokens": tokens,
+                "real_tokens": of_samples(real, of_row),
+            },
+            torch.full((meter.sources,), torch.inf, dtype=torch.float64, device=device).scatter_reduce_(
+                0, source, torch.where(counted, m.confidence, torch.inf).double(), "amin"
+            ),
+        )
+
+    return add
+
+
+def finalize_grads(meter: Meter) -> Callable[..., None]:
+    """Return Megatron's `finalize_model_grads`, followed by the meter's all-reduces over data x context parallelism."""
+
+    def finalize(model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+        finalize_model_grads(model, num_tokens, **kwargs)
+        meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+    return finalize

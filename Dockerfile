@@ -19,5 +19,5 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
 USER 10001
 ENV PYTHONUNBUFFERED=1
 # One step of the tiny model on the CPU: every import, the data, the loss and a checkpoint.
-HEALTHCHECK --interval=24h --timeout=10m --retries=1 CMD ["sh", "-c", "rm -rf /tmp/health && bft-megatron train recipes/tiny.yaml device=cpu train.iterations=1 output=/tmp/health"]
+HEALTHCHECK --interval=24h --timeout=10m --retries=1 CMD ["sh", "-c", "rm -rf /tmp/health && bft-megatron train recipes/tiny.yaml device=cpu train.iterations=1 train.warmup_iterations=0 output=/tmp/health"]
 CMD ["bft-megatron", "--help"]

@@ -31,9 +31,9 @@ def megatron_arguments(
         FieldError: a flag under `megatron:` that is refused or has a field of its own.
     """
     folder = RunFolder.of(recipe)
-    run = flags.Run(recipe, iterations, *validation, folder.checkpoints, folder.tensorboard)
+    inputs = flags.FlagInputs(recipe, iterations, *validation, folder.checkpoints, folder.tensorboard)
     passed = passed_through(recipe)
-    made = {made.flag: made.value(run) for made in flags.MADE if made.flag not in passed}
+    made = {made.flag: made.value(inputs) for made in flags.MADE if made.flag not in passed}
     return [*_argument_list(made), *model_flags, *device_flags, *_argument_list(passed)]
 
 

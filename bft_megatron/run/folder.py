@@ -163,7 +163,7 @@ class RunFolder:
         (self.root / "unfinished").unlink(missing_ok=True)
 
     def with_pack(self, recipe: Recipe) -> Recipe:
-        """Return the recipe with `data.pad_multiple` set: to the run's value if it has checkpoints, else to the default.
+        """Return the recipe with `data.pad_multiple` set: the run's value if it has checkpoints, else the default.
 
         The packed rows and their order therefore stay the same when the layout changes.
 

@@ -1,6 +1,4 @@
-"""Balanced Fine-Tuning on Megatron-Core: recipes, the vocab-parallel objective, and its place in Megatron's training
-step.
-"""
+"""Balanced Fine-Tuning on Megatron-Core: recipes, the vocab-parallel objective, and the training step that uses it."""
 
 __version__ = "0.1.0"
-"""Of this package, said here alone: pyproject.toml reads it."""
+"""Version of the package, which pyproject.toml reads from here."""

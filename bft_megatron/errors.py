@@ -1,24 +1,24 @@
-"""The error that a user can cause and mend (bad recipe, bad data, missing file), and the one that nobody should retry.
+"""Errors in the user's input (bad recipe, bad data, missing file), and the error after which a run must not restart.
 
-The command line prints its message without a traceback and exits with status 2; everything else is a bug and keeps its
-traceback.
+For a UserError the command line prints the message without a traceback and exits with status 2. Any other exception is
+a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
 USER_ERROR = 2
-"""Exit status where the input is at fault."""
+"""Exit status after an error in the user's input."""
 
 BAD_STEPS = 65
-"""Exit status where too many steps in a row were skipped; starting again would meet the same."""
+"""Exit status after too many skipped steps in a row; a restart would skip the same steps."""
 
 
 class UserError(Exception):
-    """Something in the user's input is wrong.
+    """An error in the user's input.
 
     Args:
         message: what is wrong and what to do about it.
-        where: the place, as `file:line: field` or the part of it that is known.
+        where: the place, as `file:line: field` or the known part of it.
     """
 
     def __init__(self, message: str, where: str = "") -> None:
@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 class FieldError(UserError):
-    """A recipe's field has a value that cannot be; whoever knows the recipe's file adds its line."""
+    """An invalid value of a recipe's field. Code that knows the recipe's file adds the field's line."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message, field)
@@ -34,4 +34,4 @@ class FieldError(UserError):
 
 
 class BadSteps(Exception):
-    """The gradient was not finite in too many steps in a row; the last good checkpoint is untouched."""
+    """A non-finite gradient in too many steps in a row. The last good checkpoint stays as it is."""

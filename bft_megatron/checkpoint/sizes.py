@@ -1,7 +1,8 @@
-"""Bytes that a parameter takes in a checkpoint, in training in bf16 with Adam."""
+"""Bytes per parameter in a checkpoint of a run in bf16 with Adam."""
 
 WEIGHT_BYTES = 2
-"""bf16."""
+"""The bf16 weight."""
 OPTIMIZER_BYTES = 12
-"""The fp32 copy of the weight and two moments; what the distributed optimizer shards over data parallelism."""
+"""The fp32 master weight and two fp32 moments, which the distributed optimizer shards over data parallelism."""
 CHECKPOINT_BYTES = WEIGHT_BYTES + OPTIMIZER_BYTES
+"""The weight and its optimizer state."""

@@ -1,4 +1,4 @@
-"""Files that a user names for a command to write: written, or refused in a line."""
+"""Writing of the files that a user names on the command line; a failure becomes a UserError."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from bft_megatron.errors import UserError
 
 
 def write(file: Path, text: str, what: str, *, new: bool = False) -> None:
-    """Write a text and say so.
+    """Write a text to a file and print the file's name.
 
     Args:
-        what: what it is, for the error.
-        new: refuse a file that exists.
+        what: name of the content, for the error message.
+        new: refuse to overwrite an existing file.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         with file.open("x" if new else "w", encoding="utf-8") as opened:
@@ -27,7 +27,11 @@ def write(file: Path, text: str, what: str, *, new: bool = False) -> None:
 
 
 def make_folder(file: Path) -> None:
-    """Make the folder of a file that is written at the end of long work. Raises UserError where it cannot be."""
+    """Create the folder of a file before the long work whose result will be written to it.
+
+    Raises:
+        UserError: the folder cannot be created or is not writable.
+    """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:

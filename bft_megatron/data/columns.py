@@ -1,4 +1,4 @@
-"""The columns of a row, and of a micro-batch of rows: what the data set gives and the step takes."""
+"""The columns of a row and of a micro-batch of rows, which the data set returns and the training step reads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Columns:
-    """A row, or b rows one behind the other: a row's tensors are those below without their first dimension.
+    """The tensors of b rows in sequence. The tensors of a single row lack the first dimension of the shapes below.
 
-    A row is cut into k segments: its samples, each with its padding, then what is left, if anything. A padded row is
-    one segment, a row past the end of the data one without a sample, a filler.
+    A row consists of k segments: its samples, each with its padding, then the unused rest of the row, if any. A padded
+    row is one segment. A filler, a row past the end of the data, is one segment without a sample.
     """
 
     tokens: Tensor
@@ -24,23 +24,21 @@ class Columns:
     position_ids: Tensor
     """[b, s] int64, from 0 in each segment"""
     samples: Tensor
-    """[b] int64, how many samples a row holds; 0 for a filler"""
+    """[b] int64, number of samples in a row; 0 for a filler"""
     weight: Tensor
-    """[b, k] fp32, the data's weight of each sample; 0 for a segment that is none"""
+    """[b, k] fp32, the data's weight of each sample; 0 for a segment without a sample"""
     real_tokens: Tensor
-    """[b] int64, places that hold a sample's tokens and no padding"""
+    """[b] int64, number of tokens that are not padding"""
     row: Tensor
     """[b] int64, the row's number, counted through the sources; -1 for a filler"""
     source: Tensor
-    """[b] int64, which source the row is from; any for a filler"""
+    """[b] int64, index of the row's source; arbitrary for a filler"""
     cu_seqlens: Tensor | None = None
-    """[1, k + 1] int32, the segments' edges, which cover a packed row; None: padded rows"""
+    """[1, k + 1] int32, the edges of a packed row's segments, from 0 to s; None for padded rows"""
     max_seqlen: Tensor | None = None
-    """[1] int64, the longest segment of a packed row; the row's length only where one fills it, which rotary embedding
-    needs
-    """
+    """[1] int64, exact length of a packed row's longest segment, for rotary embedding; None for padded rows"""
 
     def item(self) -> dict[str, Tensor]:
-        """The columns that there are, by name: what a data loader can stack."""
+        """Return the columns that are not None by name, as a dictionary that a data loader can stack."""
         values = ((field.name, getattr(self, field.name)) for field in fields(Columns))
         return {name: value for name, value in values if value is not None}

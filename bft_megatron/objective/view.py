@@ -179,7 +179,10 @@ class View:
     _found: dict[Hashable, Tensor] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` returned when it was first asked for under this key. Its collectives: the first time alone."""
+        """Return the result of `compute`, which only the first call with this key runs.
+
+        Collectives: those of `compute`, on the first call with the key.
+        """
         if key not in self._found:
             self._found[key] = compute()
         return self._found[key]

@@ -1,4 +1,4 @@
-"""What to change where a recipe does not fit: single changes, from the least to the largest, each planned itself."""
+"""Single changes that make a recipe fit, from the cheapest to the most costly, each with its own plan."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from bft_megatron.recipe import rules
 from bft_megatron.recipe.schema import Recipe
 
 ENOUGH = 3
-"""Changes that a report names."""
+"""Number of changes that a report names."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A changed recipe, and how it stands to the GPU."""
+    """A change of a recipe, its cost, and the memory that the changed recipe needs."""
 
     words: str
-    """As the command line takes it."""
+    """The override as written on the command line."""
     costs: str
+    """The price of the change, in words."""
     verdict: Verdict
 
 
 def changes(recipe: Recipe, config: ModelConfig, on: Cluster, fullest: Stage) -> list[Change]:
-    """The first `ENOUGH` single changes that make the fullest stage fit; failing that, the one that comes closest."""
+    """Return the first `ENOUGH` single changes with which the fullest stage fits; if none does, the closest one."""
     at_end = fullest.first > 0 and fullest.last == recipe.parallel.pipeline - 1
     tried = (candidate for candidate in _candidates(recipe) if possible(candidate[2], config, on.world))
     found: list[Change] = []
@@ -79,7 +80,7 @@ def _with_flags(recipe: Recipe, costs: str, flags: dict[str, Any]) -> tuple[str,
 
 
 def possible(recipe: Recipe, config: ModelConfig, world: int) -> bool:
-    """Whether our checks accept it; Megatron may refuse it still."""
+    """Return whether the recipe passes the checks of `recipe.rules`; Megatron may still refuse it."""
     try:
         rules.check_recipe(recipe, config)
         rules.check_world(recipe, world)

@@ -1,4 +1,4 @@
-"""Which ranks of a world differ, and the traces of one of each."""
+"""The pipeline stages of a layout that differ in memory or work, and the trace of one rank of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bft_megatron.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Stage:
-    """Pipeline stages that are alike; the first of them, which holds the most micro-batches, was traced."""
+    """Consecutive pipeline stages that share the trace of the first, which holds the most micro-batches."""
 
     first: int
     last: int
@@ -25,27 +25,32 @@ class Stage:
 
     @property
     def count(self) -> int:
+        """Number of stages."""
         return self.last - self.first + 1
 
     @property
     def name(self) -> str:
+        """The number of the stage, or the numbers of the first and the last."""
         return f"{self.first}" if self.count == 1 else f"{self.first}-{self.last}"
 
 
 def stages(recipe: Recipe, config: ModelConfig, world: int) -> list[Stage]:
-    """Trace a rank of every kind: tensor, context and data parallel ranks of a stage hold and do the same.
+    """Return all stages, each with the trace of one rank.
+
+    One rank is enough, because all tensor, context and data parallel ranks of a stage have the same memory and work.
 
     Raises:
-        UserError: Megatron refuses the recipe, or a flag of it.
+        UserError: Megatron refuses the recipe or one of its flags.
     """
     [found] = of_each([recipe], config, world, _spans)
     return found
 
 
 def ends(recipes: list[Recipe], config: ModelConfig, world: int) -> list[list[Stage] | UserError]:
-    """Of each recipe the first stage, standing for those behind it too, and the last, or why Megatron refuses it.
+    """Return two stages of each recipe, the first (which stands for all but the last) and the last.
 
-    Quicker than all of `stages`, and enough to compare: the first holds the most micro-batches, the last the head.
+    Faster than `stages` and enough to compare layouts: the first holds the most micro-batches, the last the head. For a
+    recipe that Megatron refuses, the result is the UserError instead.
     """
     return of_each(recipes, config, world, _end_spans, refusals=True)
 
@@ -58,8 +63,16 @@ def of_each(
     *,
     refusals: bool = False,
 ) -> list[Any]:
-    """The stages of each recipe, traced at their spans' first ranks; UserErrors are raised, or returned instead."""
-    import megatron.core.tokenizers.text  # once, in place of once a process
+    """Return the stages of each recipe, traced in child processes.
+
+    Args:
+        spans: returns the (first, last) of each group of stages; the first is traced.
+        refusals: return the UserError of a recipe that Megatron refuses in place of its stages.
+
+    Raises:
+        UserError: Megatron refuses a recipe; not with `refusals`.
+    """
+    import megatron.core.tokenizers.text  # imported here once, not in every child process
     import megatron.training.arguments
     import megatron.training.training  # noqa: F401
 
@@ -80,7 +93,7 @@ def of_each(
 
 
 def micro_batches(recipe: Recipe, world: int) -> int:
-    """Of a step, on each data-parallel rank."""
+    """Return the number of micro-batches in a step on each data-parallel rank."""
     return recipe.train.global_batch_size // (_data_parallel(recipe, world) * recipe.train.micro_batch_size)
 
 
@@ -89,7 +102,7 @@ def _trace(recipe: Recipe, config: ModelConfig, rank: int, world: int) -> Trace:
 
 
 def _spans(recipe: Recipe) -> list[tuple[int, int]]:
-    """(first, last) of the stages that are alike. Those in the middle have equal layers, unless laid out by hand."""
+    """Return (first, last) of each group of equal stages: the middle ones have equal layers unless set by hand."""
     pipeline = recipe.parallel.pipeline
     if pipeline <= 4 or "pipeline-model-parallel-layout" in recipe.megatron:
         return [(stage, stage) for stage in range(pipeline)]
@@ -102,7 +115,10 @@ def _end_spans(recipe: Recipe) -> list[tuple[int, int]]:
 
 
 def _batch(recipe: Recipe, world: int) -> int:
-    """Rows of the traced step: twice as many micro-batches as stages fill the pipeline, and more repeat it."""
+    """Return the number of rows in the traced step.
+
+    Twice as many micro-batches as stages fill the pipeline; more would only repeat its steady state.
+    """
     held = min(micro_batches(recipe, world), 2 * recipe.parallel.pipeline)
     return held * _data_parallel(recipe, world) * recipe.train.micro_batch_size
 
@@ -112,7 +128,7 @@ def _data_parallel(recipe: Recipe, world: int) -> int:
 
 
 def _rank(recipe: Recipe, world: int, stage: int) -> int:
-    """The first rank of a stage, in Megatron's order."""
+    """Return the first rank of a stage, in Megatron's order."""
     if recipe.megatron.get("use-tp-pp-dp-mapping"):
         return stage * recipe.parallel.tensor * recipe.parallel.context
     return stage * (world // recipe.parallel.pipeline)

@@ -136,6 +136,7 @@ class StepProbe:
             raise Enough
 
     def trace(self, rank: int) -> Trace:
+        """Return the trace of the recorded step."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.core.utils import unwrap_model
 

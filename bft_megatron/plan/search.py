@@ -1,7 +1,7 @@
-"""Layouts of a world that fit, by their estimated step.
+"""Search for the layouts of a cluster that fit and have the shortest estimated step.
 
-There are too many to trace: those whose states and layers' activations, by formula, exceed the GPU are left out, the
-others ordered by a formula of their time, and the most promising traced.
+There are too many layouts to trace all. One formula leaves out those whose states and activations exceed the GPU's
+memory, another ranks the rest by time, and the most promising are traced.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from bft_megatron.plan.plan import Plan
 from bft_megatron.recipe.schema import ParallelSettings, Recipe
 
 TRACED = 8
-"""Layouts that a search traces."""
+"""Number of layouts that a search traces."""
 
 
 def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
-    """The most promising layouts, traced: those that fit first, each kind by its estimated step."""
+    """Return the plans of the most promising layouts: those that fit first, then by their estimated step."""
     chosen = sorted(candidates(recipe, config, on), key=lambda r: _rough_time(r, config, on))[:TRACED]
     plans = []
     for layout, found in zip(chosen, ends(chosen, config, on.world), strict=True):
@@ -38,7 +38,7 @@ def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
 
 
 def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Recipe]:
-    """Every layout of powers of two that the model, the rows and the world divide by, and that may fit."""
+    """Yield every layout of powers of two that divides the model, the rows and the world, and may fit in memory."""
     powers = [1, 2, 4, 8, 16, 32]
     for tensor, pipeline, context in product((p for p in powers if p <= on.gpus_per_node), powers, powers):
         one_copy = tensor * pipeline * context
@@ -54,7 +54,7 @@ def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Rec
 
 
 def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
-    """Bytes of a rank's weights, gradients and optimizer."""
+    """Return the bytes of a rank's weights, gradients and optimizer state."""
     parallel = recipe.parallel
     own = parameter_count(config) / (parallel.tensor * parallel.pipeline)
     sharded = world / (parallel.tensor * parallel.pipeline)
@@ -64,13 +64,13 @@ def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
 
 
 def _activations(recipe: Recipe, config: ModelConfig, world: int) -> float:
-    """Bytes that the first stage's layers keep in bf16, for as many micro-batches as its schedule holds."""
+    """Return the bytes of activations that the first stage's layers keep in bf16, over all micro-batches in flight."""
     parallel = recipe.parallel
     if recipe.megatron.get("recompute-granularity") == "full":
         return 0.0
-    norms = 4 * config.hidden  # input and output of both
+    norms = 4 * config.hidden  # input and output of both norms
     attention = 2 * (config.heads + config.kv_heads) * config.head_dim  # q, out; k, v
-    kept = 2 * (norms + attention + 3 * config.ffn)  # gate and up, and their product
+    kept = 2 * (norms + attention + 3 * config.ffn)  # gate, up and their product
     tokens = recipe.train.micro_batch_size * recipe.data.seq_length / parallel.context / parallel.tensor
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
     in_flight = pipeline if virtual == 1 else pipeline + (pipeline - 1) / virtual
@@ -78,7 +78,10 @@ def _activations(recipe: Recipe, config: ModelConfig, world: int) -> float:
 
 
 def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:
-    """Seconds of a step, of large kernels and messages alone; short pipelines and chunks of one layer are not told."""
+    """Estimate the seconds of a step from its large kernels and messages alone.
+
+    The formula leaves out what makes short pipelines and chunks of a single layer slower.
+    """
     parallel, tokens = recipe.parallel, recipe.train.global_batch_size * recipe.data.seq_length
     kernels = 6 * parameter_count(config) * tokens / (on.gpu.flops * 0.5) / on.world
     within = parallel.tensor * parallel.context <= on.gpus_per_node

@@ -1,4 +1,4 @@
-"""The device that this rank computes on, under one name."""
+"""The device on which this rank computes."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def current_device() -> torch.device:
-    """Return this rank's GPU; where `upstream.cuda_on_cpu` is installed what it redirects to, the CPU or `meta`."""
+    """Return this rank's GPU; if `upstream.cuda_on_cpu` is installed, the CPU or `meta` device that replaces it."""
     return torch.device(torch.cuda.current_device())

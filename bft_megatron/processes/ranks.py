@@ -1,6 +1,6 @@
-"""Which rank of a job this process is, by the variables that torchrun, Slurm's scripts and our launcher set.
+"""This process's rank in its job, from the variables that torchrun, the Slurm scripts and `processes.launcher` set.
 
-No torch: a rank asks before it imports anything slow.
+Imports no torch, because a rank needs its number before it imports anything slow.
 """
 
 from __future__ import annotations
@@ -8,40 +8,41 @@ from __future__ import annotations
 import os
 
 VARIABLES = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"})
+"""Environment variables that describe a rank."""
 
 
 def in_rank() -> bool:
-    """Whether this process is one of a job's ranks, whoever started it."""
+    """Return whether this process is a rank of a job, whichever launcher started it."""
     return "RANK" in os.environ
 
 
 def rank() -> int:
-    """This process among all of the job; 0 outside a job."""
+    """Return the rank of this process in the job; 0 outside a job."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Processes of the job; 1 outside a job."""
+    """Return the number of processes in the job; 1 outside a job."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process among those of its machine; 0 outside a job."""
+    """Return the rank of this process on its machine; 0 outside a job."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int | None:
-    """Processes of the job on this machine; None where who started them does not say."""
+    """Return the number of the job's processes on this machine; None if the launcher does not set it."""
     size = os.environ.get("LOCAL_WORLD_SIZE")
     return None if size is None else int(size)
 
 
 def as_rank(rank: int, processes: int) -> dict[str, str]:
-    """The environment of this process, for a child that is a rank of a job on this machine alone."""
+    """Return this process's environment for a child that is a rank of a job on this machine alone."""
     own, size = str(rank), str(processes)
     return {**os.environ, "RANK": own, "LOCAL_RANK": own, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
 
 
 def as_no_rank() -> dict[str, str]:
-    """The environment of this process, for a child that is no rank of its job."""
+    """Return this process's environment for a child that is not a rank of the job."""
     return {name: value for name, value in os.environ.items() if name not in VARIABLES}

@@ -1,6 +1,6 @@
 """The two defaults of Balanced Fine-Tuning that the environment may set: BFT_GROUP_SIZE and BFT_CONF_GAMMA.
 
-Read when asked for, so that a recipe or a keyword argument wins over them. Imports no torch.
+They are read only when a default is needed, so that a recipe or a keyword argument overrides them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,12 +12,20 @@ from bft_megatron.errors import UserError
 
 
 def group_size() -> int:
-    """BFT_GROUP_SIZE, the supervised tokens of a confidence window, or 256. UserError unless a positive integer."""
+    """Return BFT_GROUP_SIZE, the number of supervised tokens in a confidence window; 256 if it is not set.
+
+    Raises:
+        UserError: the variable is not a positive integer.
+    """
     return _read("BFT_GROUP_SIZE", 256, int)
 
 
 def gamma() -> float:
-    """BFT_CONF_GAMMA, the exponent of the confidence, or 1.0. UserError unless positive and finite."""
+    """Return BFT_CONF_GAMMA, the exponent of the confidence; 1.0 if it is not set.
+
+    Raises:
+        UserError: the variable is not a positive finite number.
+    """
     return _read("BFT_CONF_GAMMA", 1.0, float)
 
 

@@ -1,12 +1,12 @@
-"""Every flag of Megatron 0.19.2 that no field of a recipe makes: refused with a reason, or passed on.
+"""Groups of the flags of Megatron 0.19.2 that no recipe field sets: refused with a reason, or passed on.
 
-Names are patterns of `fnmatch`, so that a family such as `moe-*` is one word. The lookup is in `flags`.
+Names are `fnmatch` patterns, so that one pattern such as `moe-*` covers a family. `flags` looks them up.
 """
 
 from __future__ import annotations
 
 REFUSED = {
-    # What a run is made of.
+    # Model and weights.
     "the architecture is the model's own, from its config.json": """
         num-layers encoder-num-layers decoder-num-layers hidden-size ffn-hidden-size num-attention-heads
         num-query-groups group-query-attention kv-channels normalization norm-epsilon apply-layernorm-1p
@@ -34,7 +34,7 @@ REFUSED = {
         use-one-sent-docs evidence-data-path retriever-* block-data-path embedding-path indexer-* num-classes img-h
         img-w num-channels patch-dim classes-fraction data-per-class-fraction no-data-sharding head-lr-mult vision-*
         swin-backbone-type mask-type mask-factor iter-per-epoch dino-*""",
-    # What is minimised, on which rows.
+    # Objective, data and schedule.
     "the loss is the objective's, and so is its head (objective.head)": """
         mtp-* cross-entropy-* fp16-lm-cross-entropy fp8-output-proj defer-embedding-wgrad-compute
         wgrad-deferral-limit logits-*""",
@@ -60,7 +60,7 @@ REFUSED = {
     "every step takes train.global_batch_size rows": """
         rampup-batch-size step-batch-size-schedule decrease-batch-size-if-needed""",
     "a run counts steps, not samples": "lr-decay-samples lr-warmup-samples lr-wsd-decay-samples",
-    # The step.
+    # The training step.
     "the optimizer is AdamW": "sgd-momentum muon-* lion-* qk-clip* no-use-layer-wise-param-layout",
     "it divides the gradient before the exact divisor does": "ddp-average-in-collective",
     "the exact divisor, the checkpoints and the export are those of Megatron's distributed optimizer": """
@@ -78,7 +78,7 @@ REFUSED = {
         use-te-activation-func use-transformer-engine-op-fuser use-kitchen-attention kitchen-attention-backend
         use-grouped-gemm-for-dense-mlp""",
     "it is set where it is right": "use-cpu-initialization",
-    # Checkpoints, the start and the end.
+    # Checkpoints, start and end of a run.
     "a run resumes from its newest intact checkpoint with all of its state, and begins from the recipe's model": """
         finetune pretrained-checkpoint ckpt-step use-checkpoint-args use-mp-args-from-checkpoint-args
         no-use-tokenizer-model-from-checkpoint-args exit-on-missing-checkpoint load-main-params-from-ckpt
@@ -107,7 +107,7 @@ REFUSED = {
         nccl-all-reduce-for-prefill mlp-chunks-for-prefill""",
     "Megatron 0.19.2 no longer takes it": "batch-size warmup model-parallel-size checkpoint-activations",
 }
-"""Reason -> flags."""
+"""Reason -> flags that are refused for it."""
 
 REFUSED_VALUES = {
     "attention-backend": {"local": "it knows no packed rows"},
@@ -115,10 +115,10 @@ REFUSED_VALUES = {
         ("torch", "torch_dcp", "fsdp_dtensor"), "recovery, export and resuming read the format torch_dist"
     ),
 }
-"""Flag -> value -> reason, of flags that pass otherwise."""
+"""Flag -> value that is refused -> reason. Other values of these flags are passed on."""
 
 NOT_MEGATRONS = {"label-smoothing": "exp(-loss) would no longer be the probability of the label"}
-"""Flag -> reason, of flags that Megatron lacks and that people bring from elsewhere."""
+"""Flag of other trainers that Megatron does not have -> reason for refusing it."""
 
 MAY_CHANGE = {
     "activations that are computed again or offloaded": """
@@ -164,8 +164,8 @@ MAY_CHANGE = {
     "without effect in Megatron 0.19.2": """
         use-mcore-models use-dist-ckpt dist-ckpt-format ckpt-fully-parallel-save disable-msc""",
 }
-"""Subject -> flags that are passed, and that may be others when a run resumes: they leave its numbers alone, or change
-no more than their rounding."""
+"""Subject -> flags that are passed on and may change when a run resumes. They affect its numbers by no more than
+rounding."""
 
 MAY_NOT_CHANGE = {
     "precision": """
@@ -186,4 +186,4 @@ MAY_NOT_CHANGE = {
         verify-integrity make-vocab-size-divisible-by
         te-rng-tracker""",
 }
-"""Subject -> flags that are passed, and that stay as they are when a run resumes."""
+"""Subject -> flags that are passed on and must not change when a run resumes."""

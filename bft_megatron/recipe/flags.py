@@ -1,7 +1,7 @@
-"""Which of Megatron's flags a recipe's fields make, and what becomes of those under `megatron:`.
+"""Megatron's flags: those that recipe fields set, and the checks of those under `megatron:`.
 
-`MADE` is the table from field to flag: the arguments of a run are made from it (`training.arguments`), and a flag in
-it that a field owns is refused under `megatron:`. `flag_groups` sorts all others. Imports no Megatron.
+`MADE` is the table from field to flag. `training.arguments` builds a run's arguments from it, and a recipe must not
+set a flag that a field owns under `megatron:`. `flag_groups` sorts all other flags. Imports no Megatron.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from bft_megatron.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the flags of a run are made from."""
+class FlagInputs:
+    """The inputs from which the flags of a run are computed."""
 
     recipe: Recipe
     iterations: int
@@ -29,20 +29,22 @@ class Run:
     validation_iterations: int
     """Iterations of a whole pass over the validation set; 0 without one."""
     checkpoints: Path
+    """Folder of the checkpoints."""
     tensorboard: Path
+    """Folder of the TensorBoard logs."""
 
 
-def _nothing(_: Run) -> None:
-    """Leave the flag out: its field is written as another flag."""
+def _nothing(_: FlagInputs) -> None:
+    """Leave the flag out, because another flag carries its field."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """A flag that a run sets. It belongs to a recipe's field, or is fixed for a reason, or is a default (neither)."""
+    """A flag that a run sets: the value of a recipe field, a fixed value with a reason, or a default with neither."""
 
     flag: str
-    value: Callable[[Run], Any]
-    """False or None leaves the flag out, True sets a switch, a list is several values."""
+    value: Callable[[FlagInputs], Any]
+    """Computes the value: False or None omits the flag, True sets a switch, a list gives several values."""
     field: str = ""
     """The recipe's field that sets it."""
     why: str = ""
@@ -50,26 +52,26 @@ class Made:
 
 
 def _train(flag: str, name: str) -> Made:
-    return Made(flag, lambda run: getattr(run.recipe.train, name), f"train.{name}")
+    return Made(flag, lambda inputs: getattr(inputs.recipe.train, name), f"train.{name}")
 
 
 MADE = (
     # The layout.
-    Made("tensor-model-parallel-size", lambda run: run.recipe.parallel.tensor, "parallel.tensor"),
-    Made("pipeline-model-parallel-size", lambda run: run.recipe.parallel.pipeline, "parallel.pipeline"),
+    Made("tensor-model-parallel-size", lambda inputs: inputs.recipe.parallel.tensor, "parallel.tensor"),
+    Made("pipeline-model-parallel-size", lambda inputs: inputs.recipe.parallel.pipeline, "parallel.pipeline"),
     Made(
         "num-virtual-stages-per-pipeline-rank",
-        lambda run: run.recipe.parallel.virtual_pipeline if run.recipe.parallel.virtual_pipeline > 1 else None,
+        lambda inputs: inputs.recipe.parallel.virtual_pipeline if inputs.recipe.parallel.virtual_pipeline > 1 else None,
         "parallel.virtual_pipeline",
     ),
     Made("num-layers-per-virtual-pipeline-stage", _nothing, "parallel.virtual_pipeline"),
-    Made("context-parallel-size", lambda run: run.recipe.parallel.context, "parallel.context"),
-    Made("sequence-parallel", lambda run: run.recipe.parallel.sequence_parallel, "parallel.sequence"),
+    Made("context-parallel-size", lambda inputs: inputs.recipe.parallel.context, "parallel.context"),
+    Made("sequence-parallel", lambda inputs: inputs.recipe.parallel.sequence_parallel, "parallel.sequence"),
     # The batch and the schedule.
     _train("micro-batch-size", "micro_batch_size"),
     _train("global-batch-size", "global_batch_size"),
-    Made("seq-length", lambda run: run.recipe.data.seq_length, "data.seq_length"),
-    Made("train-iters", lambda run: run.iterations, "train.iterations"),
+    Made("seq-length", lambda inputs: inputs.recipe.data.seq_length, "data.seq_length"),
+    Made("train-iters", lambda inputs: inputs.iterations, "train.iterations"),
     Made("train-samples", _nothing, "train.iterations"),
     _train("lr", "lr"),
     _train("min-lr", "min_lr"),
@@ -86,7 +88,7 @@ MADE = (
     _train("adam-eps", "adam_eps"),
     _train("clip-grad", "clip_grad"),
     _train("seed", "seed"),
-    Made("bf16", lambda run: run.recipe.train.precision == "bf16", "train.precision"),
+    Made("bf16", lambda inputs: inputs.recipe.train.precision == "bf16", "train.precision"),
     Made("fp16", _nothing, "train.precision"),
     Made(
         "use-distributed-optimizer",
@@ -102,8 +104,8 @@ MADE = (
         lambda _: 0.0,
         why="each rank would draw its own mask, and a run would depend on its layout",
     ),
-    # A gradient that is not finite skips the step, on all ranks alike: the inf check of a constant loss scaler.
-    # Megatron's default reruns the step, exits, and does so again at every restart.
+    # A constant loss scaler checks the gradient for inf and NaN, so that all ranks skip a step whose gradient is not
+    # finite. Megatron's default reruns the step and exits, and would do so again at every restart.
     Made("loss-scale", lambda _: 1.0, why="the skipping of steps whose gradient is not finite depends on it"),
     Made(
         "no-check-for-nan-in-loss-and-grad",
@@ -111,7 +113,7 @@ MADE = (
         why="such steps are skipped and counted; the check would end every restart again",
     ),
     Made("rerun-mode", lambda _: "disabled", why="a rerun would count a step's reports twice"),
-    Made(  # the kernel is apex's
+    Made(  # the fused kernel belongs to apex
         "no-gradient-accumulation-fusion",
         lambda _: importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None,
     ),
@@ -121,32 +123,34 @@ MADE = (
         why="the attention masks are the rows' own sample boundaries",
     ),
     # Checkpoints, validation, the end of the run.
-    Made("save", lambda run: run.checkpoints, "output"),
-    Made("load", lambda run: run.checkpoints, "output"),
-    Made("save-interval", lambda run: run.recipe.train.save_every or run.iterations, "train.save_every"),
+    Made("save", lambda inputs: inputs.checkpoints, "output"),
+    Made("load", lambda inputs: inputs.checkpoints, "output"),
+    Made("save-interval", lambda inputs: inputs.recipe.train.save_every or inputs.iterations, "train.save_every"),
     Made("save-retain-interval", _nothing, "train.keep_last"),
-    Made("dist-ckpt-optim-fully-reshardable", lambda _: True),  # resumes on another layout
+    Made("dist-ckpt-optim-fully-reshardable", lambda _: True),  # lets a run resume on another layout
     Made("ckpt-fully-parallel-load", lambda _: True),
-    Made("eval-interval", lambda run: run.recipe.train.validate_every or run.iterations, "train.validate_every"),
-    Made("eval-iters", lambda run: run.validation_iterations, "data.valid"),
-    Made("eval-global-batch-size", lambda run: run.validation_rows or None, "data.valid"),
+    Made(
+        "eval-interval", lambda inputs: inputs.recipe.train.validate_every or inputs.iterations, "train.validate_every"
+    ),
+    Made("eval-iters", lambda inputs: inputs.validation_iterations, "data.valid"),
+    Made("eval-global-batch-size", lambda inputs: inputs.validation_rows or None, "data.valid"),
     Made("log-interval", lambda _: 1),
-    Made("tensorboard-dir", lambda run: run.tensorboard, "output"),
+    Made("tensorboard-dir", lambda inputs: inputs.tensorboard, "output"),
     Made("exit-duration-in-mins", _nothing, "train.exit_after"),
-    Made(  # `checkpoint.stopping` stands in for it
+    Made(  # `checkpoint.stopping` handles the signals instead
         "exit-signal-handler", lambda _: True, why="SIGUSR1, SIGTERM and SIGINT are all answered"
     ),
 )
-"""Every flag that a run sets, beside those of the model's architecture and of the device."""
+"""Every flag that a run sets, except those for the model's architecture and for the device."""
 
 _SPELLINGS = {"persistent-save-interval": "save-interval", "h": "help"}
 _OPPOSITES = ("no-", "disable-")
 
 
 def canonical(name: str) -> str:
-    """Return the one name of a flag: no leading dashes, dashes for underscores, `no-` where `disable-` means the same.
+    """Return a flag's canonical name: no leading dashes, dashes for underscores, `no-` where `disable-` means the same.
 
-    A name that Megatron does not have comes back with its dashes alone.
+    For a name that Megatron does not have, only the dashes are normalised.
     """
     flag = name.lstrip("-").replace("_", "-")
     twin = flag.replace("disable-", "no-", 1)
@@ -156,15 +160,19 @@ def canonical(name: str) -> str:
 
 
 def canonical_field(field: str) -> str:
-    """Return a field's name, with the canonical name of the flag where it is one under `megatron`."""
+    """Return a field's name; for a flag under `megatron`, with the flag's canonical name."""
     group, dot, flag = field.partition(".")
     return f"megatron.{canonical(flag)}" if group == "megatron" and dot else field
 
 
 def refusal(flag: str, value: Any = True) -> str | None:
-    """Return why a recipe may not set a flag, by its canonical name, under `megatron:`; None where it may.
+    """Return why a recipe must not set a flag under `megatron:`; None if it may.
 
-    The opposite of a refused flag (`no-` or `disable-` before it, or left out) is refused with it.
+    The opposite of a refused flag, with `no-` or `disable-` added or removed, is refused too.
+
+    Args:
+        flag: the flag's canonical name.
+        value: the value that the recipe gives.
     """
     if reason := REFUSED_VALUES.get(flag, {}).get(value) if isinstance(value, str) else None:
         return f"cannot be used here: {reason}"
@@ -174,17 +182,17 @@ def refusal(flag: str, value: Any = True) -> str | None:
 
 
 def passes(flag: str) -> bool:
-    """Whether a flag is passed on to Megatron."""
+    """Return whether a flag is passed on to Megatron."""
     return _find(flag, MAY_CHANGE) is not None or _find(flag, MAY_NOT_CHANGE) is not None
 
 
 def may_change(flag: str) -> bool:
-    """Whether a flag may be another when a run resumes."""
+    """Return whether a flag may change when a run resumes."""
     return _find(flag, MAY_CHANGE) is not None
 
 
 def is_left_out(flag: str, value: Any) -> bool:
-    """Whether a flag given this value is as if it were not given: false turns off only what a run sets by default."""
+    """Return whether this value is the same as omitting the flag: None, or False unless `MADE` sets the flag."""
     return value is None or (value is False and all(made.flag != flag for made in MADE))
 
 
@@ -204,5 +212,5 @@ def _with_opposites(flag: str) -> list[str]:
 
 
 def _find(flag: str, groups: dict[str, str]) -> str | None:
-    """Return the group, by its reason or subject, whose patterns the flag matches."""
+    """Return the reason or subject of the group whose patterns the flag matches; None if there is none."""
     return next((name for name, flags in groups.items() if any(fnmatchcase(flag, p) for p in flags.split())), None)

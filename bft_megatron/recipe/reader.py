@@ -1,6 +1,6 @@
-"""Reads a recipe's YAML with key=value overrides into its dataclasses, and writes it with every default.
+"""Reader of recipes: YAML with key=value overrides becomes the dataclasses of `schema`, and is written back in full.
 
-Imports no torch: a recipe is read and refused before anything slow or expensive starts.
+Imports no torch, so that a faulty recipe is refused before anything slow or expensive starts.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from bft_megatron.recipe.schema import ObjectiveSettings, Recipe
 from bft_megatron.recipe.yaml_file import YamlFile
 
 MAY_BE_NULL = {"lora"}
-"""Groups of fields that may be left out as a whole."""
+"""Groups of fields that may be null."""
 
-# Fields that people bring from other trainers and that would be wrong here, with the reason.
 REFUSED_FIELDS = {
     "objective.label_smoothing": "with label smoothing exp(-loss) is no longer the model's probability of the label, "
     "of which the weights of bft and dft are made; leave it out",
 }
+"""Field of other trainers that would be wrong here -> reason for refusing it."""
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe's YAML, apply `key=value` overrides, fill in the defaults.
+    """Read a recipe's YAML, apply `key=value` overrides and fill in the defaults.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key or a value of the wrong type, named by file, line and field.
+        UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type; the message names
+            file, line and field.
     """
     path = Path(path)
-    ObjectiveSettings()  # a bad environment variable is refused as such
+    ObjectiveSettings()  # reads the environment first, so that a bad variable is reported by its own name
     try:
         text = path.read_text()
     except OSError as e:
@@ -64,7 +65,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 def where(path: str | Path, overrides: list[str], field_name: str) -> str:
-    """The place that gave a field its value: the last override that names it, else its line in the recipe's file."""
+    """Return where a field got its value: the last override that names it, else its line in the recipe's file."""
     for override in reversed(overrides):
         if flags.canonical_field(override.partition("=")[0]) == field_name:
             return override
@@ -73,7 +74,7 @@ def where(path: str | Path, overrides: list[str], field_name: str) -> str:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe with every default written out, as YAML that `load` reads back to the same recipe."""
+    """Return the recipe with every default as YAML, from which `load` reads the same recipe."""
     return OmegaConf.to_yaml(OmegaConf.structured(recipe))
 
 
@@ -88,14 +89,14 @@ def _override(text: str) -> DictConfig:
 
 
 def _name_flags(tree: DictConfig, override: str | None, source: YamlFile) -> None:
-    """Give the flags under `megatron` their canonical names, so that nothing else needs to know of other spellings.
+    """Rename the flags under `megatron` to their canonical names, so that no other code handles other spellings.
 
     Args:
-        tree: the file's, or an override's.
+        tree: the fields of the file or of an override.
         override: the text of the override; None for the file.
 
     Raises:
-        UserError: one flag under two names.
+        UserError: the same flag is given under two names.
     """
     given = OmegaConf.select(tree, "megatron")
     if not isinstance(given, DictConfig) or given._is_none():
@@ -111,7 +112,7 @@ def _name_flags(tree: DictConfig, override: str | None, source: YamlFile) -> Non
 
 
 def _leaf_keys(tree: DictConfig, prefix: str = "") -> list[str]:
-    """Dotted keys of a tree, down to what is not a mapping; `megatron` is left whole, its keys are Megatron's."""
+    """Return the dotted keys of a tree's leaves. `megatron` counts as a leaf, because its keys are Megatron's."""
     keys = []
     for key in tree:
         name, value = str(key), tree._get_node(key)

@@ -1,7 +1,7 @@
 """Checks of a recipe that need more than one field: layout against model, batch and row length.
 
-They run before any process starts and name the field to change. What Megatron itself would refuse in the middle of a
-start-up, or in its first step, is said here in the recipe's terms.
+They run before any process starts and name the field to change. They catch early, and report in the recipe's terms,
+settings that Megatron itself would refuse during start-up or in its first step.
 """
 
 from __future__ import annotations
@@ -15,22 +15,31 @@ from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 
 
 class ModelShape(Protocol):
-    """What the checks ask of a model's configuration (`hf.architectures.ModelConfig` has it)."""
+    """The sizes of a model that the checks need; `hf.architectures.ModelConfig` provides them."""
 
     @property
-    def layers(self) -> int: ...
+    def layers(self) -> int:
+        """Number of transformer layers."""
+
     @property
-    def heads(self) -> int: ...
+    def heads(self) -> int:
+        """Number of attention heads."""
+
     @property
-    def kv_heads(self) -> int: ...
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+
     @property
-    def ffn(self) -> int: ...
+    def ffn(self) -> int:
+        """Width of the feed-forward layer."""
+
     @property
-    def max_positions(self) -> int: ...
+    def max_positions(self) -> int:
+        """Longest sequence that the model supports, in tokens."""
 
 
 def check_recipe(recipe: Recipe, model: ModelShape) -> None:
-    """Raise FieldError for values that cannot be, cannot be together, or do not divide the model."""
+    """Raise FieldError if values are invalid, contradict each other, or do not divide the model's sizes."""
     _check_positive(recipe)
     _check_data(recipe)
     _check_objective(recipe)
@@ -42,13 +51,13 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
 
 
 def check_comparable(recipe: Recipe) -> None:
-    """Raise FieldError where transformers has nothing to compare the recipe's model with."""
+    """Raise FieldError if the recipe's model cannot be compared with transformers."""
     if recipe.lora is not None and recipe.lora.adapter is not None:
         raise FieldError("lora.adapter", "the base model is what is compared: leave it out (lora.adapter=null)")
 
 
 def check_world(recipe: Recipe, world_size: int) -> None:
-    """Raise FieldError where the layout does not divide the processes, or the batch does not divide over them."""
+    """Raise FieldError if the number of processes does not fit the layout, or the batch does not divide over them."""
     parallel, train = recipe.parallel, recipe.train
     one_copy = parallel.model_parallel_size
     if world_size % one_copy:
@@ -77,10 +86,14 @@ UNEVEN_SPLIT_FLAGS = {
     "decoder-last-pipeline-num-layers",
     "pipeline-model-parallel-layout",
 }
+"""Flags under `megatron` with which pipeline stages may hold different numbers of layers."""
 
 
 def pad_multiple(recipe: Recipe) -> int:
-    """What a packed sample's length is padded to a multiple of: context parallelism cuts it into 2 x context chunks."""
+    """Return the number of tokens to a multiple of which packed samples are padded.
+
+    Its default is 2 x context, because context parallelism cuts every sample into that many chunks; 1 without it.
+    """
     return recipe.data.pad_multiple or recipe.parallel.context_chunks
 
 
@@ -107,7 +120,7 @@ def _check_data(recipe: Recipe) -> None:
 
 
 MAY_BE_ZERO = {
-    "iterations",  # the model is converted, and not trained
+    "iterations",  # 0 converts the model without training it
     "min_lr",
     "warmup_iterations",
     "weight_decay",
@@ -117,6 +130,7 @@ MAY_BE_ZERO = {
     "adam_beta2",
     "keep_best",
 }
+"""Fields for which 0 is a valid value."""
 
 
 def _check_objective(recipe: Recipe) -> None:
@@ -200,7 +214,10 @@ def _check_row_length(recipe: Recipe, model: ModelShape) -> None:
 
 
 def _check_lora(recipe: Recipe) -> None:
-    """What `_check_model` says of the heads holds for adapters too: a TP rank has whole heads of q, k and v."""
+    """Raise FieldError if the adapters' settings are invalid.
+
+    `_check_model` covers their layout too: a TP rank holds whole heads of q, k and v, of the adapters as of the model.
+    """
     lora = recipe.lora
     if lora is None:
         return

@@ -1,6 +1,6 @@
-"""The recipe's schema: one frozen dataclass for each group of fields, with its default and a line on its meaning.
+"""The recipe's schema: a frozen dataclass for each group of fields, with every field's default and meaning.
 
-Reading a recipe's YAML is in `reader`, checks of several fields in `rules`. Imports no torch.
+`reader` reads a recipe's YAML, `rules` checks fields against each other. Imports no torch.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ class DataSettings:
     """Jinja file, or the name of one of the tokenizer's templates. Left out: the tokenizer's default."""
 
     def sources(self, field_name: Literal["train", "valid"]) -> tuple[SourceSettings, ...]:
-        """The items of `train` or `valid`; none where `valid` is left out.
+        """Return the sources of `train` or `valid`; none if `valid` is left out.
 
         Raises:
-            FieldError: what is wrong with which item.
+            FieldError: an item is invalid; the message names it and the fault.
         """
         value = getattr(self, field_name)
         return () if value is None else source_settings(value, f"data.{field_name}")
 
     @property
     def most_sources(self) -> int:
-        """Sources of `train` or of `valid`, whichever has more: what a step's report has room for."""
+        """Number of sources of `train` or of `valid`, whichever has more; the meter keeps sums for that many."""
         return max(len(self.sources("train")), len(self.sources("valid")))
 
 
@@ -95,17 +95,17 @@ class ParallelSettings:
 
     @property
     def model_parallel_size(self) -> int:
-        """Processes that hold the model once."""
+        """Number of processes that hold the model once."""
         return self.tensor * self.pipeline * self.context
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether sequence parallelism is on: as `sequence` says, else with tensor parallelism."""
+        """Whether sequence parallelism is on: `sequence`, or by default whether tensor parallelism is on."""
         return self.tensor > 1 if self.sequence is None else self.sequence
 
     @property
     def context_chunks(self) -> int:
-        """Equal chunks into which context parallelism splits a sample."""
+        """Number of equal chunks into which context parallelism splits a sample."""
         return 2 * self.context if self.context > 1 else 1
 
 
@@ -163,6 +163,7 @@ LORA_TARGETS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
+"""Group of modules -> the Hugging Face names of its modules."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class LoraSettings:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules with an adapter, by the last part of Hugging Face's names; what is unknown stays in it."""
+        """Modules with an adapter, by the last part of their Hugging Face names. Unknown names stay in, for `rules`."""
         everything = tuple(name for names in LORA_TARGETS.values() for name in names)
         groups = {"all": everything, **LORA_TARGETS}
         if isinstance(self.target, str):

@@ -1,6 +1,6 @@
-"""What a recipe may say of a source of conversations: an item of `data.train` or `data.valid`.
+"""Settings of a source of conversations: an item of `data.train` or `data.valid`.
 
-A path alone is short for one item. Which files it stands for, and how they are read, is in `data.sources`.
+A path alone is short for an item with only a path. `data.sources` finds the files of a path and reads them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ COLUMNS = {
     "alpaca": {"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
     "pairs": {"prompt": "prompt", "query": "query", "response": "completion", "history": "history"},
 }
-"""Where each format keeps its parts; `messages` names the column, `role` and `content` the fields of a message."""
+"""Column of each part by format; for `messages`, `role` and `content` are the fields of a message."""
 
 COMMON_COLUMNS = {"system": "system", "tools": "tools", "weight": "weight", "template": "chat_template_kwargs"}
-"""What a row of any format may have besides."""
+"""Column of each optional part, which a row of any format may have."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +53,25 @@ class SourceSettings:
 
     @property
     def first_and_end(self) -> tuple[int, int | None]:
-        """The first of the rows that are taken, and the one after the last where there is an end."""
+        """Index of the first row to use, and the index after the last; None as the latter if `rows` has no end."""
         first, _, end = (self.rows or ":").partition(":")
         return int(first or 0), int(end) if end else None
 
     @property
     def label(self) -> str:
-        """The name in the reports."""
+        """Name of the source in reports."""
         return self.name or Path(self.path).stem or self.path
 
 
 def source_settings(value: Any, where: str) -> tuple[SourceSettings, ...]:
-    """The items of a recipe's field: a path, an item, or a list of both.
+    """Return the sources in the value of a recipe's field.
 
     Args:
-        where: the field, `data.train`.
+        value: a path, an item, or a list of both.
+        where: the field's name, such as `data.train`.
 
     Raises:
-        FieldError: what is wrong with which item.
+        FieldError: an item is invalid; the message names it and the fault.
     """
     items = value if isinstance(value, list | tuple) else [value]
     if not items:

@@ -1,4 +1,4 @@
-"""A YAML file of fields that knows on which line each stands."""
+"""A YAML file of fields, with the line of each field."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bft_megatron.errors import UserError
 
 
 class YamlFile:
-    """A YAML file of fields, `tree`, that knows the line of each.
+    """A YAML file of fields: their values in `tree`, their line numbers in `lines`.
 
     Raises:
-        UserError: not YAML, or no mapping, with the line.
+        UserError: the file is not YAML, with the line, or not a mapping.
     """
 
     def __init__(self, path: Path, text: str) -> None:
@@ -41,7 +41,7 @@ class YamlFile:
                 self._note_lines(value, f"{name}.")
 
     def where(self, key: str) -> str:
-        """file:line: key, or the part of it that is known."""
+        """Return `file:line: key`, without the parts that are not known."""
         line = self.lines.get(key)
         place = f"{self.path}:{line}" if line else str(self.path)
         return f"{place}: {key}" if key else place

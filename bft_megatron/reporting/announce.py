@@ -1,4 +1,4 @@
-"""The first line of a run: in a sentence, what is about to happen and how long it may take."""
+"""The first line of a run: a sentence on the training ahead and its estimated duration."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.resolved import Run
 
 TRAINING_SHARE = 0.35
-"""The share of a device's matrix-multiplication speed that training reaches in a sensible layout."""
+"""Share of a device's matrix-multiplication speed that training reaches in a sensible layout."""
 
 
 def sentence(run: Run, done: int) -> str:
-    """Return objective, model, steps, rows, tokens, supervised share, layout, and a time by this device's own measure.
+    """Return a sentence with objective, model, steps, rows, tokens, supervised share, layout and estimated duration.
+
+    The duration comes from a measurement of this device's speed.
 
     Args:
-        done: steps that an earlier start of the run has behind it.
+        done: steps that an earlier start of the run has completed.
     """
     recipe, rows = run.recipe, run.rows
     parameters, steps, batch = parameter_count(run.config), run.steps, recipe.train.global_batch_size

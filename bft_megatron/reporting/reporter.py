@@ -1,6 +1,6 @@
-"""Reports of every step and validation, to metrics.jsonl, TensorBoard and the terminal.
+"""Reports of every step and validation in metrics.jsonl, in TensorBoard and on the terminal.
 
-The events come from `upstream.training_loop`, the numbers from `totals.Meter`.
+`upstream.training_loop` calls the reporter's methods, and `totals.Meter` provides the numbers.
 """
 
 from __future__ import annotations
@@ -56,11 +56,16 @@ class Reporter:
         self._seconds: list[float] = []
 
     def give_up(self, max_skipped: int, rows_of: Callable[[int], list[int]]) -> None:
-        """Have `stepped` raise BadSteps on every rank after so many skipped steps in a row; report the rows of each."""
+        """Make `stepped` raise BadSteps on every rank after too many skipped steps in a row.
+
+        Args:
+            max_skipped: the number of skipped steps in a row.
+            rows_of: returns the rows of a step, which the report of a skipped step names.
+        """
         self._max_skipped, self._rows_of = max_skipped, rows_of
 
     def begin(self, start: int) -> None:
-        """Count steps from `start`; on the last rank drop the lines of later steps, which will run again."""
+        """Count steps from `start`; on the last rank, drop the lines of later steps, which will run again."""
         self.iteration = start
         if _writes():
             self._drop_lines_after(start)
@@ -97,7 +102,7 @@ class Reporter:
             raise BadSteps(f"the gradient of {self._max_skipped} steps in a row was not finite; nothing was saved")
 
     def validated(self, iteration: int) -> None:
-        """Report a validation. Collective: the meter's two all-reduces over data x context parallelism."""
+        """Report a validation. Collectives: the meter's two all-reduces over data x context parallelism."""
         from megatron.core import parallel_state
 
         self.meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -111,7 +116,7 @@ class Reporter:
     def _by_source(self) -> dict[str, dict[str, dict[str, float | int]]]:
         """Return the report of each source that had samples in the step, if sources are reported separately.
 
-        The meter has as many sources as the training or the validation, whichever has more.
+        The meter has as many entries as the training or the validation has sources, whichever is more.
         """
         reports = {
             name: totals.report()
@@ -186,7 +191,7 @@ def _writes() -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """Replace NaN and inf by None, as JSON has neither; a step that counted nothing reports NaN."""
+    """Replace NaN and inf by None, because JSON has neither; a step without supervised tokens reports NaN."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -76,7 +76,7 @@ class Meter:
 
     @property
     def totals(self) -> Totals:
-        """Those of all sources, after `reduce`."""
+        """The totals over all sources, after `reduce`."""
         return together(self.by_source)
 
     def add(self, sums: dict[str, Tensor], min_confidence: Tensor) -> None:

@@ -1,12 +1,11 @@
-"""The folder of a run: where things lie in it, its resolved recipe, and whether a new command continues, repeats or
-contradicts it.
+"""The folder of a run: its paths, its resolved recipe, and the check that a new command may resume the run in it.
 
-config.yaml      the recipe with every default     metrics.jsonl  a line a step
+config.yaml      the recipe with every default     metrics.jsonl  one line per step
 checkpoints/     Megatron's torch_dist format      tensorboard/   the same numbers as curves
 data/            the packed rows                   model/         config, tokenizer and template for the export
-logs/            what each rank printed            hf/            kept checkpoints as Hugging Face models
-unfinished       from the start of the run until it is complete, with a line: why the last process stopped
-done             from the save of the last step on
+logs/            the output of each rank           hf/            kept checkpoints as Hugging Face models
+unfinished       exists until the run is complete; its line says why the last process stopped
+done             exists once the last step is saved
 """
 
 from __future__ import annotations
@@ -21,9 +20,6 @@ from bft_megatron.hf.architectures import companions
 from bft_megatron.recipe import flags, reader, rules
 from bft_megatron.recipe.schema import Recipe
 
-# What may differ when a run resumes: what leaves its numbers alone, or changes no more than their rounding. What is
-# trained on what rows in what order, the schedule, the optimizer and the precision stay. Of the flags under `megatron`,
-# `recipe.flags` knows.
 MAY_CHANGE = {
     "data.valid",
     "objective.head",
@@ -47,6 +43,11 @@ MAY_CHANGE = {
     "device",
     "output",
 }
+"""Fields that may change when a run resumes, because they affect its numbers by no more than rounding.
+
+The model, the rows and their order, the objective, the schedule, the optimizer and the precision must stay the same.
+`recipe.flags.may_change` covers the flags under `megatron`.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,44 +58,51 @@ class RunFolder:
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunFolder:
+        """Return the folder that the recipe names as its output."""
         return cls(Path(recipe.output))
 
     @property
     def config(self) -> Path:
+        """The resolved recipe."""
         return self.root / "config.yaml"
 
     @property
     def metrics(self) -> Path:
+        """The reports of the steps and validations, one JSON object per line."""
         return self.root / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of all checkpoints."""
         return self.root / "checkpoints"
 
     @property
     def tensorboard(self) -> Path:
+        """The folder of the TensorBoard logs."""
         return self.root / "tensorboard"
 
     @property
     def data(self) -> Path:
+        """The folder of the packed rows."""
         return self.root / "data"
 
     @property
     def model(self) -> Path:
+        """The folder of the model's config, tokenizer and template, which the export copies."""
         return self.root / "model"
 
     @property
     def plan(self) -> Path:
-        """What `bft-megatron plan --json` said, where somebody kept it here."""
+        """The output of `bft-megatron plan --json`, if the user saved it here."""
         return self.root / "plan.json"
 
     @property
     def base(self) -> Path:
-        """Of a LoRA run: which weights its adapters belong to (`lora.base`)."""
+        """The record of the base weights to which a LoRA run's adapters belong (`lora.base`)."""
         return self.root / "base.json"
 
     def log(self, rank: int) -> Path:
-        """What a rank printed, Megatron's thousand lines included."""
+        """Return the log of a rank, with Megatron's own output."""
         return self.root / "logs" / f"rank-{rank:05d}.log"
 
     @property
@@ -103,58 +111,64 @@ class RunFolder:
         return self.checkpoints / hub.TRACKER
 
     def write_tracker(self, iteration: int) -> None:
-        """At once, or not at all."""
+        """Write the number of the newest checkpoint atomically."""
         _write(self.tracker, str(iteration))
 
     def checkpoint(self, iteration: int) -> Path:
+        """Return the folder of the checkpoint of an iteration."""
         return self.checkpoints / f"iter_{iteration:07d}"
 
     @property
     def hf_copies(self) -> Path:
-        """Checkpoints as Hugging Face models, where `train.save_hf` asks for them."""
+        """The folder of the checkpoints as Hugging Face models, which `train.save_hf` writes."""
         return self.root / "hf"
 
     def hf_copy(self, iteration: int) -> Path:
+        """Return the folder of an iteration's checkpoint as a Hugging Face model."""
         return self.hf_copies / self.checkpoint(iteration).name
 
     @property
     def converted(self) -> Path:
-        """A checkpoint of weights alone, under Megatron's name for one (`convert`)."""
+        """The checkpoint that `convert` writes: weights alone, in the folder that Megatron calls `release`."""
         return self.checkpoints / "release"
 
     def iterations(self) -> list[int]:
-        """Of all checkpoint folders, in no order, saved to the end or not."""
+        """Return the iterations of all checkpoint folders, complete or not, in no particular order."""
         names = (path.name.removeprefix("iter_") for path in self.checkpoints.glob("iter_*"))
         return [int(name) for name in names if name.isdigit()]
 
     def saved_iteration(self) -> int:
-        """Iteration of the newest checkpoint that was saved to its end, 0 where there is none yet.
+        """Return the iteration of the newest checkpoint whose save completed; 0 if there is none.
 
-        Whether its files are whole still is not looked at here: a training rank does (`checkpoint.recovery`).
+        Does not check that its files are still intact; a training rank does (`checkpoint.recovery`).
         """
         return max((i for i in self.iterations() if (self.checkpoint(i) / "metadata.json").exists()), default=0)
 
     def is_done(self, steps: int) -> bool:
-        """Whether the run is complete, its last checkpoint in place."""
+        """Return whether the run is complete and its last checkpoint exists."""
         return (self.root / "done").exists() and self.saved_iteration() >= steps
 
     def mark_unfinished(self, why: str) -> None:
-        """Say that the run has steps left to do, and why the last process stopped (`running`: it did not, or died)."""
+        """Mark the run as unfinished.
+
+        Args:
+            why: why the last process stopped; `running` if it is running or was killed.
+        """
         _write(self.root / "unfinished", f"{why}\n")
         (self.root / "done").unlink(missing_ok=True)
 
     def mark_done(self) -> None:
-        """Say that the last step is saved."""
+        """Mark the run as done: its last step is saved."""
         _write(self.root / "done", "")
         (self.root / "unfinished").unlink(missing_ok=True)
 
     def with_pack(self, recipe: Recipe) -> Recipe:
-        """The recipe with `data.pad_multiple` filled in: as the run began where it has checkpoints, else its default.
+        """Return the recipe with `data.pad_multiple` set: the run's value if it has checkpoints, else the default.
 
-        The pack, and with it the order of the rows, stays when the layout changes.
+        The packed rows and their order therefore stay the same when the layout changes.
 
         Raises:
-            FieldError: the pack of this run cannot be cut for the recipe's context-parallel size.
+            FieldError: the run's packed rows cannot be split for the recipe's context-parallel size.
         """
         if recipe.data.pad_multiple is not None:
             return recipe
@@ -174,7 +188,7 @@ class RunFolder:
         return self.config.exists() and (self.tracker.exists() or self.saved_iteration() > 0)
 
     def check_continues(self, recipe: Recipe) -> None:
-        """Raise FieldError where this folder holds a run that the recipe would change, or a converted model."""
+        """Raise FieldError if this folder holds a converted model, or a run whose results the recipe would change."""
         if (self.converted / "metadata.json").exists():
             raise FieldError(
                 "output",
@@ -194,7 +208,7 @@ class RunFolder:
                 )
 
     def _way_on(self, field: str, recipe: Recipe) -> str:
-        """What to do where a finished run is asked for other steps: its schedule has ended, so another run begins."""
+        """Return advice on training a finished run further: its schedule has ended, so it takes a new run."""
         if field not in ("train.iterations", "train.epochs") or not (self.root / "done").exists():
             return ""
         if recipe.lora is not None:
@@ -203,22 +217,23 @@ class RunFolder:
         return f"; to train its model further, set model={self.root}{drawn} there"
 
     def check_converts(self, recipe: Recipe) -> None:
-        """Raise FieldError where a converted model cannot be written here, or would not be the recipe's model."""
+        """Raise FieldError if the folder holds a run, or if the recipe has adapters, which a conversion would omit."""
         if self.saved_iteration():
             raise FieldError("output", f"{self.root} holds checkpoints of a run: choose another folder")
         if recipe.lora is not None:
             raise FieldError("lora", "a conversion writes the model's own weights: leave it out (lora=null)")
 
     def write_config(self, recipe: Recipe, model_folder: Path) -> None:
-        """Write the resolved recipe, and keep what an export needs beside the weights: config, tokenizer, template."""
+        """Write the resolved recipe, and copy the config, tokenizer and template, which an export needs."""
         self.root.mkdir(parents=True, exist_ok=True)
-        _write(self.config, reader.dump(recipe))  # at once: other ranks may be reading it
+        _write(self.config, reader.dump(recipe))  # atomically, because other ranks may be reading it
         self.model.mkdir(exist_ok=True)
         for file in companions(model_folder):
             shutil.copyfile(file, self.model / file.name)
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a file atomically."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)

@@ -1,9 +1,9 @@
 """The prepared rows of a run: one process writes them before any rank starts, and every rank opens them.
 
-If a running job prepared them, all its GPUs would wait in a collective until it times out. So `bft-megatron prepare`,
-or `train` if it starts the ranks itself, writes the rows and a small file that names them. A rank reads that file
-before it joins the others. If there is none, rank 0 of a single machine makes it while the others wait for the file,
-and a job on many machines is refused.
+If one rank of a running job prepared them, the others would wait in a collective until it times out. Therefore
+`bft-megatron prepare`, or `train` if it starts the ranks itself, writes the rows and a small file that names them. A
+rank reads that file before it joins the others. If the file is missing, rank 0 of a job on a single machine writes it
+while the others poll for it, and a job on many machines is refused.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ WAIT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class RunRows:
-    """Training rows, validation rows where the recipe has any, and how much of the training rows a run takes."""
+    """The training rows, the validation rows if the recipe has any, and the length of the run."""
 
     train: Blend
     valid: Blend | None
     total: int
-    """Rows of the whole run."""
+    """Training rows that the whole run reads."""
     steps: int
-    """Steps of the whole run: the recipe's, or those that its epochs take; the last may be a part of a batch."""
+    """Steps of the whole run, from the recipe's iterations or epochs; the last step may be a partial batch."""
 
     @classmethod
     def of(cls, recipe: Recipe, train: Blend, valid: Blend | None) -> RunRows:
@@ -54,28 +54,28 @@ class RunRows:
 
     @property
     def sources_apart(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The names of the training's and of the validation's sources where there are several, to report each."""
+        """Names of the training and the validation sources that are reported separately; empty for a single source."""
         train, valid = (blend.names if blend and len(blend.parts) > 1 else () for blend in (self.train, self.valid))
         return train, valid
 
     @property
     def named(self) -> dict[str, Prepared]:
-        """Return every source by its name; a validation source whose name the training also has is marked "(valid)"."""
+        """Every source by its name; "(valid)" marks a validation source whose name a training source has too."""
         train = {part.name: part.prepared for part in self.train.parts}
         valid = {part.name: part.prepared for part in self.valid.parts} if self.valid else {}
         return train | {f"{name} (valid)" if name in train else name: prepared for name, prepared in valid.items()}
 
 
 def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
-    """Tokenise and pack the recipe's files, unless they are prepared already. To be called in one process only.
+    """Tokenise and pack the recipe's files, unless they are prepared already. Only one process may call this.
 
     Args:
         model_folder: the folder of the tokenizer and its template.
-        vocab_size: the model's vocabulary; every token must be in it.
+        vocab_size: size of the model's vocabulary, above every token id.
 
     Raises:
-        UserError: the data have a fault; the message names file, line and field.
-        FieldError: a file is missing, or the tokenizer is not the model's.
+        UserError: the data are faulty; the message names file, line and field.
+        FieldError: a file is missing, or the tokenizer does not match the model.
     """
     folder = RunFolder.of(recipe)
 
@@ -89,7 +89,7 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
 
     rows = _run_rows(recipe, blend)
     highest = max(made.counts.highest_token for made in (rows.train, rows.valid) if made)
-    if highest >= vocab_size:  # a sharded embedding would silently take it for another token
+    if highest >= vocab_size:  # a sharded embedding would silently read another token's row
         raise FieldError(
             "model",
             f"its tokenizer gives the token {highest:,}, its vocabulary ends at {vocab_size:,}: they do not match",
@@ -113,7 +113,7 @@ def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
         make: calls `prepare_rows`.
 
     Raises:
-        UserError: there are none and the job runs on many machines.
+        UserError: there are no prepared rows, and the job runs on many machines.
     """
     try:
         return open_rows(recipe)
@@ -129,7 +129,7 @@ def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
         try:
             return open_rows(recipe)
         except UserError:
-            if os.getppid() != launcher:  # the launcher is gone, as after a failure of rank 0
+            if os.getppid() != launcher:  # the launcher has ended, for example after a failure of rank 0
                 raise
 
 
@@ -137,7 +137,7 @@ def open_rows(recipe: Recipe) -> RunRows:
     """Open the rows that `prepare_rows` wrote for this recipe.
 
     Raises:
-        UserError: there are none, or they were prepared for another recipe.
+        UserError: there are no prepared rows, or they belong to another recipe.
     """
     folder = RunFolder.of(recipe).data
     path = folder / "rows.json"

@@ -1,4 +1,4 @@
-"""A run resolved once: its recipe, and what follows from it for a number of processes."""
+"""A run: its recipe, and the values that follow from it for a given number of processes, each computed once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bft_megatron.run.prepared import RunRows
 
 @dataclass(frozen=True)
 class Run:
-    """A run as each of its ranks sees it.
+    """A run, the same on all of its ranks.
 
-    recipe: checked for `world` processes.
+    recipe: the recipe, checked for `world` processes.
     config, model_folder: the model's architecture, and the folder that holds its weights.
     rows: the prepared rows.
     world: the number of processes.
@@ -36,23 +36,23 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run; the last may be a part of a batch."""
+        """Steps of the whole run; the last step may be a partial batch."""
         return self.rows.steps
 
     @cached_property
     def validation(self) -> WholePass:
-        """How a validation reads all of its rows."""
+        """The shape of a validation, which reads all of its rows."""
         return WholePass.over(self.rows.valid, self.recipe, self.world)
 
     @property
     def best_metric(self) -> str:
-        """The validation metric by which the best checkpoints are kept."""
+        """The validation metric that decides which checkpoints are the best."""
         return self.recipe.train.best_metric or ("lm_loss" if self.recipe.objective.name == "sft" else "mean_p")
 
 
 @dataclass(frozen=True)
 class WholePass:
-    """Iterations that together read every row once, whatever its source's weight."""
+    """A number of iterations that together read every row once, whatever the weight of its source."""
 
     batch: int
     """Rows of an iteration."""
@@ -60,12 +60,12 @@ class WholePass:
 
     @classmethod
     def over(cls, rows: Blend | None, recipe: Recipe, world: int) -> WholePass:
-        """Return the pass with as few filler rows as the layout allows; an empty one where there are no rows."""
+        """Return the pass with the fewest filler rows that the layout allows; an empty pass if `rows` is None."""
         if rows is None:
             return cls(0, 0)
         count, data_parallel = sum(rows.sizes), world // recipe.parallel.model_parallel_size
         unit = recipe.train.micro_batch_size * data_parallel
         if recipe.parallel.virtual_pipeline > 1:
-            unit *= recipe.parallel.pipeline  # the interleaved schedule wants whole rounds
+            unit *= recipe.parallel.pipeline  # the interleaved schedule needs a multiple of the pipeline size
         batch = min(recipe.train.global_batch_size, -(-count // unit) * unit)
         return cls(batch, -(-count // batch))

@@ -1,7 +1,7 @@
-"""A recipe as Megatron's argument list, and what of Megatron's own flags a recipe may pass through.
+"""Megatron's argument list for a recipe, and the checks of the flags that a recipe passes through.
 
-Megatron 0.19.2 reads nearly everything from its global arguments, whatever configuration object it is given; so a
-recipe becomes a command line and goes through Megatron's own parser and validation.
+Megatron 0.19.2 reads nearly everything from its global arguments, whatever configuration object it is given. A recipe
+therefore becomes a command line, which Megatron's own parser and validation process.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from bft_megatron.run.folder import RunFolder
 def megatron_arguments(
     recipe: Recipe, model_flags: list[str], device_flags: list[str], iterations: int, validation: tuple[int, int]
 ) -> list[str]:
-    """The argument list of a run: what `flags.MADE` makes of the recipe, then model and device, then `megatron:`.
+    """Return the argument list of a run: the flags of `flags.MADE`, of the model, of the device and of `megatron:`.
 
     Args:
-        model_flags: the architecture (`hf.architectures.megatron_flags`).
-        device_flags: what only the CPU or only GPUs need.
+        model_flags: the flags of the architecture (`hf.architectures.megatron_flags`).
+        device_flags: the flags of the device (`initialize.device_flags`).
         iterations: steps of the whole run.
-        validation: (rows a validation iteration, iterations of a whole pass); (0, 0) without a validation set.
+        validation: (rows per iteration, iterations of a whole pass); (0, 0) without a validation set.
 
     Raises:
-        FieldError: a flag under `megatron:` that is refused or has a field of its own.
+        FieldError: a flag under `megatron:` is refused or has a field of its own.
     """
     folder = RunFolder.of(recipe)
-    run = flags.Run(recipe, iterations, *validation, folder.checkpoints, folder.tensorboard)
+    inputs = flags.FlagInputs(recipe, iterations, *validation, folder.checkpoints, folder.tensorboard)
     passed = passed_through(recipe)
-    made = {made.flag: made.value(run) for made in flags.MADE if made.flag not in passed}
+    made = {made.flag: made.value(inputs) for made in flags.MADE if made.flag not in passed}
     return [*_argument_list(made), *model_flags, *without(device_flags, passed), *_argument_list(passed)]
 
 
 def passed_through(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's `megatron:` flags; false leaves out a flag that we would set.
+    """Return the recipe's `megatron:` flags; the value false omits a flag that a run sets by default.
 
     Raises:
-        FieldError: a flag that would break the objective, or that has a field of its own in the recipe.
+        FieldError: a flag is refused or has a field of its own in the recipe.
     """
     for flag, value in recipe.megatron.items():
         if reason := flags.refusal(flag, value):
@@ -51,7 +51,7 @@ def passed_through(recipe: Recipe) -> dict[str, Any]:
 
 
 def check_passed_through(recipe: Recipe) -> None:
-    """Raise FieldError for a name under `megatron:` that is none of Megatron's flags. Imports Megatron to see."""
+    """Raise FieldError if a name under `megatron:` is not a flag of Megatron. Imports Megatron's parser."""
     if not recipe.megatron:
         return
     from megatron.training.arguments import add_megatron_arguments

@@ -1,4 +1,4 @@
-"""Starts a rank: its device and the group of all ranks."""
+"""Start of a rank: its device and the group of all ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bft_megatron.upstream import cuda_on_cpu, dataset_helpers, rotary, torch_ad
 CPU_FLAGS = [
     *("--transformer-impl", "local"),
     *("--distributed-backend", "gloo"),
-    "--use-cpu-initialization",  # only here: on a GPU Megatron would never move the model there
+    "--use-cpu-initialization",  # CPU only: with this flag Megatron would never move the model to a GPU
     *("--num-workers", "0"),
     "--no-persist-layer-norm",
     "--no-masked-softmax-fusion",
@@ -23,39 +23,41 @@ CPU_FLAGS = [
     "--no-bias-dropout-fusion",
     "--no-rope-fusion",
 ]
-"""Megatron's arguments where its CUDA kernels are not to be had."""
+"""Megatron's arguments on the CPU, where its CUDA kernels are not available."""
 GPU_FLAGS = ["--transformer-impl", "transformer_engine", "--distributed-backend", "nccl", "--num-workers", "1"]
+"""Megatron's arguments on a GPU with Transformer Engine."""
 TORCH_LAYER_FLAGS = [
     *("--transformer-impl", "local"),
     "--no-persist-layer-norm",
     "--no-masked-softmax-fusion",
-    "--no-rope-fusion",  # apex's or Transformer Engine's kernel
+    "--no-rope-fusion",  # the fused kernel is apex's or Transformer Engine's
     *("--distributed-backend", "nccl", "--num-workers", "1"),
 ]
-"""In place of `GPU_FLAGS` on a GPU without Transformer Engine."""
+"""Megatron's arguments on a GPU without Transformer Engine."""
 
 
 def runs_on_cpu(recipe: Recipe) -> bool:
-    """Whether this rank computes on the CPU: as the recipe says, or for want of a GPU."""
+    """Return whether this rank computes on the CPU, because the recipe says so or no GPU is visible."""
     return recipe.device == "cpu" or not cuda_on_cpu.gpu_is_visible()
 
 
 def device_flags(on_cpu: bool) -> list[str]:
-    """Megatron's flags for this device, and for the layers that it has."""
+    """Return Megatron's flags for this device and its layers."""
     if on_cpu:
         return CPU_FLAGS
     return TORCH_LAYER_FLAGS if torch_layers(on_cpu) else GPU_FLAGS
 
 
 def torch_layers(on_cpu: bool) -> bool:
-    """Whether the layers are this package's (`layers`): on the CPU, and on a GPU without Transformer Engine."""
+    """Return whether the package's own `layers` are used: on the CPU, and on a GPU without Transformer Engine."""
     return on_cpu or importlib.util.find_spec("transformer_engine") is None
 
 
 def join(recipe: Recipe, on_cpu: bool) -> None:
-    """Form the group of all ranks, unless there is one. Before Megatron does: checkpoints are looked at first.
+    """Form the group of all ranks, unless it exists already. Collective.
 
-    Ranks that wait for a lost one give up after Megatron's own `distributed-timeout-minutes`, 10 by default.
+    This happens before Megatron's own initialization, because the ranks look for the newest checkpoint first. Ranks
+    that wait for a lost rank give up after Megatron's `distributed-timeout-minutes`, 10 by default.
     """
     if on_cpu:
         cuda_on_cpu.install()

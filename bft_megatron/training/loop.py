@@ -1,7 +1,7 @@
 """One rank of a run: from a checked recipe to Megatron's `pretrain`.
 
-Reads top to bottom as what happens: device, process group, the step and its reports, what is changed in Megatron
-(`install`), arguments, model, the loop.
+`train` sets up, in this order, the device, the process group, the step and its reports, the changes to Megatron
+(`install`), the arguments and the model, and then runs the loop.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def train(run: Run, console: TextIO) -> None:
     """Train this rank's share to the end of the run, from the newest intact checkpoint of its folder.
 
     Args:
-        console: where a person looks; the rest of what is printed goes wherever stdout does.
+        console: the terminal, for the lines that a user reads; all other output goes to stdout.
 
     Raises:
-        FieldError: a flag under `megatron:` that Megatron does not have.
+        FieldError: Megatron does not have a flag under `megatron:`, or the kernels need a GPU and there is none.
 
     Environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as torchrun and launch/ set them.
     """
@@ -59,7 +59,7 @@ def train(run: Run, console: TextIO) -> None:
     arguments.check_passed_through(recipe)
     keep = Retention(recipe.train.keep_last, recipe.train.keep_best, run.best_metric)
     start = newest_whole(folder, console)
-    if start >= run.steps:  # killed between the last save and its mark
+    if start >= run.steps:  # the run was killed after its last save, before it was marked as done
         return finish(folder, keep, None)
     if ranks.rank() == 0:
         announce(run, start, on_cpu, console)
@@ -79,7 +79,7 @@ def train(run: Run, console: TextIO) -> None:
             (run.validation.batch, run.validation.iterations),
         )
     )
-    fill = start == 0 or recipe.lora is not None  # checkpoints of a LoRA run hold its adapters alone
+    fill = start == 0 or recipe.lora is not None  # a LoRA run's checkpoints hold only its adapters
     model = model_config(recipe, run.config, run.model_folder, margs, on_cpu, fill=fill)
     model.pre_wrap_hooks.append(communicators.warm_up)
     model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter)
@@ -96,31 +96,31 @@ def train(run: Run, console: TextIO) -> None:
 
 
 def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
-    """Print what is about to happen."""
+    """Print the first line of the run, and a note if a GPU lacks Transformer Engine."""
     print(sentence(run, start), file=console, flush=True)
     if initialize.torch_layers(on_cpu) and not on_cpu:
         print(WITHOUT_TRANSFORMER_ENGINE, file=console, flush=True)
 
 
 def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None], start: int) -> None:
-    """Everything that a run changes in Megatron, in the order that it needs. Issues no collective.
+    """Make the changes that a run needs in Megatron, in the order required. Issues no collective.
 
-    One change comes before all of these: on the CPU `initialize.join` redirects `torch.cuda`, before the group of all
-    ranks is formed and before anything asks for a device.
+    `initialize.join` makes one change before all of these: on the CPU it redirects `torch.cuda`, before the group of
+    all ranks is formed and before any code asks for a device.
 
     Args:
-        saved: called with the iteration and the seconds that it took after each save.
+        saved: called after each save with the iteration and the seconds that the save took.
         start: the iteration that the run resumes from, or 0.
     """
-    # Before the arguments are parsed: with `--exit-signal-handler` Megatron would then take SIGTERM for itself.
+    # Before the arguments are parsed, because `--exit-signal-handler` makes Megatron handle SIGTERM itself.
     signal_handler.ask(stop.asked)
-    # Before the first save: Megatron starts its helper process there.
+    # Before the first save, which would start Megatron's helper process.
     checkpoint_writer.without_helper_process()
     # Before the first save or load of an optimizer.
     bucket_padding.mend()
-    # Before the first event, which writes a line: those of steps that are run again must be gone by then.
+    # Before the first event, which writes a line: the lines of steps that run again must be dropped first.
     reporter.begin(start)
-    # Before `pretrain`, which looks up the loop's functions when it calls them.
+    # Before `pretrain`, which looks up the loop's functions as it calls them.
     loop = TrainingLoop(start)
     loop.on_start.append(reporter.started)
     loop.on_step.append(reporter.stepped)
@@ -130,7 +130,7 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
 
 
 def finish(folder: RunFolder, keep: Retention, stopped: str | None) -> None:
-    """Mark the run as done, or as unfinished with the reason, once all ranks are here. Collective: a barrier."""
+    """Mark the run as done, or as unfinished with the reason, once all ranks have arrived. Collective: a barrier."""
     dist.barrier()
     if dist.get_rank() != 0:
         return
@@ -138,15 +138,15 @@ def finish(folder: RunFolder, keep: Retention, stopped: str | None) -> None:
         folder.mark_unfinished(stopped)
     else:
         folder.mark_done()
-        keep.apply(folder, wait=True)  # what was left undeleted, with the last validation known
+        keep.apply(folder, wait=True)  # the last validation decides which checkpoints to delete
 
 
 def saved(
     folder: RunFolder, keep: Retention, stop: Stop, copies: HFCopies | None, iteration: int, seconds: float
 ) -> None:
-    """Hear of a save, on every rank; on rank 0 seal it and delete the older checkpoints that need not be kept."""
+    """Handle a save on every rank; on rank 0, seal the checkpoint and delete older ones that are not to be kept."""
     stop.saved(iteration, seconds)
-    if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else the last good one may be an older one
+    if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else an older checkpoint may be the last good one
         seal(folder.checkpoint(iteration))
         keep.apply(folder)
         if copies:
@@ -155,7 +155,13 @@ def saved(
 
 @contextlib.contextmanager
 def stops(stop: Stop) -> Iterator[None]:
-    """Megatron leaves its loop by `sys.exit`, with status 0 also where it should not: only ours may end well."""
+    """Allow Megatron's `sys.exit` only where `stop` asked for it, and with status 0.
+
+    Megatron leaves its loop by `sys.exit`, in some cases of failure with status 0 too.
+
+    Raises:
+        RuntimeError: Megatron exited for another reason.
+    """
     try:
         yield
     except SystemExit as e:
@@ -165,7 +171,7 @@ def stops(stop: Stop) -> Iterator[None]:
 
 @contextlib.contextmanager
 def situation(run: Run, reporter: Reporter, step: Step) -> Iterator[None]:
-    """Notes for the last line of a run that fails: where it was, with which rows, and what it will go on from."""
+    """Add notes to an exception of the run: its step, the rows of its micro-batch, and where the next start resumes."""
     try:
         yield
     except Exception as e:
@@ -178,7 +184,7 @@ def situation(run: Run, reporter: Reporter, step: Step) -> Iterator[None]:
 
 
 def pretrain(margs: Any, model: Any, step: Step, provider: Callable[..., Any]) -> None:
-    """Megatron's own loop."""
+    """Run Megatron's own training loop."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

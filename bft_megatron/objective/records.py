@@ -84,9 +84,6 @@ def lowest_confidence(view: View, group_size: int, confidence: Confidence) -> Te
     ("geometric"), or the lowest mean of p ("arithmetic"). A sample shorter than a window takes the mean over all its
     tokens, a sample without tokens 0.
 
-    The lowest mean of log p over windows of `group_size` consecutive supervised tokens, as a probability ("geometric"),
-    or the lowest mean of p ("arithmetic"). A sample without a whole window takes the mean over all its tokens, one
-    without tokens 0.
     Collectives over context parallelism: those of `View.windows`, `View.min` and `View.mean`, whatever the data; none
     in a second call for the same view: the step reports the confidences that the objective has just weighed with.
     """

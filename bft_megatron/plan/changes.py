@@ -21,7 +21,7 @@ ENOUGH = 3
 
 
 @dataclass(frozen=True)
-class Change:
+class Alternative:
     """A change of a recipe, its cost, and the memory that the changed recipe needs."""
 
     words: str
@@ -31,16 +31,16 @@ class Change:
     verdict: Verdict
 
 
-def changes(recipe: Recipe, config: ModelConfig, on: Cluster, fullest: Stage) -> list[Change]:
+def changes(recipe: Recipe, config: ModelConfig, on: Cluster, fullest: Stage) -> list[Alternative]:
     """Return the first `ENOUGH` single changes with which the fullest stage fits; if none does, the closest one."""
     at_end = fullest.first > 0 and fullest.last == recipe.parallel.pipeline - 1
     tried = (candidate for candidate in _candidates(recipe) if possible(candidate[2], config, on.world))
-    found: list[Change] = []
+    found: list[Alternative] = []
     for some in batched(tried, processes.AT_ONCE):
         traced = of_each([t[2] for t in some], config, on.world, lambda r: [_span(r, at_end)], refusals=True)
         for (words, costs, _), stages in zip(some, traced, strict=True):
             if not isinstance(stages, UserError):
-                found.append(Change(words, costs, verdict(stages, on.gpu, on.world)))
+                found.append(Alternative(words, costs, verdict(stages, on.gpu, on.world)))
         if sum(change.verdict.fits for change in found) >= ENOUGH:
             break
     return [c for c in found if c.verdict.fits] or sorted(found, key=lambda c: c.verdict.peak)[:1]

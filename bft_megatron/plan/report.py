@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bft_megatron.plan.budget import PARTS, allowances, parts
-from bft_megatron.plan.changes import Change
+from bft_megatron.plan.changes import Alternative
 from bft_megatron.plan.memory import gib
 from bft_megatron.plan.plan import Plan
 from bft_megatron.reporting.announce import describe_layout
 
 
-def as_json(plan: Plan, changes: list[Change]) -> dict[str, Any]:
+def as_json(plan: Plan, changes: list[Alternative]) -> dict[str, Any]:
     """Return the whole plan and the changes that would help; sizes in GiB, times in seconds."""
     v, e = plan.verdict, plan.estimate
     return {
@@ -88,7 +88,7 @@ def show(plan: Plan, console: Console) -> None:
         _say(console, f"{plan.steps:,} steps: {plan.days:.2g} days")
 
 
-def show_changes(changes: list[Change], console: Console) -> None:
+def show_changes(changes: list[Alternative], console: Console) -> None:
     """Print the changes that would make the recipe fit, or come closest."""
     if not changes:
         console.print("no single change was found that Megatron accepts; --search looks for another layout")

@@ -36,11 +36,12 @@ log_probabilities = st.lists(st.lists(st.floats(-30, 0, width=32), max_size=9), 
 def test_confidence_and_weights(samples: list[list[float]], group_size: int, confidence: str):
     view = _view(samples)
     expected = torch.tensor([reference.confidence([s], group_size, confidence) for s in samples], dtype=torch.float64)
-    torch.testing.assert_close(lowest_confidence(view, group_size, confidence), expected, rtol=1e-12, atol=1e-15)
+    found = lowest_confidence(view, group_size, confidence)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
     token, sample = records.balanced(group_size, 0.5, confidence).weights(view)
     p = torch.tensor([math.exp(x) for s in samples for x in s], dtype=torch.float64)
     torch.testing.assert_close(token, p, rtol=1e-12, atol=0)
-    torch.testing.assert_close(sample, 1 - expected.sqrt(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sample, 1 - found.sqrt(), rtol=1e-12, atol=0)  # the root of a tiny c magnifies its error
 
 
 def test_confidence_by_hand():

@@ -82,7 +82,8 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         from bft_megatron.run.resolved import Run
         from bft_megatron.training import loop
 
-        loop.train(Run(recipe, request.config, request.model_folder, rows, processes), console)
+        run = Run(recipe, request.config, request.model_folder, rows, processes)
+        request.check(lambda: loop.train(run, console))
 
 
 @app.command()

@@ -77,6 +77,7 @@ def refused(recipe: Path, *overrides: str) -> str:
             2,
             "Megatron's flag fp8-margin, which is given already",
         ),
+        ("init: random", "megatron: {distributed-timeout-minutes: abc}", 2, "must be minutes above 0, not 'abc'"),
         ("iterations: 2", "epochs: 1\n  iterations: 2", 9, "give either train.iterations or train.epochs"),
     ],
 )
@@ -126,6 +127,15 @@ def test_a_flag_that_megatron_does_not_have(
     """Megatron itself is asked, by the ranks."""
     assert run_command(monkeypatch, "train", recipe, "megatron.recompute-granulraity=full") == 2
     assert "did you mean recompute-granularity?" in " ".join(capfd.readouterr().err.split())
+
+
+def test_flags_that_megatron_does_not_take_together(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    assert run_command(monkeypatch, "train", recipe, "megatron.recompute-granularity=full") == 2
+    assert "Megatron refuses the run's flags: Using recompute_granularity: full so recompute_method" in " ".join(
+        capfd.readouterr().err.split()
+    )
 
 
 def test_a_rank_without_prepared_rows_refuses_and_names_the_command(recipe: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,8 @@ from typing import Protocol
 from bft_megatron.errors import FieldError
 from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 
+TIME_OUT = "distributed-timeout-minutes"
+
 
 class ModelShape(Protocol):
     """The sizes of a model that the checks need; `hf.architectures.ModelConfig` provides them."""
@@ -48,6 +50,7 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_model(recipe, model)
     _check_row_length(recipe, model)
     _check_lora(recipe)
+    _check_time_out(recipe)
 
 
 def check_comparable(recipe: Recipe) -> None:
@@ -235,3 +238,10 @@ def _check_lora(recipe: Recipe) -> None:
     if unknown or not lora.modules:
         what = ", ".join(map(str, unknown)) or "an empty list"
         raise FieldError("lora.target", f"{what}: takes all, attention, mlp, or a list of {', '.join(known)}")
+
+
+def _check_time_out(recipe: Recipe) -> None:
+    """Check the flag that a run reads before Megatron parses it."""
+    minutes = recipe.megatron.get(TIME_OUT, 1)
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0:
+        raise FieldError(f"megatron.{TIME_OUT}", f"must be minutes above 0, not {minutes!r}")

@@ -252,7 +252,8 @@ def _flat(recipe: Recipe) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in vars(recipe).items():
         if name == "megatron":
-            flat |= {f"{name}.{flag}": v for flag, v in value.items() if not flags.is_left_out(flag, v)}
+            known = {flag: v for flag, v in value.items() if flags.passes(flag)}  # others are refused by their name
+            flat |= {f"{name}.{flag}": v for flag, v in known.items() if not flags.is_left_out(flag, v)}
         elif hasattr(value, "__dict__"):
             flat |= {f"{name}.{k}": v for k, v in vars(value).items()}
         else:

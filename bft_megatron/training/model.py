@@ -34,7 +34,8 @@ def model_config(
     """
     from megatron.training.argument_utils import gpt_config_from_args
 
-    model = gpt_config_from_args(margs)
+    with command_line.refusals():
+        model = gpt_config_from_args(margs)
     architectures.configure(model, config)
     if initialize.torch_layers(on_cpu):
         from bft_megatron.layers.spec import layer_spec

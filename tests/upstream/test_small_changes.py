@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 
+import pytest
 import torch
 
+from bft_megatron.errors import FieldError
 from bft_megatron.hf.architectures import megatron_flags, read_config
 from bft_megatron.recipe import reader
 from bft_megatron.training.arguments import megatron_arguments
@@ -25,6 +27,27 @@ def _parsed() -> tuple[int, bool]:
 
 def test_arguments_come_from_the_list_and_leave_sys_argv_as_it_was():
     assert run_world(1, _parsed, megatron=True) == [(4321, True)]
+
+
+def _refused(more: list[str]) -> tuple[str, str]:
+    flags = megatron_arguments(reader.load(RECIPE), megatron_flags(read_config(MODEL)), CPU_FLAGS, 3, (0, 0))
+    with pytest.raises(FieldError) as error:
+        command_line.parse([*flags, *more])
+    return error.value.field, error.value.message
+
+
+@pytest.mark.parametrize(
+    ("more", "field", "message"),
+    [
+        (["--recompute-granularity", "fulll"], "megatron.recompute-granularity", "invalid choice: 'fulll'"),
+        (["--log-throughput", "maybe"], "megatron", "unrecognized arguments: maybe"),
+        (["--attention-backend", "lokal"], "megatron", "Megatron refuses the run's flags: 'lokal'"),
+    ],
+)
+def test_what_megatron_refuses_is_an_error_of_the_recipe(more: list[str], field: str, message: str):
+    [(found, said)] = run_world(1, _refused, more, megatron=True)
+    assert found == field
+    assert said.startswith(message)
 
 
 def test_megatrons_parser_takes_no_list():

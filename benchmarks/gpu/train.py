@@ -5,7 +5,7 @@
 
 Models have published sizes and weights drawn at random; rows are full of samples of random words. Several losses take
 turns, step by step, on the same model. A step is timed between synchronisations; the median counts, the first two steps
-of a loss do not. FLOPs are 6 a token and parameter (4 where the weights are frozen) and those of causal attention.
+of a loss do not. FLOPs are 6 a token and parameter (4 where the weights are frozen), without those of attention scores.
 """
 
 from __future__ import annotations
@@ -140,12 +140,12 @@ def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> 
         "ms": {loss: statistics.median(own[2:]) for loss, own in times.items()},
         "tokens": made.train.global_batch_size * made.data.seq_length,
         "GiB": torch.cuda.max_memory_allocated() / 2**30,
-        "flops": flops(name, made.train.global_batch_size * made.data.seq_length, made.data.seq_length),
+        "flops": flops(name, made.train.global_batch_size * made.data.seq_length),
     }
 
 
-def flops(name: str, tokens: int, s: int) -> float:
-    """Floating-point operations of a step; a row counts as one sample, which its samples are not: see `tokens/s`."""
+def flops(name: str, tokens: int) -> float:
+    """Return the floating-point operations of a step's matrix products with weights."""
     config, fields = MODELS[name]
     h, ffn, v, layers = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"))
     kv = config["num_key_value_heads"] * h // config["num_attention_heads"]

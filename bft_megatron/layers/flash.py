@@ -28,9 +28,8 @@ _NAMES = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn is 
 def can(query: Tensor, dropout: float) -> bool:
     """Return whether the kernel supports query [t, n, d]: on a GPU, in 16 bits, d up to 256, without dropout."""
     dtypes = (torch.bfloat16, torch.float16)
-    return (
-        varlen_attn is not None and query.is_cuda and query.dtype in dtypes and query.shape[-1] <= 256 and not dropout
-    )
+    known = "scale" in _NAMES and "window_size" in _NAMES  # torch 2.11 and later
+    return known and query.is_cuda and query.dtype in dtypes and query.shape[-1] <= 256 and not dropout
 
 
 def samples(
@@ -99,18 +98,11 @@ def _call(
     scale: float | None,
     window: tuple[int, int] | None,
 ) -> Tensor:
-    """Call the kernel by the installed torch's signature: releases differ in `enable_gqa`, `is_causal` and `scale`."""
+    """Call the kernel: grouped heads are asked for by `enable_gqa` in the releases of torch that have it."""
     assert varlen_attn is not None, "`can` is asked first"
-    options: dict[str, Any] = {"scale": scale} | ({"enable_gqa": True} if "enable_gqa" in _NAMES else {})
-    if "is_causal" in _NAMES:
-        if window is not None:
-            raise NotImplementedError("this torch's flash attention has no sliding window")
-        options["is_causal"] = True
-    else:
-        options["window_size"] = (-1, 0) if window is None else window
-    if "scale" not in _NAMES:
-        del options["scale"]
-        query = query if scale is None else query * (scale * query.shape[-1] ** 0.5)
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if window is None else window}
+    if "enable_gqa" in _NAMES:
+        options["enable_gqa"] = True
     out: Tensor = varlen_attn(
         *(x.contiguous() for x in (query, key, value)), edges_q, edges_k, longest_q, longest_k, **options
     )

@@ -8,15 +8,19 @@ last. `recovery` chooses the checkpoint to load.
 from __future__ import annotations
 
 import json
-import zlib
+import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
+
+from bft_megatron.checksums import Checksum, checksum
 from bft_megatron.hf.record import crc_fault
 from bft_megatron.hf.torch_dist import read_index
 
-SEAL = "metadata.crc32"
-"""Our own file in a checkpoint: the CRC-32 of `.metadata`, which Megatron saves without one."""
+SEAL = "seal.json"
+"""Our own file in a checkpoint: the checksums of all its other files, which Megatron saves without them."""
 
 _Record = tuple[int, int]  # offset, length
 
@@ -50,17 +54,33 @@ def damage(path: Path, rank: int = 0, world: int = 1, *, contents: bool = True) 
 
 
 def seal(path: Path) -> None:
-    """Write the CRC-32 of a finished checkpoint's `.metadata` beside it."""
-    temporary = path / f"{SEAL}.tmp"
-    temporary.write_text(str(zlib.crc32((path / ".metadata").read_bytes())))
-    temporary.replace(path / SEAL)
+    """Write the checksums of a finished checkpoint's files beside them.
+
+    Each rank reads the files that it has just written. Collective over all ranks: a gather of objects to rank 0, which
+    writes the seal.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = {file.name: checksum(file).as_json() for file in sorted(path.iterdir()) if _writer(file.name) == rank}
+    gathered: list[Any] | None = [None] * world if rank == 0 else None
+    dist.gather_object(own, gathered)
+    if gathered is not None:
+        files = {name: made for sums in gathered for name, made in sums.items()}
+        temporary = path / f"{SEAL}.tmp"
+        temporary.write_text(json.dumps({"files": files}))
+        temporary.replace(path / SEAL)
+
+
+def _writer(name: str) -> int:
+    """Return the rank that wrote a file: torch names records `__RANK_NUMBER.distcp`; rank 0 writes the others."""
+    match = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
+    return int(match[1]) if match else 0
 
 
 def _check_seal(path: Path) -> None:
     if (path / SEAL).exists():
-        expected, found = (path / SEAL).read_text(), str(zlib.crc32((path / ".metadata").read_bytes()))
-        if expected != found:
-            raise ValueError(f".metadata has CRC-32 {found}, was saved with {expected}")
+        sealed = json.loads((path / SEAL).read_text())["files"]
+        if checksum(path / ".metadata") != Checksum.of_json(sealed[".metadata"]):
+            raise ValueError(".metadata does not have the CRC-32 that it was saved with")
 
 
 def _records(path: Path) -> dict[str, set[_Record]]:

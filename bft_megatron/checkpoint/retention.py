@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from bft_megatron.checkpoint import integrity
+from bft_megatron.run import metrics
 from bft_megatron.run.folder import RunFolder
 
 LOWER_IS_BETTER = {"loss", "lm_loss"}
@@ -54,10 +54,9 @@ class Retention:
         return gone
 
 
-def _scores(metrics: Path, name: str) -> dict[int, float]:
+def _scores(file: Path, name: str) -> dict[int, float]:
     """Return each iteration's validation metric if it is finite; of a step validated twice, the last line counts."""
-    lines = (json.loads(line) for line in metrics.read_text().splitlines()) if metrics.exists() else ()
-    found = {line["iteration"]: line[name] for line in lines if line.get("split") == "valid"}
+    found = {line["iteration"]: line[name] for line in metrics.read(file) if line.get("split") == "valid"}
     return {iteration: score for iteration, score in found.items() if score is not None}
 
 

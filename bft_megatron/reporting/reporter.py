@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from bft_megatron.errors import BadSteps
 from bft_megatron.reporting.totals import Meter
+from bft_megatron.run import metrics
 from bft_megatron.upstream.training_loop import StepEnd
 
 BY_SOURCE = ("loss", "mean_p", "samples", "tokens")
@@ -68,7 +69,7 @@ class Reporter:
         """Count steps from `start`; on the last rank, drop the lines of later steps, which will run again."""
         self.iteration = start
         if _writes():
-            self._drop_lines_after(start)
+            metrics.drop_after(self.path, start)
 
     def started(self) -> None:
         """Start the clock of the first step."""
@@ -140,21 +141,6 @@ class Reporter:
                 writer.add_scalar(f"{split}/{source}/{name}", value, line["iteration"])
         writer.flush()
 
-    def _drop_lines_after(self, start: int) -> None:
-        """Drop the lines of steps after `start`: a resumed run repeats them, and they must not appear twice."""
-        if not self.path.exists():
-            return
-        kept = [
-            line
-            for line in self.path.read_text().splitlines()
-            if _whole(line) and json.loads(line)["iteration"] <= start
-        ]
-        if start == 0:
-            kept = []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
-
     def _print_step(self, line: dict[str, Any]) -> None:
         self._seconds = [*self._seconds[-19:], line["step_seconds"]]
         left = (self.iterations - line["iteration"]) * sum(self._seconds) / len(self._seconds)
@@ -195,14 +181,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _whole(line: str) -> bool:
-    """Return whether the line is complete: a process killed while writing may leave half of one."""
-    try:
-        return "iteration" in json.loads(line)
-    except ValueError:
-        return False
 
 
 def _clock_time(seconds: float) -> str:

@@ -144,10 +144,10 @@ def finish(folder: RunFolder, keep: Retention, stopped: str | None) -> None:
 def saved(
     folder: RunFolder, keep: Retention, stop: Stop, copies: HFCopies | None, iteration: int, seconds: float
 ) -> None:
-    """Handle a save on every rank; on rank 0, seal the checkpoint and delete older ones that are not to be kept."""
+    """Seal a saved checkpoint, and delete older ones that are not to be kept. Collective: the seal's."""
     stop.saved(iteration, seconds)
+    seal(folder.checkpoint(iteration))
     if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else an older checkpoint may be the last good one
-        seal(folder.checkpoint(iteration))
         keep.apply(folder)
         if copies:
             copies.follow()

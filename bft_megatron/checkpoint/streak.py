@@ -81,7 +81,7 @@ class Streak:
         if self.skipped:
             return f"the gradient of {_in_a_row('step', self.skipped, self.before[0])} was not finite"
         if self.validations:
-            return f"{_in_a_row('validation', self.validations, self.before[1])} was not finite"
+            return f"the loss of {_in_a_row('validation', self.validations, self.before[1])} was not finite"
         return None
 
     def saved(self, _iteration: int, _seconds: float) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bft_megatron.upstream import pre_hooks
 from bft_megatron.upstream.change import Change
 
 _MODULE = "megatron.training.training"
@@ -66,30 +67,6 @@ LEARNING_RATE = Change(
     _UNTIL,
     _TEST,
     ("param_groups",),
-)
-HAS_PRE_HOOKS = Change(
-    f"{_MODULE}:should_disable_forward_pre_hook",
-    "internal",
-    "With `overlap-param-gather` a validation must run without the hooks that wait for parameters, as Megatron's does.",
-    "Megatron validates before the first step",
-    "tests/layouts/test_heads.py",
-    ("args",),
-)
-DISABLE_PRE_HOOKS = Change(
-    f"{_MODULE}:disable_forward_pre_hook",
-    "internal",
-    HAS_PRE_HOOKS.why,
-    HAS_PRE_HOOKS.until,
-    HAS_PRE_HOOKS.test,
-    ("model_chunks", "optimizer", "param_sync"),
-)
-ENABLE_PRE_HOOKS = Change(
-    f"{_MODULE}:enable_forward_pre_hook",
-    "internal",
-    HAS_PRE_HOOKS.why,
-    HAS_PRE_HOOKS.until,
-    HAS_PRE_HOOKS.test,
-    ("model_chunks",),
 )
 
 _PLANNED = "A plan assigns storages to parts and ends after the second step."
@@ -157,6 +134,7 @@ class TrainingLoop:
 
     def install(self) -> None:
         """Wrap the loop's functions for the rest of this process."""
+        pre_hooks.mend()
         TRAIN.wrap(self._with_a_first_validation)
         TRAINING_LOG.wrap(self._telling_of_steps)
         EVALUATE.wrap(self._once_a_step)
@@ -227,18 +205,13 @@ def _validate(given: dict[str, Any], *, param_sync: bool) -> None:
     """
     from megatron.training import training
 
-    margs = training.get_args()
-    if not margs.do_valid:
+    if not training.get_args().do_valid:
         return
-    hooks = training.should_disable_forward_pre_hook(margs)
-    if hooks:
-        training.disable_forward_pre_hook(given["model"], optimizer=given["optimizer"], param_sync=param_sync)
-    training.evaluate(
-        forward_step_func=given["forward_step_func"],
-        data_iterator=given["valid_data_iterator"],
-        model=given["model"],
-        process_non_loss_data_func=given["process_non_loss_data_func"],
-        config=given["config"],
-    )
-    if hooks:
-        training.enable_forward_pre_hook(given["model"])
+    with pre_hooks.off(given["model"], given["optimizer"], param_sync=param_sync):
+        training.evaluate(
+            forward_step_func=given["forward_step_func"],
+            data_iterator=given["valid_data_iterator"],
+            model=given["model"],
+            process_non_loss_data_func=given["process_non_loss_data_func"],
+            config=given["config"],
+        )

@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite changes nothing but the counters and is not saved; too many end the run with 65."""
+"""A step whose gradient is not finite changes only the counters and is not saved; too many end the run with 65."""
 
 from __future__ import annotations
 
@@ -119,3 +119,19 @@ def test_too_many_in_a_row_end_with_65_and_leave_the_last_good_checkpoint(
     assert sorted(folder.iterations()) == [1, 2]  # no step from 2 was finite, so that it does not cost 1
     assert f"to go back to step 1, remove {folder.checkpoint(2)}; command: bft-megatron train" in said[3]
     assert (folder.root / "unfinished").read_text().startswith("blown up: the gradient of 2 steps in a row was not")
+
+
+@pytest.mark.slow
+def test_overlapped_communication_recovers_from_a_skipped_first_step(tmp_path: Path):
+    """A validation comes before the first step that is not skipped, after which Megatron turns its hooks on."""
+    poisoned, losses = _rows_of(tmp_path, 1), []
+    validated = [f"data.valid={MODEL / 'valid.jsonl'}", "train.validate_every=1", "parallel.data=2"]
+    for overlap in ("false", "true"):
+        more = [f"megatron.overlap-{what}={overlap}" for what in ("grad-reduce", "param-gather")]
+        words = [*_overrides(tmp_path, poisoned), *validated, *more, f"output={tmp_path / overlap}"]
+        made = reader.load(RECIPE, words)
+        run_world(2, _train, made, _prepared(made), megatron=True)
+        train, valid = read_metrics(RunFolder.of(made).metrics)
+        assert [line.get("skipped", False) for line in train] == [True, False, False, False, False]
+        losses.append([line["lm_loss"] for line in train[1:] + valid])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -54,10 +54,9 @@ class Gate:
 
 @torch.no_grad()
 def finite(parameters: Iterable[Tensor]) -> Tensor:
-    """Return whether all values are finite, a bool on this rank's device. Does not wait for the device.
+    """Return whether all values are finite, as a bool on their device. Does not wait for the device.
 
-    The largest magnitude is a reduction without a temporary copy, cannot overflow, and is NaN if any value is.
+    The extremes of a tensor are one reduction, without a temporary copy; they are NaN if any value is.
     """
-    largest = (torch.linalg.vector_norm(p, torch.inf) for p in parameters if p.numel())
-    everywhere = torch.ones((), dtype=torch.bool, device=current_device())
-    return torch.stack([everywhere, *(x.isfinite() for x in largest)]).all()
+    extremes = [extreme for p in parameters if p.numel() for extreme in torch.aminmax(p)]
+    return torch.stack(extremes).isfinite().all() if extremes else torch.ones((), device=current_device()).bool()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,18 @@ MAX_VALIDATIONS = 2
 """Validations in a row that may fail to be finite before a run gives up."""
 
 ADVICE = "lower train.lr (in another output folder), or look at the rows and at the objective"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The counts of a process that stopped unsaved."""
+
+    start: int
+    """The step that it started from."""
+    stopped: int
+    """The step after which it stopped."""
+    skipped: int = 0
+    validations: int = 0
 
 
 class Streak:
@@ -44,8 +57,8 @@ class Streak:
         """Skipped steps in a row of this process."""
         self.validations = 0
         """Non-finite validations in a row of this process."""
-        self.before = _broadcast(_read(self.file, start) if dist.get_rank() == 0 else (0, 0))
-        """Both counts at the stop of the process before, if it started from the same step."""
+        self.before = _broadcast(_read(self.file, start) if dist.get_rank() == 0 else Record(start, start))
+        """What the process before recorded, if it started from the same step."""
         self.last = start
         """The step before the streak: the last that was not skipped."""
 
@@ -57,9 +70,11 @@ class Streak:
         """
         if not step.skipped:
             self.skipped, self.last = 0, step.iteration
+            if step.iteration >= self.before.stopped:  # this process is past the streak of the one before
+                self.before = replace(self.before, skipped=0)
             return
         self.skipped += 1
-        if self.skipped + self.before[0] >= self.max_skipped:
+        if self.skipped + self.before.skipped >= self.max_skipped:
             raise BlownUp(f"{self.why}; {ADVICE}")
 
     def validated(self, iteration: int) -> None:
@@ -72,21 +87,23 @@ class Streak:
         bad = torch.tensor(not all(map(math.isfinite, self.totals().sums.values())), device=current_device()).int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self.validations = self.validations + 1 if bad.item() else 0
-        if self.validations and (iteration == 0 or self.validations + self.before[1] >= MAX_VALIDATIONS):
+        if not self.validations and iteration >= self.before.stopped:
+            self.before = replace(self.before, validations=0)
+        if self.validations and (iteration == 0 or self.validations + self.before.validations >= MAX_VALIDATIONS):
             raise BlownUp(f"{self.why}; {ADVICE}")
 
     @property
     def why(self) -> str | None:
         """Why no step may be saved, or None."""
         if self.skipped:
-            return f"the gradient of {_in_a_row('step', self.skipped, self.before[0])} was not finite"
+            return f"the gradient of {_in_a_row('step', self.skipped, self.before.skipped)} was not finite"
         if self.validations:
-            return f"the loss of {_in_a_row('validation', self.validations, self.before[1])} was not finite"
+            return f"the loss of {_in_a_row('validation', self.validations, self.before.validations)} was not finite"
         return None
 
     def saved(self, _iteration: int, _seconds: float) -> None:
         """Forget the record: a step was saved, and the next start begins from there."""
-        self.before = (0, 0)
+        self.before = Record(self.start, self.start)
         if dist.get_rank() == 0:
             self.file.unlink(missing_ok=True)
 
@@ -94,9 +111,10 @@ class Streak:
         """Write the counts for the next start, atomically, on rank 0. Call it in a process that stops unsaved."""
         if dist.get_rank() != 0:
             return
-        skipped, validations = self.skipped + self.before[0], self.validations + self.before[1]
+        skipped, validations = self.skipped + self.before.skipped, self.validations + self.before.validations
+        record = Record(self.start, self.last + self.skipped, skipped, validations)
         temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"start": self.start, "skipped": skipped, "validations": validations}))
+        temporary.write_text(json.dumps(asdict(record)))
         temporary.replace(self.file)
 
 
@@ -107,17 +125,16 @@ def _in_a_row(what: str, here: int, before: int) -> str:
     return f"{here + before} {what}s in a row" + (f" ({before} of them before this start)" if before else "")
 
 
-def _read(file: Path, start: int) -> tuple[int, int]:
-    """Return the recorded counts of a process that started from this step; zeros if there is no such record."""
+def _read(file: Path, start: int) -> Record:
+    """Return the record of a process that started from this step; one of nothing if there is none."""
     try:
-        record = json.loads(file.read_text())
-        return (int(record["skipped"]), int(record["validations"])) if record["start"] == start else (0, 0)
-    except (OSError, ValueError, KeyError, TypeError):  # a damaged record loses a count and nothing else
-        return 0, 0
+        found = Record(**{name: int(value) for name, value in json.loads(file.read_text()).items()})
+    except (OSError, ValueError, TypeError, AttributeError):  # a damaged record loses the counts and nothing else
+        return Record(start, start)
+    return found if found.start == start else Record(start, start)
 
 
-def _broadcast(counts: tuple[int, int]) -> tuple[int, int]:
-    sent = torch.tensor(counts, device=current_device())
+def _broadcast(record: Record) -> Record:
+    sent = torch.tensor(list(asdict(record).values()), device=current_device())
     dist.broadcast(sent, src=0)
-    skipped, validations = sent.tolist()
-    return skipped, validations
+    return Record(*sent.tolist())

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bft_megatron.checkpoint.gate import Gate
+from bft_megatron.checkpoint.gate import Gate, finite
 from bft_megatron.checkpoint.streak import Streak
 from bft_megatron.errors import BlownUp
 from bft_megatron.reporting.totals import SUMS, Totals
 from bft_megatron.run.folder import RunFolder
+from bft_megatron.upstream.training_loop import StepEnd
 from tests.helpers.commands import run_command
 from tests.helpers.runs import MODEL, RECIPE
 from tests.helpers.world import run_world
@@ -129,6 +130,40 @@ def test_parameters_that_are_not_finite_end_with_65_at_once(run: Started):
     assert not any(line.startswith("step     3") for line in run.said)
 
 
+def test_a_start_past_the_streak_of_the_one_before_forgets_it(tmp_path: Path):
+    assert run_world(1, _stop_and_go, tmp_path, megatron=True) == [[(2, 0), (2, 1), (0, 1), (0, 0), (0, 0)]]
+
+
+def _stop_and_go(folder: Path) -> list[tuple[int, int]]:
+    """The counts that are carried on: at the start, before the end of the streak, after its steps, after both."""
+    sums = dict.fromkeys(SUMS, 0.0)
+
+    def start_from(step: int) -> Streak:
+        return Streak(RunFolder(folder), step, 9, lambda: Totals(sums, 0.0))
+
+    def steps(streak: Streak, *skipped: bool) -> tuple[int, int]:
+        for iteration, skip in enumerate(skipped, streak.last + 1):
+            streak.stepped(StepEnd(iteration, skip, None, None, 0.0))
+        return streak.before.skipped, streak.before.validations
+
+    stopped = start_from(4)
+    steps(stopped, False, True, True)
+    stopped.record()
+    counts = [steps(start_from(4), False)]
+    sums["p"] = math.nan
+    stopped.validated(7)
+    stopped.record()
+    again = start_from(4)
+    counts.append(steps(again, False, False))
+    counts.append(steps(again, False))
+    sums["p"] = 1.0
+    again.validated(7)
+    counts.append(steps(again))
+    (folder / "streak.json").write_text("[1")
+    counts.append(steps(start_from(4)))
+    return counts
+
+
 def test_all_ranks_refuse_what_one_has(tmp_path: Path):
     assert run_world(2, _ask, tmp_path, megatron=True) == [["allowed", "parameters", "validation"]] * 2
 
@@ -155,3 +190,14 @@ def _ask(folder: Path) -> list[str]:
     streak.validated(4)
     answers.append("allowed" if gate.allows(4, [model]) else "validation")
     return answers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_value_among_many_is_found_wherever_it_is(dtype: torch.dtype):
+    values = torch.full((3, 1237), 3e38, dtype=dtype)
+    assert finite([values, torch.empty(0), values])
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in (0, 700, 1236):
+            damaged = values.clone()
+            damaged[1, place] = bad
+            assert not finite([values, damaged, values])

@@ -32,7 +32,7 @@ class Record:
     """The counts of a process that stopped unsaved."""
 
     start: int
-    """The step that it started from."""
+    """The step that the next one starts from."""
     stopped: int
     """The step after which it stopped."""
     skipped: int = 0
@@ -58,7 +58,7 @@ class Streak:
         self.validations = 0
         """Non-finite validations in a row of this process."""
         self.before = _broadcast(_read(self.file, start) if dist.get_rank() == 0 else Record(start, start))
-        """What the process before recorded, if it started from the same step."""
+        """What the process before recorded, if its last checkpoint is the one that this process starts from."""
         self.last = start
         """The step before the streak: the last that was not skipped."""
 
@@ -101,9 +101,9 @@ class Streak:
             return f"the loss of {_in_a_row('validation', self.validations, self.before.validations)} was not finite"
         return None
 
-    def saved(self, _iteration: int, _seconds: float) -> None:
-        """Forget the record: a step was saved, and the next start begins from there."""
-        self.before = Record(self.start, self.start)
+    def saved(self, iteration: int, _seconds: float) -> None:
+        """Forget the record: the next start begins from this step."""
+        self.start, self.before = iteration, Record(iteration, iteration)
         if dist.get_rank() == 0:
             self.file.unlink(missing_ok=True)
 
@@ -126,7 +126,7 @@ def _in_a_row(what: str, here: int, before: int) -> str:
 
 
 def _read(file: Path, start: int) -> Record:
-    """Return the record of a process that started from this step; one of nothing if there is none."""
+    """Return the record for a start from this step; one of nothing if there is none."""
     try:
         found = Record(**{name: int(value) for name, value in json.loads(file.read_text()).items()})
     except (OSError, ValueError, TypeError, AttributeError):  # a damaged record loses the counts and nothing else

@@ -41,8 +41,6 @@ WITHOUT_TRANSFORMER_ENGINE = (
     "fused norms, rotary embedding and FP8"
 )
 
-SAVED = ": saved, not finished; the same command goes on"
-
 
 def train(run: Run, console: TextIO) -> None:
     """Train this rank's share to the end of the run, from the newest intact checkpoint of its folder.
@@ -101,8 +99,9 @@ def train(run: Run, console: TextIO) -> None:
     stopped = f"{stop.reason}, not saved: {gate.refused}" if gate.refused else stop.reason
     finish(folder, keep, stopped)
     if stopped and dist.get_rank() == 0:
-        how = f"; the same command goes on {next_start(folder)}" if gate.refused else SAVED
-        print(f"{stopped}{how}", file=console, flush=True)
+        how = f"; the same command goes on {next_start(folder)}"
+        saved = ": saved, not finished; the same command goes on"
+        print(f"{stopped}{how if gate.refused else saved}", file=console, flush=True)
     dist.destroy_process_group()
     if copies:
         copies.stop() if stop.reason else copies.complete()

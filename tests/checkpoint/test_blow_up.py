@@ -146,7 +146,9 @@ def _stop_and_go(folder: Path) -> list[tuple[int, int]]:
             streak.stepped(StepEnd(iteration, skip, None, None, 0.0))
         return streak.before.skipped, streak.before.validations
 
-    stopped = start_from(4)
+    stopped = start_from(2)
+    steps(stopped, False, False)
+    stopped.saved(4, 1.0)
     steps(stopped, False, True, True)
     stopped.record()
     counts = [steps(start_from(4), False)]

@@ -17,13 +17,17 @@ from bft_megatron.processes.device import current_device
 class Gate:
     """The decision before every save.
 
+    The run's last step is saved within a streak too if a validation vouches for its parameters: they are those of the
+    last step that was not skipped.
+
     Args:
         streak: the steps and validations in a row that were not finite.
+        steps: the steps of the whole run.
         console: gets a line for each step that is not saved, on rank 0.
     """
 
-    def __init__(self, streak: Streak, console: TextIO) -> None:
-        self.streak, self.console = streak, console
+    def __init__(self, streak: Streak, steps: int, console: TextIO) -> None:
+        self.streak, self.steps, self.console = streak, steps, console
         self.refused: str | None = None
         """Why the last step that was to be saved was not, or None; the same on all ranks."""
 
@@ -41,7 +45,8 @@ class Gate:
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad.item():
             raise BlownUp(f"parameters are not finite after step {iteration}; {ADVICE}")
-        self.refused = self.streak.why
+        good = iteration == self.steps and self.streak.is_vouched_for
+        self.refused = None if good else self.streak.why
         if self.refused and dist.get_rank() == 0:
             print(f"step {iteration} is not saved: {self.refused}", file=self.console, flush=True)
         return self.refused is None

@@ -61,6 +61,7 @@ class Streak:
         """What the process before recorded, if its last checkpoint is the one that this process starts from."""
         self.last = start
         """The step before the streak: the last that was not skipped."""
+        self._began, self._validated = start, -1
 
     def stepped(self, step: StepEnd) -> None:
         """Count a step.
@@ -87,8 +88,10 @@ class Streak:
         bad = torch.tensor(not all(map(math.isfinite, self.totals().sums.values())), device=current_device()).int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         self.validations = self.validations + 1 if bad.item() else 0
-        if not self.validations and iteration >= self.before.stopped:
-            self.before = replace(self.before, validations=0)
+        if not self.validations:
+            self._validated = iteration
+            if iteration >= self.before.stopped:
+                self.before = replace(self.before, validations=0)
         if self.validations and (iteration == 0 or self.validations + self.before.validations >= MAX_VALIDATIONS):
             raise BlownUp(f"{self.why}; {ADVICE}")
 
@@ -100,6 +103,11 @@ class Streak:
         if self.validations:
             return f"the loss of {_in_a_row('validation', self.validations, self.before.validations)} was not finite"
         return None
+
+    @property
+    def is_vouched_for(self) -> bool:
+        """Whether this process has learned something, and a validation of the parameters as they are was finite."""
+        return self._validated >= self.last > self._began
 
     def saved(self, iteration: int, _seconds: float) -> None:
         """Forget the record: the next start begins from this step."""

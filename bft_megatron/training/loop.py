@@ -70,7 +70,7 @@ def train(run: Run, console: TextIO) -> None:
     reporter = Reporter(meter, folder.metrics, console, step.objective.name, run.steps, *run.rows.sources_apart)
     reporter.rows_of = rows_of_step(run)
     streak = Streak(folder, start, recipe.train.max_skipped, lambda: meter.totals)
-    gate = Gate(streak, console)
+    gate = Gate(streak, run.steps, console)
     stop = Stop(reporter, run.steps, recipe.train.exit_after)
     copies = HFCopies(folder, console) if recipe.train.save_hf and dist.get_rank() == 0 else None
     install(reporter, stop, streak, gate, Saving(folder, keep, copies, start), start)

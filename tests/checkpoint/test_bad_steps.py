@@ -121,6 +121,17 @@ def test_too_many_in_a_row_end_with_65_and_leave_the_last_good_checkpoint(
     assert (folder.root / "unfinished").read_text().startswith("blown up: the gradient of 2 steps in a row was not")
 
 
+@pytest.mark.parametrize(("valid", "status"), [(f"{MODEL / 'valid.jsonl'}", 0), ("null", 65)])
+def test_a_validation_vouches_for_the_steps_before_a_bad_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, valid: str, status: int
+):
+    words = [*_overrides(tmp_path, _rows_of(tmp_path, STEPS)), "train.save_every=null", f"data.valid={valid}"]
+    assert run_command(monkeypatch, "train", RECIPE, *words) == status
+    folder = RunFolder(tmp_path / "run")
+    assert (folder.root / "done").exists() == (status == 0)
+    assert folder.iterations() == ([STEPS] if status == 0 else [])
+
+
 @pytest.mark.slow
 def test_overlapped_communication_recovers_from_a_skipped_first_step(tmp_path: Path):
     """A validation comes before the first step that is not skipped, after which Megatron turns its hooks on."""

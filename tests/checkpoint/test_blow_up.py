@@ -177,7 +177,7 @@ def _ask(folder: Path) -> list[str]:
     sums = dict.fromkeys(SUMS, 0.0)
     totals = Totals(sums, math.inf)  # of a validation without a token
     streak = Streak(RunFolder(folder), 1, 3, lambda: totals)
-    gate, model, answers = Gate(streak, sys.stdout), torch.nn.Linear(2, 2), []
+    gate, model, answers = Gate(streak, 9, sys.stdout), torch.nn.Linear(2, 2), []
     model.weight.data.fill_(3e38)  # whose square is not finite
     streak.validated(2)
     answers.append("allowed" if gate.allows(2, [model]) else "refused")

@@ -68,6 +68,9 @@ class Request:
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
         Console().print(summary_table(rows.named))
+        for part in rows.train.parts:
+            if part.prepared.counts.weightless == part.prepared.counts.samples:
+                print(f"warning: every sample of {part.name} has weight 0: nothing is learned from it", flush=True)
         return rows
 
     def rows_of_rank(self) -> RunRows:

@@ -55,9 +55,9 @@ def read(folder: Path) -> dict[str, Any]:
     """
     with _faults_of(folder, RECORD):
         stored = json.loads((folder / RECORD).read_bytes())
-        if stored.pop("crc32") != _own_crc(stored):
-            raise ValueError("it has not the CRC-32 that it was written with")
-    return dict(stored)
+        if not isinstance(stored, dict) or stored.pop("crc32", None) != _own_crc(stored):
+            raise ValueError("not as it was written")
+    return stored
 
 
 def check(folders: Iterable[Path]) -> None:
@@ -111,7 +111,7 @@ def _faults_of(folder: Path, name: str) -> Iterator[None]:
         raise Damaged(folder, f"{name}: {e.strerror}") from None
     except OSError as e:
         raise UserError(f"cannot read it: {e.strerror or e}; nothing is changed", str(folder / name)) from None
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as e:
+    except (RecursionError, ValueError) as e:
         raise Damaged(folder, f"{name}: {e}") from None
 
 

@@ -68,13 +68,16 @@ class Request:
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
         Console().print(summary_table(rows.named))
+        for part in rows.train.parts:
+            if part.prepared.counts.weightless == part.prepared.counts.samples:
+                print(f"warning: every sample of {part.name} has weight 0: nothing is learned from it", flush=True)
         return rows
 
     def rows_of_rank(self) -> RunRows:
         """Return the prepared rows on a rank; see `run.prepared.rows_of_rank`."""
         from bft_megatron.run.prepared import rows_of_rank
 
-        return rows_of_rank(self.recipe, self.prepare)
+        return self.check(lambda: rows_of_rank(self.recipe, self.prepare))
 
     def trained(self) -> Request:
         """Return the request with the run's newest checkpoint as its model. Raises UserError if it has none."""
@@ -99,9 +102,15 @@ class Request:
         if self.recipe.lora.adapter is not None:
             AdapterFolder(Path(self.recipe.lora.adapter), self.config, self.recipe.lora)
 
-    def describe_run(self) -> None:
-        """Write the recipe, a LoRA run's base and the chat template into the run's folder, for export and resume."""
+    def describe_run(self, rows: RunRows) -> None:
+        """Write what an export and a later start need into the run's folder.
+
+        The recipe, what the rows hold, a LoRA run's base and the chat template.
+        """
+        from bft_megatron.run import trained_on
+
         self.folder.write_config(self.recipe, self.model_folder)
+        trained_on.record(self.folder, rows.train)
         if self.recipe.lora is not None:
             from bft_megatron.lora.base import record_base
 

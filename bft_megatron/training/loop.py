@@ -23,7 +23,7 @@ from bft_megatron.checkpoint.streak import Streak
 from bft_megatron.errors import BlownUp, FieldError
 from bft_megatron.hf import architectures
 from bft_megatron.processes import ranks
-from bft_megatron.reporting.announce import sentence
+from bft_megatron.reporting.announce import notes, sentence
 from bft_megatron.reporting.peak import report_peak
 from bft_megatron.reporting.reporter import Reporter
 from bft_megatron.reporting.totals import Meter
@@ -108,8 +108,8 @@ def train(run: Run, console: TextIO) -> None:
 
 
 def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
-    """Print the first line of the run, and a note if a GPU lacks Transformer Engine."""
-    print(sentence(run, start), file=console, flush=True)
+    """Print the first lines of the run, and a note if a GPU lacks Transformer Engine."""
+    print(sentence(run, start), *notes(run), sep="\n", file=console, flush=True)
     if initialize.torch_layers(on_cpu) and not on_cpu:
         print(WITHOUT_TRANSFORMER_ENGINE, file=console, flush=True)
 

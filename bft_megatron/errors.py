@@ -35,3 +35,10 @@ class FieldError(UserError):
 
 class BadSteps(Exception):
     """A non-finite gradient in too many steps in a row. The last good checkpoint stays as it is."""
+
+
+class Unreadable(Exception):
+    """A file of a checkpoint could not be read, for a reason that is not its content. Nothing was changed.
+
+    All ranks raise it with the same message.
+    """

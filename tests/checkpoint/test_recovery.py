@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
@@ -14,6 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from bft_megatron.checkpoint import integrity
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.errors import UserError
+from bft_megatron.hf.seal import SEAL
 from bft_megatron.run.folder import RunFolder
 from tests.helpers.background import arguments
 from tests.helpers.checkpoints import assert_same_tensors
@@ -26,18 +29,31 @@ def _shard(checkpoint: Path) -> Path:
     return checkpoint / "__0_0.distcp"
 
 
+def _largest(checkpoint: Path) -> Any:
+    return max(FileSystemReader(checkpoint).read_metadata().storage_data.values(), key=lambda info: info.length)
+
+
 def _flip_in_a_tensor(checkpoint: Path) -> None:
     """Eight bytes in the middle of the largest record's data: Megatron loads this without a word."""
-    largest = max(FileSystemReader(checkpoint).read_metadata().storage_data.values(), key=lambda info: info.length)
-    with (checkpoint / largest.relative_path).open("r+b") as file:
-        _flip(file, largest.offset + largest.length // 2)
+    largest = _largest(checkpoint)
+    _flip(checkpoint / largest.relative_path, largest.offset + largest.length // 2, 8)
 
 
-def _flip(file: io.BufferedRandom, at: int) -> None:
-    file.seek(at)
-    data = file.read(8)
-    file.seek(at)
-    file.write(bytes(b ^ 0xFF for b in data))
+def _flip_in_a_zip_directory(checkpoint: Path) -> None:
+    """The name of a member, which Python's zipfile takes and torch does not find."""
+    largest = _largest(checkpoint)
+    file = checkpoint / largest.relative_path
+    record = file.read_bytes()[largest.offset : largest.offset + largest.length]
+    for at in (record.index(b"data.pkl"), record.rindex(b"data.pkl")):  # before the member, and in the directory
+        _flip(file, largest.offset + at, 1, 1)
+
+
+def _flip(path: Path, at: int, n: int = 1, mask: int = 0xFF) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        data = file.read(n)
+        file.seek(at)
+        file.write(bytes(b ^ mask for b in data))
 
 
 def _cut(path: Path) -> None:
@@ -50,15 +66,43 @@ def _flip_in_metadata(checkpoint: Path) -> None:
     (checkpoint / ".metadata").write_bytes(data.replace(b"decoder.final_layernorm", b"decoder.fiNAl_layernorm"))
 
 
-DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (_flip_in_a_tensor, "does not match its CRC-32"),
-    (lambda c: _cut(_shard(c)), "bytes, should be"),
-    (lambda c: _shard(c).unlink(), "No such file"),
-    (lambda c: _shard(c).write_bytes(bytes(_shard(c).stat().st_size)), "not a zip file"),
-    (lambda c: _cut(c / ".metadata"), "CRC-32"),
-    (_flip_in_metadata, "CRC-32"),
-    (lambda c: (c / ".metadata").unlink(), "FileNotFoundError"),
-    (lambda c: (c / "metadata.json").write_text(""), "JSONDecodeError"),
+def _rename_in_seal(checkpoint: Path) -> None:
+    (checkpoint / SEAL).write_text((checkpoint / SEAL).read_text().replace("__0_0.distcp", "__0_1.distcp"))
+
+
+Harm = Callable[[Path], object]
+
+FOUND_WITHOUT_SEAL: list[tuple[Harm, str]] = [
+    (lambda c: _cut(_shard(c)), "__0_0.distcp: .* bytes, should be"),
+    (lambda c: _shard(c).unlink(), "__0_0.distcp: No such file"),
+    (lambda c: (_shard(c).unlink(), _shard(c).mkdir()), "__0_0.distcp: "),
+    (lambda c: (c / ".metadata").unlink(), "^.metadata: No such file"),
+    (lambda c: (c / "metadata.json").unlink(), "metadata.json: No such file"),
+    (lambda c: (c / "metadata.json").write_text(""), "metadata.json: JSONDecodeError"),
+    (lambda c: _flip(c / "metadata.json", 5, mask=1), "metadata.json: TypeError: .*sharded_backend"),
+    (lambda c: _flip(c / "metadata.json", 5, mask=0x80), "metadata.json: UnicodeDecodeError"),
+]
+
+DAMAGES: list[tuple[Harm, str]] = [
+    *FOUND_WITHOUT_SEAL,
+    (_flip_in_a_tensor, "__._0.distcp: bytes from 0 have CRC-32"),
+    (_flip_in_a_zip_directory, "__._0.distcp: bytes from 0 have CRC-32"),
+    (lambda c: _shard(c).write_bytes(bytes(_shard(c).stat().st_size)), "__0_0.distcp: bytes from 0 have CRC-32"),
+    (lambda c: _cut(c / ".metadata"), "^.metadata: .* bytes, should be"),
+    (_flip_in_metadata, "^.metadata: bytes from 0 have CRC-32"),
+    (lambda c: _flip(c / "metadata.json", 62, mask=8), "metadata.json: bytes from 0 have CRC-32"),  # a version
+    (lambda c: _cut(c / SEAL), "seal.json: JSONDecodeError"),
+    (lambda c: _flip(c / SEAL, 3, mask=1), "seal.json: KeyError"),
+    (_rename_in_seal, "__0_1.distcp: No such file"),
+]
+
+UNSEALED: list[tuple[Harm, str]] = [
+    *FOUND_WITHOUT_SEAL,
+    (_flip_in_a_tensor, "__._0.distcp: record at .* does not match its CRC-32"),
+    (_flip_in_a_zip_directory, "__._0.distcp: record at .*data"),
+    (lambda c: _shard(c).write_bytes(bytes(_shard(c).stat().st_size)), "__0_0.distcp: record at .* not a zip file"),
+    (lambda c: _cut(c / ".metadata"), "^.metadata: "),
+    (lambda c: _flip((c / ".metadata"), (c / ".metadata").read_bytes().index(b"common_state")), "^.metadata: "),
 ]
 
 
@@ -74,12 +118,30 @@ def test_an_undamaged_checkpoint_is_whole_whoever_reads_which_share(folder: RunF
 
 
 @pytest.mark.parametrize(("harm", "said"), DAMAGES)
-def test_each_damage_is_found_by_one_of_the_ranks_and_named(
-    folder: RunFolder, harm: Callable[[Path], object], said: str
-):
+def test_each_damage_is_found_by_one_of_the_ranks_and_named(folder: RunFolder, harm: Harm, said: str):
     harm(folder.checkpoint(6))
     found = [integrity.damage(folder.checkpoint(6), rank, 3) for rank in range(3)]
-    assert any(said in fault for fault in found if fault), found
+    assert any(re.search(said, fault) for fault in found if fault), found
+
+
+@pytest.mark.parametrize(("harm", "said"), UNSEALED)
+def test_a_deleted_seal_does_not_hide_a_damage(folder: RunFolder, harm: Harm, said: str):
+    harm(folder.checkpoint(6))
+    (folder.checkpoint(6) / SEAL).unlink()
+    found = [integrity.damage(folder.checkpoint(6), rank, 3) for rank in range(3)]
+    assert any(re.search(said, fault) for fault in found if fault), found
+
+
+def test_retention_sees_sizes_alone(folder: RunFolder):
+    """In milliseconds, after every save."""
+    checkpoint = folder.checkpoint(6)
+    assert integrity.damage(checkpoint, contents=False) is None
+    _flip_in_a_tensor(checkpoint)
+    assert integrity.damage(checkpoint, contents=False) is None
+    _cut(_shard(checkpoint))
+    assert "should be" in str(integrity.damage(checkpoint, contents=False))
+    (checkpoint / SEAL).unlink()
+    assert "should be" in str(integrity.damage(checkpoint, contents=False))
 
 
 def test_a_flip_anywhere_in_a_records_data_is_found(folder: RunFolder):
@@ -91,8 +153,7 @@ def test_a_flip_anywhere_in_a_records_data_is_found(folder: RunFolder):
         record = before[info.offset : info.offset + info.length]
         with zipfile.ZipFile(io.BytesIO(record)) as archive:
             data = archive.read(max(archive.infolist(), key=lambda member: member.file_size))
-        with path.open("r+b") as file:
-            _flip(file, info.offset + record.index(data))
+        _flip(path, info.offset + record.index(data), 8)
         assert "CRC-32" in str(integrity.damage(checkpoint))
         path.write_bytes(before)
     assert integrity.damage(checkpoint) is None

@@ -1,0 +1,42 @@
+"""The seal of a checkpoint: our own file in its folder, with the checksums of all files that Megatron wrote there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bft_megatron.checksums import Checksum, checksum
+
+SEAL = "seal.json"
+"""Name of the file."""
+
+
+def read_seal(folder: Path) -> dict[str, Checksum] | None:
+    """Return the checksums of a checkpoint's files by name, or None if it has no seal.
+
+    Raises OSError if the seal cannot be read; any other exception means that it is broken.
+    """
+    try:
+        content = (folder / SEAL).read_bytes()
+    except FileNotFoundError:
+        return None
+    sealed = {name: Checksum.of_json(made) for name, made in json.loads(content)["files"].items()}
+    if strange := [name for name in sealed if Path(name).name != name]:
+        raise ValueError(f"{strange[0]!r} is no name of a file")
+    return sealed
+
+
+def write_seal(folder: Path, files: dict[str, Checksum]) -> None:
+    """Write the seal of a checkpoint's files atomically. Raises OSError."""
+    temporary = folder / f"{SEAL}.tmp"
+    temporary.write_text(json.dumps({"files": {name: made.as_json() for name, made in files.items()}}))
+    temporary.replace(folder / SEAL)
+
+
+def sealed_fault(folder: Path, sealed: dict[str, Checksum], name: str) -> str | None:
+    """Read a file and return how it differs from its checksum, or None. Raises OSError."""
+    if name not in sealed:
+        return f"{SEAL} does not name {name}"
+    if checksum(folder / name) != sealed[name]:
+        return f"{name} does not have the CRC-32 that it was saved with"
+    return None

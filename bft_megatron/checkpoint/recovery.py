@@ -51,7 +51,7 @@ def newest_whole(folder: RunFolder, console: TextIO) -> int:
             error of the file system; nothing is changed in that case.
     """
     rank = dist.get_rank()
-    found = _broadcast(_patiently(lambda: _look(folder), folder.checkpoints) if rank == 0 else None)
+    found = _broadcast(_patiently(lambda: _look(folder), folder.tracker) if rank == 0 else None)
     faults: dict[int, str] = {}
     newest = 0
     for iteration in found.iterations:
@@ -93,7 +93,7 @@ def _patiently[T](read: Callable[[], T], path: Path) -> T | Unreadable:
             if pause is None:
                 return Unreadable(
                     f"rank {dist.get_rank()} cannot read {e.filename or path}: {e.strerror}, in {len(PAUSES) + 1} "
-                    f"attempts over {sum(PAUSES)} seconds; nothing was changed, the same command tries again"
+                    f"attempts over {sum(PAUSES):g} seconds; nothing was changed, the same command tries again"
                 )
             time.sleep(pause)
     raise AssertionError("the last attempt returns")

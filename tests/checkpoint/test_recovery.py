@@ -90,7 +90,7 @@ DAMAGES: list[tuple[Harm, str]] = [
     (lambda c: _shard(c).write_bytes(bytes(_shard(c).stat().st_size)), "__0_0.distcp: bytes from 0 have CRC-32"),
     (lambda c: _cut(c / ".metadata"), "^.metadata: .* bytes, should be"),
     (_flip_in_metadata, "^.metadata: bytes from 0 have CRC-32"),
-    (lambda c: _flip(c / "metadata.json", 62, mask=8), "metadata.json: bytes from 0 have CRC-32"),  # a version
+    (lambda c: _flip(c / "metadata.json", 61, mask=8), "metadata.json: bytes from 0 have CRC-32"),  # a version
     (lambda c: _cut(c / SEAL), "seal.json: JSONDecodeError"),
     (lambda c: _flip(c / SEAL, 3, mask=1), "seal.json: KeyError"),
     (_rename_in_seal, "__0_1.distcp: No such file"),
@@ -190,8 +190,40 @@ def test_falls_back_over_two_damaged_ones_and_an_empty_tracker(folder: RunFolder
     assert (folder.root / "console-1").read_text() == ""
 
 
+def test_a_deleted_seal_is_said(folder: RunFolder):
+    (folder.checkpoint(6) / SEAL).unlink()
+    assert run_world(2, _choose, folder.root, megatron=True) == [6, 6]
+    assert "the checkpoint of step 6 has no seal.json" in (folder.root / "console-0").read_text()
+
+
+def _seal_again(root: Path) -> None:
+    integrity.seal(RunFolder(root).checkpoint(6))
+
+
+def test_what_matches_its_checksums_and_cannot_be_read_is_set_aside(folder: RunFolder):
+    _flip_in_a_zip_directory(folder.checkpoint(6))
+    run_world(2, _seal_again, folder.root)
+    assert run_world(2, _choose, folder.root, megatron=True) == [4, 4]
+    said = (folder.root / "console-0").read_text()
+    assert re.search(r"step 6 is damaged \(__._0.distcp: record at \d+: \w+Error", said)
+
+
+def test_folders_of_other_names_are_left_alone(folder: RunFolder):
+    odd = {"iter_²", "iter_abc", "iter_", "iter_0000002.bak", "iter_" + "9" * 200, "iter_6"}
+    for name in odd:
+        (folder.checkpoints / name).mkdir()
+    assert run_world(2, _choose, folder.root, megatron=True) == [6, 6]
+    assert _names(folder) == odd | {"iter_0000002", "iter_0000004", "iter_0000006"}
+
+
 def test_a_missing_tracker_and_one_that_lags_behind_are_mended(folder: RunFolder):
-    for write in (folder.tracker.unlink, lambda: folder.tracker.write_text("4")):
+    for write in (
+        folder.tracker.unlink,
+        lambda: folder.tracker.write_text("4"),
+        lambda: folder.tracker.write_bytes(b"\xb6"),
+        lambda: folder.tracker.write_text("²"),
+        lambda: folder.tracker.write_text("9" * 5000),
+    ):
         write()
         assert run_world(2, _choose, folder.root, megatron=True) == [6, 6]
         assert folder.tracker.read_text() == "6"

@@ -74,7 +74,8 @@ def seal(path: Path) -> None:
     writes the seal.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    own = {file.name: checksum(file) for file in sorted(path.iterdir()) if _writer(file.name) == rank}
+    written = (file for file in sorted(path.iterdir()) if not file.name.startswith(SEAL))
+    own = {file.name: checksum(file) for file in written if _writer(file.name) == rank}
     gathered: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(own, gathered)
     if gathered is not None:

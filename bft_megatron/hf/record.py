@@ -10,7 +10,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -55,7 +55,7 @@ def _lacks_memory(e: Exception, length: int) -> bool:
 class _Window(io.RawIOBase):
     """A part of a file, as a file, which keeps the error of a read that failed."""
 
-    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         self._file, self._start, self._length, self._at = file, start, length, 0
         self.failure: OSError | MemoryError | None = None
 
@@ -74,17 +74,15 @@ class _Window(io.RawIOBase):
         return self._at
 
     def read(self, size: int | None = -1) -> bytes:
-        left = self._length - self._at
+        left = self._length - self._at  # a broken archive may ask for any number
+        return super().read(left if size is None or size < 0 else min(size, left)) or b""
+
+    def readinto(self, buffer: Any) -> int:
         try:
             self._file.seek(self._start + self._at)
-            data = self._file.read(left if size is None or size < 0 else min(size, left))
+            n = self._file.readinto(memoryview(buffer)[: self._length - self._at])
         except (OSError, MemoryError) as e:
             self.failure = e
             raise
-        self._at += len(data)
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        self._at += n
+        return n

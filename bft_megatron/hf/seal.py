@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
+from typing import Any
 
 from bft_megatron.checksums import Checksum, checksum
 
@@ -20,17 +22,22 @@ def read_seal(folder: Path) -> dict[str, Checksum] | None:
         content = (folder / SEAL).read_bytes()
     except FileNotFoundError:
         return None
-    sealed = {name: Checksum.of_json(made) for name, made in json.loads(content)["files"].items()}
-    if strange := [name for name in sealed if Path(name).name != name]:
-        raise ValueError(f"{strange[0]!r} is no name of a file")
-    return sealed
+    seal = json.loads(content)
+    if seal["crc32"] != _crc32(seal["files"]):
+        raise ValueError("its content does not match its own CRC-32")
+    return {name: Checksum.of_json(made) for name, made in seal["files"].items()}
 
 
 def write_seal(folder: Path, files: dict[str, Checksum]) -> None:
     """Write the seal of a checkpoint's files atomically. Raises OSError."""
     temporary = folder / f"{SEAL}.tmp"
-    temporary.write_text(json.dumps({"files": {name: made.as_json() for name, made in files.items()}}))
+    content = {name: made.as_json() for name, made in files.items()}
+    temporary.write_text(json.dumps({"crc32": _crc32(content), "files": content}))
     temporary.replace(folder / SEAL)
+
+
+def _crc32(files: Any) -> int:
+    return zlib.crc32(json.dumps(files).encode())
 
 
 def sealed_fault(folder: Path, sealed: dict[str, Checksum], name: str) -> str | None:

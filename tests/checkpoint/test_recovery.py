@@ -93,7 +93,7 @@ DAMAGES: list[tuple[Harm, str]] = [
     (lambda c: _flip(c / "metadata.json", 61, mask=8), "metadata.json: bytes from 0 have CRC-32"),  # a version
     (lambda c: _cut(c / SEAL), "seal.json: JSONDecodeError"),
     (lambda c: _flip(c / SEAL, 3, mask=1), "seal.json: KeyError"),
-    (_rename_in_seal, "__0_1.distcp: No such file"),
+    (_rename_in_seal, "seal.json: .* does not match its own CRC-32"),
 ]
 
 UNSEALED: list[tuple[Harm, str]] = [

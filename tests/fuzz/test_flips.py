@@ -48,29 +48,29 @@ def _files(root: Path) -> list[Path]:
     return [path for path in found if path.relative_to(root).parts[0] not in ELSEWHERE]
 
 
-def _choose(root: Path, harmed: Path, bit: int, sealed: bool) -> str | None:
-    """One start of the ranks after a flip, and what is wrong with its choice; all is put back afterwards."""
-    folder, rank = RunFolder(root), dist.get_rank()
+def _choose(root: Path) -> int:
+    with (root / f"console-{dist.get_rank()}").open("w") as console:
+        return newest_whole(RunFolder(root), console)
+
+
+def _choose_and_check(root: Path, harmed: Path, bit: int, sealed: bool) -> None:
+    """On rank 0: flip a bit, start, check the choice, and put all back."""
+    folder = RunFolder(root)
     checkpoint, aside = folder.checkpoint(6), folder.checkpoints / "damaged_iter_0000006"
     seal = checkpoint / SEAL
-    if rank == 0:
+    _flip(harmed, bit)
+    if not sealed:
+        seal.rename(root / SEAL)
+    dist.broadcast_object_list([True])
+    wrong = _wrong(root, harmed, _choose(root), sealed)
+    assert wrong is None, f"SEED={SEED}: bit {bit} of {harmed.name}, {'' if sealed else 'not '}sealed: {wrong}"
+    if aside.exists():
+        aside.rename(checkpoint)
+    if not sealed:
+        (root / SEAL).rename(seal)
+    if harmed != folder.tracker:
         _flip(harmed, bit)
-        if not sealed:
-            seal.rename(root / SEAL)
-    dist.barrier()
-    with (root / f"console-{rank}").open("w") as console:
-        newest = newest_whole(folder, console)
-    wrong = None
-    if rank == 0:
-        wrong = _wrong(root, harmed, newest, sealed)
-        if aside.exists():
-            aside.rename(checkpoint)
-        if not sealed:
-            (root / SEAL).rename(seal)
-        _flip(harmed, bit) if harmed != folder.tracker else None
-        folder.write_tracker(6)
-    dist.barrier()
-    return wrong
+    folder.write_tracker(6)
 
 
 def _wrong(root: Path, harmed: Path, newest: int, sealed: bool) -> str | None:
@@ -88,21 +88,26 @@ def _wrong(root: Path, harmed: Path, newest: int, sealed: bool) -> str | None:
 
 
 def _flip_and_choose(root: Path, seconds: float) -> int:
-    """A flip of the newest checkpoint's files and the tracker after another -> how many."""
-    rng, until, flips = random.Random(SEED), time.monotonic() + seconds, 0
-    folder = RunFolder(root)
-    sealed_files = [*folder.checkpoint(6).iterdir(), folder.tracker]
-    unsealed_files = [file for file in sealed_files if file.name not in (SEAL, ".metadata", folder.tracker.name)]
-    while True:
-        go_on = [time.monotonic() < until]
-        dist.broadcast_object_list(go_on)
-        if not go_on[0]:
-            return flips
+    """Flips of the newest checkpoint's files and of the tracker, one after another -> how many."""
+    if dist.get_rank() != 0:
+        while _goes_on():
+            _choose(root)
+        return 0
+    rng, until, flips, folder = random.Random(SEED), time.monotonic() + seconds, 0, RunFolder(root)
+    files = [*folder.checkpoint(6).iterdir(), folder.tracker]
+    checked = [file for file in files if file.name not in (SEAL, ".metadata", folder.tracker.name)]
+    while time.monotonic() < until:
         sealed = rng.random() < 0.7
-        file, bit = _draw(rng, sealed_files if sealed else unsealed_files)
-        wrong = _choose(root, file, bit, sealed)
-        assert wrong is None, f"SEED={SEED}: bit {bit} of {file.name}, {'' if sealed else 'not '}sealed: {wrong}"
+        _choose_and_check(root, *_draw(rng, files if sealed else checked), sealed)
         flips += 1
+    dist.broadcast_object_list([False])
+    return flips
+
+
+def _goes_on() -> bool:
+    box = [True]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def test_flips_of_the_newest_checkpoint_are_found_and_said(undisturbed: Path, tmp_path: Path):
@@ -161,9 +166,14 @@ def test_a_run_with_a_flip_ends_as_undisturbed_or_is_refused(
         harmed, bit = _draw(rng, _files(folder.root))
         _flip(harmed, bit)
         capfd.readouterr()
-        status = run_command(monkeypatch, *arguments(folder.root, "train.save_every=2", "train.keep_last=3"))
+        which = f"SEED={SEED}: bit {bit} of {harmed.relative_to(folder.root)}"
+        try:
+            status = run_command(monkeypatch, *arguments(folder.root, "train.save_every=2", "train.keep_last=3"))
+        except BaseException as e:
+            e.add_note(which)
+            raise
         said = "".join(capfd.readouterr())
-        which = f"SEED={SEED}: bit {bit} of {harmed.relative_to(folder.root)}: status {status}, {said}"
+        which += f": status {status}, {said}"
         assert "Traceback" not in said, which
         if status == 0:
             assert "step 4 is damaged" in said or "from step 4" in said, which

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from bft_megatron.errors import UserError
 from bft_megatron.hf import hub
 from bft_megatron.hf.record import crc_fault
-from bft_megatron.hf.seal import read_seal, sealed_fault
+from bft_megatron.hf.seal import SEAL, read_seal, sealed_fault
 from bft_megatron.hf.weights import Weight, part
 
 
@@ -38,8 +38,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader, self._whole = FileSystemReader(folder), set[tuple[str, int, int]]()
+        _check_seal(folder)
         with _refusing("not a whole checkpoint, cannot read its .metadata", folder):
-            _check_seal(folder)
             self._metadata = read_index(folder / ".metadata")
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
@@ -114,12 +114,16 @@ class Checkpoint:
 
 
 def _check_seal(folder: Path) -> None:
-    """Raise ValueError if a file that every reader begins with does not have the checksum in the seal, if any."""
-    if (sealed := read_seal(folder)) is None:
+    """Raise UserError if a file that every reader begins with does not have the checksum in the seal, if any."""
+    with _refusing(f"not a whole checkpoint, cannot read its {SEAL}", folder):
+        sealed = read_seal(folder)
+    if sealed is None:
         return
     for name in ("metadata.json", ".metadata"):
-        if fault := sealed_fault(folder, sealed, name):
-            raise ValueError(fault)
+        with _refusing(f"not a whole checkpoint, cannot read its {name}", folder):
+            fault = sealed_fault(folder, sealed, name)
+        if fault:
+            raise UserError(f"not a whole checkpoint, {fault}", str(folder))
 
 
 @contextlib.contextmanager
@@ -162,12 +166,12 @@ def _newest(checkpoints: Path) -> str:
     """Return the content of Megatron's tracker file: a number, or `release`."""
     tracker = checkpoints / hub.TRACKER
     try:
-        name = tracker.read_text().strip()
+        name = tracker.read_bytes().strip()
     except OSError:
         raise UserError("holds no checkpoint", str(checkpoints)) from None
-    if not name.isdigit() and name != "release":
+    if not (name.isdigit() and len(name) < 20) and name != b"release":
         raise UserError("should hold the number of the newest checkpoint", str(tracker))
-    return name
+    return name.decode()
 
 
 _INDEX = {

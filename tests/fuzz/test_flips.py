@@ -13,10 +13,15 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from bft_megatron.checkpoint.recovery import newest_whole
+from bft_megatron.errors import UserError
+from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.seal import SEAL
+from bft_megatron.hf.torch_dist import newest_checkpoint
+from bft_megatron.hf.weights import Weight, weights
 from bft_megatron.run import metrics
 from bft_megatron.run.folder import RunFolder
 from tests.helpers.background import arguments
@@ -133,6 +138,35 @@ def test_flips_of_the_metrics_leave_the_other_lines_as_they_are(undisturbed: Pat
         lost = [line for line in lines if line not in kept]
         assert len(lost) <= 2, f"SEED={SEED}: bit {bit}: {lost}"  # a flipped newline joins two
         assert all(line["iteration"] <= 6 for line in metrics.read(file))
+
+
+def test_flips_of_a_checkpoint_refuse_its_export_or_leave_its_tensors(undisturbed: Path, tmp_path: Path):
+    rng, until = random.Random(SEED), time.monotonic() + SECONDS / 6
+    checkpoint, refused = tmp_path / "iter_0000006", 0
+    table = weights(read_config(undisturbed / "model"))
+    expected = _tensors(RunFolder(undisturbed).checkpoint(6), table)
+    shutil.copytree(RunFolder(undisturbed).checkpoint(6), checkpoint)
+    while time.monotonic() < until:
+        harmed, bit = _draw(rng, list(checkpoint.iterdir()))
+        _flip(harmed, bit)
+        found = _tensors(checkpoint, table)
+        which = f"SEED={SEED}: bit {bit} of {harmed.name}: {found}"
+        if isinstance(found, str):
+            assert harmed.name in found, which
+            refused += 1
+        else:
+            assert all(map(torch.equal, found, expected)), which
+        _flip(harmed, bit)
+    assert refused
+
+
+def _tensors(checkpoint: Path, table: list[Weight]) -> list[torch.Tensor] | str:
+    """Return a tensor of each weight, or why the checkpoint is refused."""
+    try:
+        whole = newest_checkpoint(checkpoint.parent, 6)
+        return [whole.read_tensor(weight, 0) for weight in table]
+    except UserError as e:
+        return str(e)
 
 
 def _interrupted(undisturbed: Path, root: Path) -> RunFolder:

@@ -1,1 +1,1 @@
-"""Random harm, drawn by SEED, for FUZZ_SECONDS: each time the same end, a way back that is said, or a refusal."""
+"""Fuzzers: each takes seconds by default, and FUZZ_SECONDS of the environment."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
@@ -128,12 +128,12 @@ def _check_seal(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _refusing(what: str, folder: Path) -> Iterator[None]:
-    """Turn whatever reading a broken file raises into a UserError; torch's own exception is a BaseException."""
+    """Turn whatever reading a broken file raises into a UserError; a lack of memory stays what it is."""
     try:
         yield
     except MemoryError:
         raise
-    except (Exception, CheckpointException) as e:
+    except Exception as e:
         raise UserError(f"{what}: {e}", str(folder)) from e
 
 

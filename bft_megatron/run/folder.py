@@ -143,9 +143,10 @@ class RunFolder:
     def iterations(self) -> list[int]:
         """Return the iterations of all checkpoint folders, complete or not, in no particular order.
 
-        Other names are left alone: `iter_0000002.bak`, `iter_²`.
+        Other names are left alone: `iter_0000002.bak`, `iter_²`. Raises OSError if the folder cannot be read.
         """
-        names = (path.name.removeprefix("iter_") for path in self.checkpoints.glob("iter_*"))
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        names = (path.name.removeprefix("iter_") for path in found if path.name.startswith("iter_"))
         return [i for i in map(int, filter(_is_number, names)) if self.checkpoint(i).is_dir()]
 
     def saved_iteration(self) -> int:

@@ -31,7 +31,7 @@ from tests.helpers.runs import read_metrics
 from tests.helpers.world import run_world
 
 SEED = int(os.environ.get("SEED", f"{date.today():%Y%m%d}"))
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 
 ELSEWHERE = ("data",)
 """Folders whose flips are drawn elsewhere."""

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+_FOLDER = 0x10
+"""A bit of a member's attributes, without a CRC-32. With it torch takes what is in memory for the member's bytes."""
+
 
 def crc_fault(file: Path, offset: int, length: int) -> str | None:
     """Read the record of `length` bytes at `offset` of a file; return a description of its fault, or None.
@@ -21,12 +24,22 @@ def crc_fault(file: Path, offset: int, length: int) -> str | None:
     Raises OSError or MemoryError if the file cannot be read at all.
     """
     with file.open("rb") as whole:
+        window = _Window(whole, offset, length)
         try:
-            with zipfile.ZipFile(_Window(whole, offset, length)) as archive:
-                bad = archive.testzip()
+            fault = _archive_fault(window)
         except (EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, OverflowError, LookupError) as e:
-            return f"{file.name}: record at {offset}: {e}"
-    return f"{file.name}: record at {offset}: {bad} does not match its CRC-32" if bad else None
+            if window.failure is not None:  # zipfile reports it as a BadZipFile
+                raise window.failure from e
+            fault = str(e)
+    return f"{file.name}: record at {offset}: {fault}" if fault else None
+
+
+def _archive_fault(window: _Window) -> str | None:
+    with zipfile.ZipFile(window) as archive:
+        if bad := archive.testzip():
+            return f"{bad} does not match its CRC-32"
+        folders = [member.filename for member in archive.infolist() if member.external_attr & _FOLDER]
+        return f"{folders[0]} is marked as a folder" if folders else None
 
 
 def load(file: Path, offset: int, length: int) -> Any:

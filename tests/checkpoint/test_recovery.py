@@ -262,9 +262,14 @@ def test_a_first_save_that_was_cut_short_means_starting_from_the_beginning(folde
 def test_a_run_with_damage_goes_on_to_the_same_end(
     folder: RunFolder, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
+    """The metrics have a strange line too, and the folder a strange name."""
     _flip_in_a_tensor(folder.checkpoint(6))
+    (folder.checkpoints / "iter_²").mkdir()
+    folder.metrics.write_bytes(b"\xb0\n" + folder.metrics.read_bytes())
     (folder.root / "done").unlink()
     assert run_command(monkeypatch, *arguments(folder.root, "train.save_every=2", "train.keep_last=3")) == 0
-    assert "6 steps from step 4" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "6 steps from step 4" in said
+    assert "metrics.jsonl: 1 damaged lines (1) are set aside in metrics.rejected.jsonl" in said
     assert read_metrics(folder.metrics) == read_metrics(undisturbed / "metrics.jsonl")
     assert_same_tensors(folder.checkpoint(6), RunFolder(undisturbed).checkpoint(6))

@@ -38,3 +38,10 @@ class BlownUp(Exception):
 
     Nothing of it was saved: the checkpoints are those of the steps before.
     """
+
+
+class Unreadable(Exception):
+    """A file of a checkpoint could not be read, for a reason that is not its content. Nothing was changed.
+
+    All ranks raise it with the same message.
+    """

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from bft_megatron.errors import BLOWN_UP, BlownUp, UserError
+from bft_megatron.errors import BLOWN_UP, BlownUp, Unreadable, UserError
 from bft_megatron.processes import ranks
 
 
@@ -38,7 +38,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
         raise
     except Exception as e:
         traceback.print_exc()
-        if not isinstance(e, BlownUp) or ranks.rank() == 0:  # all ranks raise the same BlownUp
+        if not isinstance(e, BlownUp | Unreadable) or ranks.rank() == 0:  # all ranks raise the same
             print(_last_line(e, log), file=console, flush=True)
         sys.exit(BLOWN_UP if isinstance(e, BlownUp) else 1)
     finally:

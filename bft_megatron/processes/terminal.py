@@ -15,45 +15,63 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from bft_megatron.errors import BAD_STEPS, BadSteps, UserError
-from bft_megatron.processes import ranks
+from bft_megatron.errors import BAD_STEPS, USER_ERROR, BadSteps, UserError
+from bft_megatron.processes import ranks, streams
 
 
 @contextlib.contextmanager
 def output_to(log: Path) -> Iterator[TextIO]:
     """Redirect what this process prints to a file; yield the terminal, or a batch job's output in its place.
 
-    On a failure, the traceback goes to the file and the terminal gets one line with the error, its notes, and the
-    command that resumes the run; the process exits with 1, or with `BAD_STEPS` after too many bad steps. A UserError is
-    left to the command line.
+    On a failure of any kind, the traceback goes to the file and the terminal gets one line with the cause, its notes,
+    and the command that resumes the run; the process exits with 1, or with `BAD_STEPS` after too many bad steps. A
+    UserError that every rank meets alike is left to the command line; one with notes was raised within training, by
+    this rank and perhaps no other: it is printed here, and the process exits with `USER_ERROR`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     before = [os.dup(1), os.dup(2)]
-    console = os.fdopen(os.dup(1), "w")
+    console = streams.lasting(os.fdopen(os.dup(1), "w"))
     with log.open("a") as file:
         _redirect([file.fileno(), file.fileno()])
     try:
         yield console
-    except UserError:
-        raise
-    except Exception as e:
-        traceback.print_exc()
+    except BaseException as e:
+        with contextlib.suppress(OSError):  # the log is on the disk that may be full
+            traceback.print_exc()
+        if isinstance(e, UserError) and not _notes(e):
+            raise
         if not isinstance(e, BadSteps) or ranks.rank() == 0:  # all ranks raise the same BadSteps
             print(_last_line(e, log), file=console, flush=True)
-        sys.exit(BAD_STEPS if isinstance(e, BadSteps) else 1)
+        sys.exit(BAD_STEPS if isinstance(e, BadSteps) else USER_ERROR if isinstance(e, UserError) else 1)
     finally:
         _redirect(before)
 
 
-def _last_line(e: Exception, log: Path) -> str:
-    what = str(e).strip().partition("\n")[0]
-    said = "; ".join([f"rank {ranks.rank()}: {type(e).__name__}: {what}", *getattr(e, "__notes__", ())])
+def _last_line(e: BaseException, log: Path) -> str:
+    said = "; ".join([f"rank {ranks.rank()}: {_what(e)}", *_notes(e)])
     command = shlex.join(["bft-megatron", *sys.argv[1:]])
     return f"{said}; command: {command} (traceback in {log})"
 
 
+def _what(e: BaseException) -> str:
+    """Return an error in one line; torch's CheckpointException, a BaseException, holds those of the failed ranks."""
+    failures = getattr(e, "failures", None)
+    if failures and isinstance(failures, dict):
+        rank, (cause, _) = min(failures.items())
+        return f"checkpoint: rank {rank}: {_what(cause)}"
+    text = str(e).strip().partition("\n")[0]
+    return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}"
+
+
+def _notes(e: BaseException) -> list[str]:
+    return getattr(e, "__notes__", [])
+
+
 def _redirect(targets: list[int]) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # a full disk
+            streams.discard(stream)
     for descriptor, target in zip((1, 2), targets, strict=True):
         os.dup2(target, descriptor)

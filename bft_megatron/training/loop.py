@@ -20,7 +20,7 @@ from bft_megatron.checkpoint.retention import Retention
 from bft_megatron.checkpoint.stopping import Stop
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import architectures
-from bft_megatron.processes import ranks
+from bft_megatron.processes import ranks, signals
 from bft_megatron.reporting.announce import sentence
 from bft_megatron.reporting.peak import report_peak
 from bft_megatron.reporting.reporter import Reporter
@@ -123,6 +123,7 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
     # Before `pretrain`, which looks up the loop's functions as it calls them.
     loop = TrainingLoop(start)
     loop.on_start.append(reporter.started)
+    loop.on_step.append(lambda _: signals.hold())  # from the first step on there is something to save
     loop.on_step.append(reporter.stepped)
     loop.on_validation.append(reporter.validated)
     loop.on_save.append(saved)
@@ -174,7 +175,7 @@ def situation(run: Run, reporter: Reporter, step: Step) -> Iterator[None]:
     """Add notes to an exception of the run: its step, the rows of its micro-batch, and where the next start resumes."""
     try:
         yield
-    except Exception as e:
+    except BaseException as e:  # torch's CheckpointException is no Exception
         e.add_note(f"after step {reporter.iteration}")
         if step.rows:
             e.add_note(f"rows of its micro-batch: {', '.join(map(str, step.rows))} of {run.recipe.data.train}")

@@ -40,7 +40,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
             traceback.print_exc()
         if isinstance(e, UserError) and not _notes(e):
             raise
-        if not isinstance(e, BadSteps) or ranks.rank() == 0:  # all ranks raise the same BadSteps
+        if not _is_others(e):
             print(_last_line(e, log), file=console, flush=True)
         sys.exit(BAD_STEPS if isinstance(e, BadSteps) else USER_ERROR if isinstance(e, UserError) else 1)
     finally:
@@ -54,13 +54,18 @@ def _last_line(e: BaseException, log: Path) -> str:
 
 
 def _what(e: BaseException) -> str:
-    """Return an error in one line; torch's CheckpointException, a BaseException, holds those of the failed ranks."""
-    failures = getattr(e, "failures", None)
-    if failures and isinstance(failures, dict):
+    """Return an error in one line; that of a save or a load is the one of the first rank that failed."""
+    failures = getattr(e, "failures", None)  # of torch's CheckpointException, which is no Exception
+    if isinstance(failures, dict) and failures:
         rank, (cause, _) = min(failures.items())
-        return f"checkpoint: rank {rank}: {_what(cause)}"
+        return f"checkpoint: rank {rank}: {_what(cause).rpartition(', error: ')[2]}"
     text = str(e).strip().partition("\n")[0]
     return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}"
+
+
+def _is_others(e: BaseException) -> bool:
+    """Return whether it is rank 0 that says it: all ranks raise the same BadSteps; it alone gets a save's failures."""
+    return ranks.rank() != 0 and (isinstance(e, BadSteps) or getattr(e, "failures", None) == {})
 
 
 def _notes(e: BaseException) -> list[str]:

@@ -116,6 +116,7 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
     signal_handler.ask(stop.asked)
     # Before the first save, which would start Megatron's helper process.
     checkpoint_writer.without_helper_process()
+    checkpoint_writer.name_causes()
     # Before the first save or load of an optimizer.
     bucket_padding.mend()
     # Before the first event, which writes a line: the lines of steps that run again must be dropped first.

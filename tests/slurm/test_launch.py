@@ -109,6 +109,8 @@ def test_signal_while_the_ranks_import(run: Run):
     warn(run.cluster, job)
     finished(run, job, steps=LONG, starts=2)
     assert run.starts[1][2] == 0  # nothing was done before the signal, and nothing was lost
+    assert "unfinished (asked to stop before the first step): requeue" in run.log.read_text()
+    assert not list((run.folder / "launch").glob("failures.*"))
 
 
 def test_signal_before_the_ranks(run: Run):
@@ -127,6 +129,16 @@ def test_preemption(run: Run):
     run.cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     finished(run, job, steps=LONG, starts=2)
     assert run.starts[1][2] >= 7
+
+
+def test_preemption_while_the_ranks_import(run: Run):
+    """The ranks end at once, and the job comes back; it is no failure of the run."""
+    job = run.submit(f"steps={LONG}", "import_seconds=3")
+    wait_for(lambda: len(ranks(job)) == 8, SECONDS, "the ranks")
+    run.cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    finished(run, job, steps=LONG, starts=2)
+    assert run.starts[1][2] == 0
+    assert not list((run.folder / "launch").glob("failures.*"))
 
 
 def test_cancelled_and_submitted_again(run: Run):

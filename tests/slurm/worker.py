@@ -46,6 +46,7 @@ def train(folder: RunFolder, options: dict[str, str]) -> None:
     while step < steps and not signals.received():
         time.sleep(0.1)
         step += 1
+        signals.hold()
         if fault and step >= int(fault[1]):
             os.kill(os.getpid(), signal.SIGKILL) if fault[0] == "kill" else sys.exit(int(fault[0]))
         if rank == 0:

@@ -14,8 +14,8 @@ from bft_megatron.errors import FieldError, UserError
 
 INSTALLED = tuple(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "purelib", "platlib"))
 """Folders of Python's own library and of the installed packages."""
-NO_FAULT_OF_CODE = ("MemoryError", "OutOfMemoryError", "KeyboardInterrupt")
-"""Names of the exceptions that any code may meet."""
+NO_FAULT_OF_CODE = ("MemoryError", "OutOfMemoryError", "AcceleratorError")
+"""Names of the exceptions that any code may meet: a lack of memory, and a device's, which comes late."""
 
 
 def check_source(field: str, module: str) -> None:
@@ -46,7 +46,7 @@ def is_missing(module: str, e: ModuleNotFoundError) -> bool:
 def blamed(field: str, module: str) -> Iterator[None]:
     """Turn what code of a user's module raises into a FieldError with the file and line of the user's code.
 
-    A lack of memory and a failed collective are left as they are: they are no fault of the code.
+    A lack of memory, a device's error and a failed collective are left as they are: they are no fault of the code.
 
     Args:
         field: the recipe's field that names the module.
@@ -69,7 +69,7 @@ def _said(e: BaseException) -> str:
 
 def _place(e: BaseException, module: str) -> str:
     """Return `file:line` of the innermost line of the user's code; the module's name if none of it was running."""
-    if isinstance(e, SyntaxError) and e.filename:
+    if isinstance(e, SyntaxError) and e.filename and not e.filename.startswith("<"):
         return f"{e.filename}:{e.lineno}"
     lines = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(e.__traceback__) if _is_users(f, module)]
     return "{}:{}".format(*lines[-1]) if lines else module

@@ -72,7 +72,9 @@ def test_room_on_disk_counts_what_is_there(undisturbed: Path, config: ModelConfi
     size = shutil.disk_usage(tmp_path).free / 2.5 / CHECKPOINT_BYTES
     small, large = (parameter_count(replace(config, ffn=ffn)) for ffn in (1024, 2048))
     model = replace(config, ffn=1024 + int((size - small) / (large - small) * 1024))
-    recipe = reader.load(out / "config.yaml", [f"output={out}", "parallel.tensor=4", "parallel.pipeline=4"])
+    recipe = reader.load(
+        out / "config.yaml", [f"output={out}", "device=cpu", "parallel.tensor=4", "parallel.pipeline=4"]
+    )
     checkpoint = RunFolder(out).checkpoint
     preflight(recipe, model, world=16, per_node=1)  # it is finished
     checkpoint(6).rename(tmp_path / "elsewhere")

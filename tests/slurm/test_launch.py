@@ -105,7 +105,7 @@ def test_time_limit_near(run: Run):
 
 def test_signal_while_the_ranks_import(run: Run):
     job = run.submit(f"steps={LONG}", "import_seconds=3")
-    wait_for(lambda: len(ranks(job)) == 8, SECONDS, "the ranks")
+    wait_for(lambda: (run.folder / "starts").exists() and len(ranks(job)) == 8, SECONDS, "the ranks")
     warn(run.cluster, job)
     finished(run, job, steps=LONG, starts=2)
     assert run.starts[1][2] == 0  # nothing was done before the signal, and nothing was lost
@@ -134,7 +134,7 @@ def test_preemption(run: Run):
 def test_preemption_while_the_ranks_import(run: Run):
     """The ranks end at once, and the job comes back; it is no failure of the run."""
     job = run.submit(f"steps={LONG}", "import_seconds=3")
-    wait_for(lambda: len(ranks(job)) == 8, SECONDS, "the ranks")
+    wait_for(lambda: (run.folder / "starts").exists() and len(ranks(job)) == 8, SECONDS, "the ranks")
     run.cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     finished(run, job, steps=LONG, starts=2)
     assert run.starts[1][2] == 0

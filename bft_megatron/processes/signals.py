@@ -2,7 +2,8 @@
 
 A rank ends at once while there is nothing to save: the signals keep their default action, which ends a process even
 within a collective or another call that never returns. From its first step on (`hold`) it remembers them, and
-`checkpoint.stopping` saves and stops after the step. A process that is no rank cleans up and ends (`end_on_signals`).
+`checkpoint.stopping` saves and stops after the step. A process that is no rank cleans up and ends
+(`end_on_signals`).
 
 Imports nothing slow, so that a rank can listen before it imports torch.
 """
@@ -10,11 +11,15 @@ Imports nothing slow, so that a rank can listen before it imports torch.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
 import signal
 import sys
 import time
 from types import FrameType
 from typing import NoReturn
+
+from bft_megatron import unfinished
 
 ASKING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Slurm's warning before the time limit; preemption, cancelling, the time limit itself; Ctrl-C; a closed terminal."""
@@ -60,16 +65,23 @@ def received() -> int:
 
 
 def end_on_signals() -> None:
-    """Have these signals end this process, which is no rank, with one line, after its clean-up: status 128 + number."""
+    """Have these signals end this process, which is no rank, with one line and status 128 + number.
+
+    The folders that it is writing are removed; its workers end with it.
+    """
     for number in asking():
         signal.signal(number, _end)
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:
-    for other in ASKING:  # the clean-up is short; a second Ctrl-C still ends it
-        signal.signal(other, signal.SIG_DFL if other == signal.SIGINT else signal.SIG_IGN)
-    print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
-    sys.exit(128 + number)
+    """End without an exception: Python drops one that a handler raises within a destructor or a hook of a fork."""
+    unfinished.remove()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    cursor = "\n\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{cursor}stopped by {signal.Signals(number).name}\n".encode())
+    os._exit(128 + number)
 
 
 def _remember(number: int, _: FrameType | None) -> None:

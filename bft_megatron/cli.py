@@ -287,14 +287,14 @@ def _convert(request: Request) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user error ends every rank with status 2, and rank 0 prints it in one line.
+    """Run the command line; an error of the user or the file system is one line, with status 2 or 1.
 
-    Before training every rank meets the same error; `processes.terminal` prints those that a rank meets in training.
+    All ranks meet the same user error before training: rank 0 prints it. `processes.terminal` prints those in training.
     """
     sys.path.insert(0, "")  # so that `package.module:record` objectives are found from the working directory
     try:
         app()
-    except UserError as e:
-        if ranks.rank() == 0:
+    except (UserError, OSError) as e:
+        if ranks.rank() == 0 or isinstance(e, OSError):
             Console(stderr=True).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
-        sys.exit(USER_ERROR)
+        sys.exit(USER_ERROR if isinstance(e, UserError) else 1)

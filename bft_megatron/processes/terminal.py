@@ -60,7 +60,7 @@ def _what(e: BaseException) -> str:
         rank, (cause, _) = min(failures.items())
         return f"checkpoint: rank {rank}: {_what(cause).rpartition(', error: ')[2]}"
     text = str(e).strip().partition("\n")[0]
-    return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}"
+    return text if isinstance(e, UserError) else f"{type(e).__name__}: {text}" if text else type(e).__name__
 
 
 def _is_others(e: BaseException) -> bool:

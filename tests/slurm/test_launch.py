@@ -190,6 +190,13 @@ def test_a_failure_that_would_come_again(run: Run, status: int):
     assert len(run.starts) == 1
 
 
+def test_ranks_that_end_well_without_their_work(run: Run):
+    """A user's code may call exit(0): it is no success, and nothing that a person has seen."""
+    said = failed(run, run.submit(*(f"fault.{rank}=0@2" for rank in range(8))), 1)
+    assert "the ranks ended well and left" in said
+    assert "neither done nor saved" in said
+
+
 def test_requeue_cap(run: Run):
     job = run.submit(f"steps={LONG}", MAX_REQUEUES=0)
     wait_for(lambda: run.is_at(7), SECONDS, "step 7")

@@ -107,7 +107,7 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
             if status < 0:
                 print(f"rank {rank} {_killed(signal.Signals(-status))}", flush=True)
             elif rank != 0 and children[0].returncode != status == USER_ERROR:  # rank 0 says what all ranks meet
-                print(f"rank {rank} ended with status {status}; its log says why", flush=True)
+                print(f"rank {rank} ended first, with status {status}: its log says why", flush=True)
             return status if status > 0 else 128 - status
         if all(s == 0 for s in states):
             return 0

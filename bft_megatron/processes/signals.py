@@ -45,6 +45,8 @@ def listen() -> None:
     _listening = asking()
     for number in _listening:
         signal.signal(number, signal.SIG_DFL)
+    # Slurm signals every process of a step, and a data worker that dies would end this rank. Workers end with it.
+    os.register_at_fork(after_in_child=lambda: _ignore(ASKING))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from bft_megatron.processes import signals
 from bft_megatron.run.folder import RunFolder
 from tests.helpers.background import STEPS, Run, arguments
 from tests.helpers.checkpoints import assert_same_tensors
@@ -142,6 +143,20 @@ def test_a_signal_while_the_data_are_prepared_leaves_nothing(tmp_path: Path, num
     assert process.communicate(timeout=60)[0] == f"stopped by {number.name}\n"
     assert process.returncode == 128 + number
     assert list((tmp_path / "run/data").iterdir()) == []
+
+
+def test_the_workers_of_a_rank_leave_signals_to_it():
+    """Slurm signals every process of a step."""
+    rank = os.fork()
+    if rank == 0:
+        signals.listen()
+        worker = os.fork()
+        if worker == 0:
+            for number in signals.ASKING:
+                os.kill(os.getpid(), number)
+            os._exit(7)
+        os._exit(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) == 7
 
 
 def _lives(pid: int) -> bool:

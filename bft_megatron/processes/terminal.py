@@ -7,8 +7,10 @@ Megatron are imported, because they print during import.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -48,9 +50,16 @@ def output_to(log: Path) -> Iterator[TextIO]:
 
 
 def _last_line(e: BaseException, log: Path) -> str:
-    said = "; ".join([f"rank {ranks.rank()}: {_what(e)}", *_notes(e)])
+    said = "; ".join([f"rank {ranks.rank()}: {_what(e)}", *_room(e, log.parent), *_notes(e)])
     command = shlex.join(["bft-megatron", *sys.argv[1:]])
     return f"{said}; command: {command} (traceback in {log})"
+
+
+def _room(e: BaseException, folder: Path) -> list[str]:
+    """Return what is free in the run's folder if a disk is full; the error of a write does not name the file."""
+    if not (isinstance(e, OSError) and e.errno == errno.ENOSPC):
+        return []
+    return [f"{folder.parent} has {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"]
 
 
 def _what(e: BaseException) -> str:
@@ -64,8 +73,9 @@ def _what(e: BaseException) -> str:
 
 
 def _is_others(e: BaseException) -> bool:
-    """Return whether it is rank 0 that says it: all ranks raise the same BadSteps; it alone gets a save's failures."""
-    return ranks.rank() != 0 and (isinstance(e, BadSteps) or getattr(e, "failures", None) == {})
+    """Return whether rank 0 says it: all ranks raise the same BadSteps, and a save's or a load's failure of some."""
+    failures = getattr(e, "failures", None)
+    return ranks.rank() != 0 and (isinstance(e, BadSteps) or (failures is not None and ranks.rank() not in failures))
 
 
 def _notes(e: BaseException) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,8 @@ class Noted(FieldError):
         ),
         (FAILED_READ, 0, 1, "rank 0: checkpoint: rank 3: ValueError: bad; command: "),
         (CheckpointException("write", {}), 1, 1, None),
+        (FAILED_READ, 4, 1, None),
+        (FAILED_READ, 5, 1, "rank 5: checkpoint: rank 3: ValueError: bad; command: "),
         (Noted(), 1, 2, "rank 1: objective.name: mine.py:3: no; after step 2; command: "),
         (FieldError("megatron.x", "no such flag"), 1, FieldError, None),
     ],
@@ -57,14 +61,16 @@ def test_one_line(
     assert f"{type(error).__name__}" in log
 
 
-def test_a_log_on_a_full_disk(tmp_path: Path):
+def test_a_full_disk_that_the_log_is_on_too(tmp_path: Path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/rank").symlink_to("/dev/full")
-    assert _ends(ValueError("bad"), tmp_path)[:2] == (1, f"rank 0: ValueError: bad; command: {_command(tmp_path)}\n")
-
-
-def _command(folder: Path) -> str:
-    return f"bft-megatron train (traceback in {folder}/logs/rank)"
+    ended, said, _ = _ends(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), tmp_path)
+    assert ended == 1
+    assert re.fullmatch(
+        rf"rank 0: OSError: \[Errno 28\] No space left on device; {tmp_path} has [\d,.]+ MiB free; "
+        rf"command: bft-megatron train \(traceback in {tmp_path}/logs/rank\)\n",
+        said,
+    )
 
 
 def _ends(error: BaseException, folder: Path) -> tuple[object, str, str]:

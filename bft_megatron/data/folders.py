@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bft_megatron import unfinished
+from bft_megatron import temporary
 from bft_megatron.errors import UserError
 
 
@@ -26,7 +26,7 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
     """
     host = socket.gethostname()
     part = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.{os.getpid()}.{host}"
-    unfinished.add(part)
+    temporary.add(part)
     try:
         part.mkdir(parents=True)
         _sweep(folder.parent, host)
@@ -40,7 +40,7 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
             raise UserError(f"cannot write the prepared data: {e.strerror or e}", str(folder.parent)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        unfinished.discard(part)
+        temporary.discard(part)
 
 
 def _sweep(parent: Path, host: str) -> None:

@@ -19,7 +19,7 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from bft_megatron import unfinished
+from bft_megatron import temporary
 
 ASKING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Slurm's warning before the time limit; preemption, cancelling, the time limit itself; Ctrl-C; a closed terminal."""
@@ -77,7 +77,7 @@ def end_on_signals() -> None:
 
 def _end(number: int, _: FrameType | None) -> NoReturn:
     """End without an exception: Python drops one that a handler raises within a destructor or a hook of a fork."""
-    unfinished.remove()
+    temporary.remove()
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     cursor = "\n\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides

@@ -136,6 +136,6 @@ def test_weights_that_raise_on_one_rank_are_said_by_that_rank(
 def test_a_rank_that_ends_with_0_and_without_its_work_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch):
     (folder / "mine.py").write_text("import os\nos._exit(0)\n")
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(user_code.__file__).parents[1]}")
-    done = command(*arguments(folder / "run", "objective.name=mine:made"))
+    done = command(*arguments(folder / "run", "objective.name=mine:made", "parallel.tensor=1"))
     assert done.returncode == 1
     assert f"without their work done; {folder}/run/logs says why" in done.stdout

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.training import loop
 from bft_megatron.upstream import checkpoint_writer
-from tests.helpers.background import STEPS, arguments
+from tests.helpers.background import arguments
 from tests.helpers.commands import run_command
 from tests.helpers.world import run_world
 
@@ -24,7 +24,7 @@ from tests.helpers.world import run_world
 def test_a_full_disk_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """/dev/full stands in for the place of one rank's file of the second save."""
     folder, saved = RunFolder(tmp_path / "run"), loop.saved
-    words = arguments(folder.root, "train.save_every=2", "data.valid=null", "train.keep_best=0")
+    words = arguments(folder.root, "train.iterations=4", "train.save_every=2", "data.valid=null")
 
     def saved_and_filled(*args: Any) -> None:
         saved(*args)
@@ -42,7 +42,7 @@ def test_a_full_disk_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
     assert run_command(monkeypatch, *words) == 0
     assert "removed what an unfinished save of step 4 left behind" in capfd.readouterr().out
-    assert folder.is_done(STEPS)
+    assert folder.is_done(4)
 
 
 def _write(file: Path) -> str:

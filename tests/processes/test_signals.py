@@ -22,7 +22,7 @@ from tests.helpers.checkpoints import assert_same_tensors
 from tests.helpers.commands import ROOT, run_command
 from tests.helpers.runs import read_metrics
 
-ALONE = ("parallel.tensor=1", "parallel.sequence=false", "train.validate_every=null")
+ALONE = ("parallel.tensor=1", "train.validate_every=null")
 """One rank."""
 
 

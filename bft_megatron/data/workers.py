@@ -54,7 +54,7 @@ _function: Callable[[Any], Any] | None = None  # set in a forked process, which 
 
 
 def _begin(function: Callable[[Any], Any], parent: int) -> None:
-    """Initialise a worker: it ends when the parent does, even if that is killed (Linux), and leaves Ctrl-C to it."""
+    """Initialise a worker: it ends when the parent does, even if that is killed (Linux), and leaves signals to it."""
     global _function
     _function = function
     pr_set_pdeathsig = 1
@@ -62,7 +62,8 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     gc.freeze()  # keeps the collector away from the forked objects, so their pages are not copied
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
 

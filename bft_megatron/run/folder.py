@@ -21,6 +21,9 @@ from bft_megatron.hf.architectures import companions
 from bft_megatron.recipe import flags, reader, rules
 from bft_megatron.recipe.schema import Recipe
 
+RUNNING = "running"
+"""The mark of a run whose process is running, or was killed."""
+
 MAY_CHANGE = {
     "data.valid",
     "objective.head",
@@ -165,6 +168,12 @@ class RunFolder:
     def is_done(self, steps: int) -> bool:
         """Return whether the run is complete and its last checkpoint exists."""
         return (self.root / "done").exists() and self.saved_iteration() >= steps
+
+    def stopped(self) -> str | None:
+        """Return why the last process saved and stopped before the end of the run; None if it did not."""
+        mark = self.root / "unfinished"
+        why = mark.read_text().strip() if mark.exists() else RUNNING
+        return None if why == RUNNING else why
 
     def mark_unfinished(self, why: str) -> None:
         """Mark the run as unfinished.

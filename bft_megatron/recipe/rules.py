@@ -42,7 +42,6 @@ class ModelShape(Protocol):
 
 def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     """Raise FieldError if values are invalid, contradict each other, or do not divide the model's sizes."""
-    _check_positive(recipe)
     _check_data(recipe)
     _check_objective(recipe)
     _check_schedule(recipe)
@@ -100,17 +99,6 @@ def pad_multiple(recipe: Recipe) -> int:
     return recipe.data.pad_multiple or recipe.parallel.context_chunks
 
 
-def _check_positive(recipe: Recipe) -> None:
-    for group in ("data", "parallel", "train", "objective"):
-        for name, value in vars(getattr(recipe, group)).items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                continue
-            if name not in MAY_BE_ZERO and value <= 0:
-                raise FieldError(f"{group}.{name}", f"must be above 0, not {value}")
-            if value < 0:
-                raise FieldError(f"{group}.{name}", f"must not be below 0, not {value}")
-
-
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     if not data.sources("train"):
@@ -120,20 +108,6 @@ def _check_data(recipe: Recipe) -> None:
         raise FieldError(
             "data.turns", "split makes a sample of each of the assistant's turns, which data.supervise names"
         )
-
-
-MAY_BE_ZERO = {
-    "iterations",  # 0 converts the model without training it
-    "min_lr",
-    "warmup_iterations",
-    "weight_decay",
-    "clip_grad",
-    "seed",
-    "adam_beta1",
-    "adam_beta2",
-    "keep_best",
-}
-"""Fields for which 0 is a valid value."""
 
 
 def _check_objective(recipe: Recipe) -> None:
@@ -224,9 +198,6 @@ def _check_lora(recipe: Recipe) -> None:
     lora = recipe.lora
     if lora is None:
         return
-    for name in ("rank", "alpha"):
-        if getattr(lora, name) <= 0:
-            raise FieldError(f"lora.{name}", f"must be above 0, not {getattr(lora, name)}")
     if lora.dropout:
         raise FieldError(
             "lora.dropout",

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bft_megatron.errors import reading
+from bft_megatron.errors import FieldError, UserError, reading
 
 
 def read_text(path: Path, field: str = "") -> str:
@@ -29,7 +29,11 @@ def read_object(path: Path, field: str = "") -> dict[str, Any]:
         try:
             found = json.loads(text)
         except json.JSONDecodeError as e:
-            raise ValueError(f"not JSON: {e}") from None
-        if not isinstance(found, dict):
-            raise ValueError("it must be a JSON object")
-        return found
+            raise _refused(f"{path}:{e.lineno}", f"not JSON: {e.msg}", field) from None
+    if not isinstance(found, dict):
+        raise _refused(str(path), "must be a JSON object", field)
+    return found
+
+
+def _refused(place: str, message: str, field: str) -> UserError:
+    return FieldError(field, f"{place}: {message}") if field else UserError(message, place)

@@ -90,7 +90,7 @@ def test_bad_recipe(recipe: Path, old: str, new: str, line: int, message: str):
 
 def test_bad_environment_variable(recipe: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BFT_GROUP_SIZE", "many")
-    assert refused(recipe) == "error: environment variable BFT_GROUP_SIZE: must be a whole number at least 1 and at most 2,147,483,647, not 'many'"
+    assert refused(recipe) == "error: environment variable BFT_GROUP_SIZE: must be a whole number, not 'many'"
 
 
 def test_bad_override_is_named_as_it_was_typed(recipe: Path):

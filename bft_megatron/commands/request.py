@@ -122,6 +122,7 @@ def read(file: Path, overrides: list[str] | None) -> Request:
     """
     recipe = reader.load(file, overrides or [])
     request = Request(file, overrides or [], recipe, read_config(find_model(recipe.model)))
+    request.check(lambda: rules.check_output(recipe))
     request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
     request.check_fields()
     request.check(lambda: request.folder.check_continues(request.recipe))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bft_megatron.errors import UserError
+from bft_megatron.errors import UserError, reading
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's tracker file in a folder of checkpoints: the iteration of the newest."""
@@ -32,6 +32,11 @@ def find_model(name: str) -> Path:
     Raises:
         UserError: neither a folder nor in the cache, or checkpoints without a configuration.
     """
+    with reading(f"model: {name}"):
+        return _find_model(name)
+
+
+def _find_model(name: str) -> Path:
     folder = Path(name)
     if (folder / TRACKER).exists() and not (folder / "config.json").exists():
         raise UserError(
@@ -44,11 +49,13 @@ def find_model(name: str) -> Path:
     is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if is_id:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(name, local_files_only=True))
         except LocalEntryNotFoundError:
             pass
+        except HFValidationError:
+            is_id = False
     hint = f", and it is not in the local hub cache; to download it: hf download {name}" if is_id else ""
     raise UserError(f"no such folder{hint}", f"model: {name}")

@@ -41,7 +41,7 @@ def _read[Number: (int, float)](variable: str, default: Number, parse: Callable[
         value = parse(text)
     except ValueError:
         kind = "whole number" if parse is int else "number"
-        raise UserError(f"must be a {kind} {limit}, not {shortened(text)!r}", where) from None
+        raise UserError(f"must be a {kind}, not {shortened(text)!r}", where) from None
     if fault := limit.fault(value):
         raise UserError(fault, where)
     return value

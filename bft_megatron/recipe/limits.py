@@ -62,9 +62,9 @@ class FilePath:
             os.stat(value)
         except OSError as e:
             possible = e.errno in (errno.ENOENT, errno.ENOTDIR)
-            return None if possible else f"cannot be the name of a file: {e.strerror}"
+            return None if possible else f"cannot be used as a path: {e.strerror}"
         except ValueError as e:  # a NUL character, half a surrogate pair
-            return f"cannot be the name of a file: {shortened(e)}"
+            return f"cannot be used as a path: {shortened(e)}"
         return None
 
 

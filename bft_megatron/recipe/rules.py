@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
+import os
+from pathlib import Path
 from typing import Protocol
 
-from bft_megatron.errors import FieldError
+from bft_megatron.errors import FieldError, reading, shortened
 from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 
 TIME_OUT = "distributed-timeout-minutes"
+A_YEAR = 366 * 24 * 60
 
 
 class ModelShape(Protocol):
@@ -49,7 +53,7 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_model(recipe, model)
     _check_row_length(recipe, model)
     _check_lora(recipe)
-    _check_time_out(recipe)
+    _check_flags(recipe)
 
 
 def check_comparable(recipe: Recipe) -> None:
@@ -211,8 +215,32 @@ def _check_lora(recipe: Recipe) -> None:
         raise FieldError("lora.target", f"{what}: takes all, attention, mlp, or a list of {', '.join(known)}")
 
 
-def _check_time_out(recipe: Recipe) -> None:
-    """Check the flag that a run reads before Megatron parses it."""
+def _check_flags(recipe: Recipe) -> None:
+    """Check the numbers under `megatron`, and the flag that a run reads before Megatron parses it."""
+    for flag, value in recipe.megatron.items():
+        if any(map(_not_finite, value if isinstance(value, list | tuple) else [value])):
+            raise FieldError(f"megatron.{flag}", f"must be finite, not {shortened(value)}")
     minutes = recipe.megatron.get(TIME_OUT, 1)
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0:
-        raise FieldError(f"megatron.{TIME_OUT}", f"must be minutes above 0, not {minutes!r}")
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes <= A_YEAR:
+        raise FieldError(f"megatron.{TIME_OUT}", f"must be minutes above 0, and at most a year, not {minutes!r}")
+
+
+def _not_finite(value: object) -> bool:
+    """Return whether a flag's value is NaN or infinity, as a number or as text, which Megatron reads as one."""
+    if not isinstance(value, str | float):
+        return False
+    try:
+        return not math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def check_output(recipe: Recipe) -> None:
+    """Raise FieldError if the run's folder cannot be made or written to."""
+    folder = Path(recipe.output).absolute()
+    with reading(str(folder), "output"):
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise FieldError("output", f"{nearest} is a file: name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise FieldError("output", f"there is no permission to write in {nearest}")

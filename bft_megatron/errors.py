@@ -25,7 +25,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, where: str = "") -> None:
-        super().__init__(f"{where}: {message}" if where else message)
+        super().__init__("\n".join(map(_printable, (f"{where}: {message}" if where else message).split("\n"))))
 
 
 class FieldError(UserError):
@@ -76,5 +76,10 @@ def reason(error: Exception) -> str:
 
 def shortened(value: object, most: int = 60) -> str:
     """Return a value as text of at most so many characters, on one line."""
-    text = str(value).replace("\n", " ").replace("\0", "\\0")
+    text = _printable(str(value))
     return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def _printable(text: str) -> str:
+    """Return text with its control characters and halves of surrogate pairs as escapes, which any terminal shows."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -100,7 +100,7 @@ def test_bad_override_is_named_as_it_was_typed(recipe: Path):
 @pytest.mark.parametrize("model", ["no/such/folder", "organisation/model"])
 def test_missing_model(recipe: Path, model: str):
     said = refused(recipe, f"model={model}")
-    assert f"model: {model}: no such folder" in said
+    assert f"error: model={model}: {model}: no such folder" in said
     assert ("hf download organisation/model" in said) == (model == "organisation/model")
 
 

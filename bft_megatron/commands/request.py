@@ -44,10 +44,7 @@ class Request:
 
     def check[T](self, check: Callable[[], T]) -> T:
         """Call a function; add to a FieldError the file and line, or the override, that set the field."""
-        try:
-            return check()
-        except FieldError as e:
-            raise UserError(e.message, reader.where(self.file, self.overrides, e.field)) from None
+        return _check(self.file, self.overrides, check)
 
     def check_fields(self) -> None:
         """Raise UserError, with file and line, for a recipe that cannot run on any machine."""
@@ -121,9 +118,17 @@ def read(file: Path, overrides: list[str] | None) -> Request:
         UserError: the first thing that is wrong, with its file, line and field.
     """
     recipe = reader.load(file, overrides or [])
-    request = Request(file, overrides or [], recipe, read_config(find_model(recipe.model)))
+    model = _check(file, overrides or [], lambda: find_model(recipe.model))
+    request = Request(file, overrides or [], recipe, read_config(model))
     request.check(lambda: rules.check_output(recipe))
     request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
     request.check_fields()
     request.check(lambda: request.folder.check_continues(request.recipe))
     return request
+
+
+def _check[T](file: Path, overrides: list[str], check: Callable[[], T]) -> T:
+    try:
+        return check()
+    except FieldError as e:
+        raise UserError(e.message, reader.where(file, overrides, e.field)) from None

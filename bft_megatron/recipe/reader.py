@@ -215,7 +215,7 @@ def _unknown(key: str) -> str | None:
         declared = get_type_hints(schema)[name]
         schema = next((t for t in get_args(declared) if is_dataclass(t)), declared)  # `Group | None` is a group
         if not is_dataclass(schema):
-            if schema is not dict and i + 1 < len(parts) and name != "megatron":
+            if schema not in (dict, Any) and i + 1 < len(parts) and name != "megatron":
                 return f"`{'.'.join(parts[: i + 1])}` takes a value, not fields"
             return None
     return f"`{shortened(key)}` is a group of fields; known here: {', '.join(f.name for f in fields(schema))}"

@@ -103,12 +103,13 @@ def _item(value: Any, where: str, place: str) -> SourceSettings:
             raise wrong(
                 shortened(key), f"unknown field; {f'did you mean `{close[0]}`?' if close else ', '.join(known)}"
             )
+    value = {key: given for key, given in value.items() if given is not None or key not in ("name", "subset", "rows")}
     for key in ("path", "name", "split", "subset"):
         if key in value and not (isinstance(value[key], str) and value[key]):
             raise wrong(key, f"must be text, not {shortened(repr(value[key]))}")
     if "path" not in value:
         raise wrong("path", "must be given")
-    if value.get("rows") is not None:
+    if "rows" in value:
         _check_rows(value["rows"], wrong)
     weight = value.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float):

@@ -41,8 +41,8 @@ def _find_model(name: str) -> Path:
     if (folder / TRACKER).exists() and not (folder / "config.json").exists():
         raise FieldError(
             "model",
-            f"{name}: holds checkpoints of Megatron's, which lack a tokenizer: put config.json and the tokenizer's files "
-            "of the model on the hub beside them",
+            f"{name}: holds checkpoints of Megatron's, which lack a tokenizer: put config.json and the tokenizer's "
+            "files of the model on the hub beside them",
         )
     if folder.is_dir():
         return folder / "model" if checkpoints_of(folder / "model") else folder

@@ -155,7 +155,8 @@ def _override(text: str) -> DictConfig:
             composed(value, lambda *_: place)
             return OmegaConf.from_dotlist([text])
         except (yaml.YAMLError, OmegaConfBaseException) as e:
-            raise UserError(f"cannot read the value: {shortened(e, 200)}", place) from None
+            what = getattr(e, "problem", None) or str(e).partition("\n")[0]
+            raise UserError(f"cannot read the value: {shortened(what, 200)}", place) from None
 
 
 def _name_flags(layer: _Layer) -> None:

@@ -218,7 +218,10 @@ def _check_lora(recipe: Recipe) -> None:
 def _check_flags(recipe: Recipe) -> None:
     """Check the numbers under `megatron`, and the flag that a run reads before Megatron parses it."""
     for flag, value in recipe.megatron.items():
-        if any(map(_not_finite, value if isinstance(value, list | tuple) else [value])):
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, dict | list | tuple) for item in items):
+            raise FieldError(f"megatron.{flag}", f"must be a value or a list of values, not {shortened(value)}")
+        if any(map(_not_finite, items)):
             raise FieldError(f"megatron.{flag}", f"must be finite, not {shortened(value)}")
     minutes = recipe.megatron.get(TIME_OUT, 1)
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes <= A_YEAR:

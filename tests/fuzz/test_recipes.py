@@ -26,7 +26,15 @@ EXAMPLES = int(float(os.environ.get("FUZZ_SECONDS", "20")) * 50)
 LONG = "a" * 5000
 texts = st.text(max_size=5) | st.sampled_from(
     [
-        *"${oc.env:NOPE} ${train.lr} ${output} ${ ${data} ${nope} $ ${oc.env:HOME} \\${x}".split(),
+        "${oc.env:NOPE}",
+        "${train.lr}",
+        "${output}",
+        "${",
+        "${data}",
+        "${nope}",
+        "$",
+        "${oc.env:HOME}",
+        "\\${x}",
         "",
         "~",
         "~/x",

@@ -146,8 +146,12 @@ def test_a_path_that_no_file_has(refused: Refused, field: str, value: str):
         ("data.train", "ä/ö", "no such file or folder as ä/ö, which is no id of a data set either"),
         ("data.train", "a/../b", "No such file or directory"),
         ("data.train", "{tmp}", "no data set in"),
-        ("data.chat_template", "{tmp}", ""),
-        ("data.chat_template", "{tmp}/none.jinja", ""),
+        (
+            "data.chat_template",
+            "{tmp}",
+            "is no template's name (the tokenizer names none), and no file: Is a directory",
+        ),
+        ("data.chat_template", "{tmp}/none.jinja", "and no file: No such file or directory"),
     ],
 )
 def test_a_path_of_something_else(recipe: Path, refused: Refused, field: str, value: str, message: str, tmp_path: Path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
@@ -59,12 +60,15 @@ class Request:
         return in_rank, processes
 
     def prepare(self) -> RunRows:
-        """Prepare the rows, unless they are prepared already, and print a report of the data. Raises UserError."""
+        """Prepare the rows, unless they are prepared already, and print a report and doubts. Raises UserError."""
         from bft_megatron.data.summary import summary_table
+        from bft_megatron.run.doubts import doubts
         from bft_megatron.run.prepared import prepare_rows
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
         Console().print(summary_table(rows.named))
+        for doubt in doubts(self.recipe, rows):
+            Console().print(f"[yellow]warning:[/] {escape(doubt)}", soft_wrap=True, highlight=False)
         return rows
 
     def rows_of_rank(self) -> RunRows:

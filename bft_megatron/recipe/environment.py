@@ -42,6 +42,6 @@ def _read[Number: (int, float)](variable: str, default: Number, parse: Callable[
     except ValueError:
         kind = "whole number" if parse is int else "number"
         raise UserError(f"must be a {kind}, not {shortened(text)!r}", where) from None
-    if fault := limit.fault(value):
+    if fault := limit.fault(value, repr(shortened(text))):
         raise UserError(fault, where)
     return value

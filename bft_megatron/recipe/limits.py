@@ -35,17 +35,22 @@ class Range:
             f"{name.replace('_', ' ')} {bound:,}" for name, bound in vars(self).items() if bound is not None
         )
 
-    def fault(self, value: float) -> str | None:
-        """Return what a number must be and isn't; None if it is in the range."""
+    def fault(self, value: float, shown: str = "") -> str | None:
+        """Return what a number must be and isn't; None if it is in the range.
+
+        Args:
+            shown: the number as its author wrote it.
+        """
+        shown = shown or shortened(value)
         if not isinstance(value, int) and not math.isfinite(value):
-            return f"must be finite and {self}, not {value}"
+            return f"must be finite and {self}, not {shown}"
         inside = (
             (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.below is None or value < self.below)
             and (self.at_most is None or value <= self.at_most)
         )
-        return None if inside else f"must be {self}, not {shortened(value)}"
+        return None if inside else f"must be {self}, not {shown}"
 
 
 @dataclass(frozen=True)

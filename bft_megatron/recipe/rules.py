@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Protocol
 
 from bft_megatron.errors import FieldError, reading, shortened
+from bft_megatron.recipe.limits import Range
 from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 
 TIME_OUT = "distributed-timeout-minutes"
-A_YEAR = 366 * 24 * 60
+TIME_OUT_MINUTES = Range(above=0, at_most=366 * 24 * 60)
 
 
 class ModelShape(Protocol):
@@ -224,8 +225,10 @@ def _check_flags(recipe: Recipe) -> None:
         if any(map(_not_finite, items)):
             raise FieldError(f"megatron.{flag}", f"must be finite, not {shortened(value)}")
     minutes = recipe.megatron.get(TIME_OUT, 1)
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes <= A_YEAR:
-        raise FieldError(f"megatron.{TIME_OUT}", f"must be minutes above 0, and at most a year, not {minutes!r}")
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float):
+        raise FieldError(f"megatron.{TIME_OUT}", f"must be minutes above 0, not {minutes!r}")
+    if fault := TIME_OUT_MINUTES.fault(minutes):
+        raise FieldError(f"megatron.{TIME_OUT}", fault)
 
 
 def _not_finite(value: object) -> bool:

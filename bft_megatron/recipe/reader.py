@@ -104,10 +104,11 @@ class _Layer:
         return self.source.where(written)
 
     def sets(self, field_name: str) -> bool:
-        """Return whether the layer gives a field, or a flag under `megatron`, its value."""
+        """Return whether the layer gives a field, a part of it, or a flag under `megatron` its value."""
         group, _, flag = field_name.partition(".")
         given = self.tree._get_node("megatron") if group == "megatron" else None
-        return field_name in self.keys or (isinstance(given, DictConfig) and flag in given)
+        itself_or_part = any(f"{key}.".startswith(f"{field_name}.") for key in self.keys)
+        return itself_or_part or (isinstance(given, DictConfig) and flag in given)
 
     def merged_into(self, merged: DictConfig) -> DictConfig:
         """Return the recipe so far with the layer's values. Raises UserError for a value of the wrong type."""

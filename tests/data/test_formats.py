@@ -188,6 +188,10 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("csv", b"instruction,output\nx,y\nx,\xff\n", ":3: not UTF-8"),
     ("csv", b"instruction,output\nx,y\nx\n", ":3: must have 2 cells"),
     ("csv", b'instruction,output\nx,"y', ":2: not CSV"),
+    ("csv", b"instruction,output,weight\nx,y,nan\n", ":2: weight: must be finite"),
+    ("csv", b"instruction,output,weight\nx,y,1\nx,y,1e400\n", ":3: weight: must be finite"),
+    ("csv", b"instruction,output,weight\nx,y,1e7\n", ":2: weight: must be at least 0 and at most 1,000,000"),
+    ("json", b'[{"instruction": "x", "output": "y", "weight": Infinity}]', ":1: weight: must be finite"),
     ("parquet", b"PAR1 and no more", ": not Parquet"),
 ]
 

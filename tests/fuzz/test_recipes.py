@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bft_megatron.commands import request
 from bft_megatron.errors import UserError, shortened
-from bft_megatron.recipe import flags
+from bft_megatron.recipe import flags, reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
 from tests.helpers.commands import ROOT
@@ -198,7 +198,9 @@ def outcome(file: Path, changes: list[str]) -> str:
         assert len(said) < 3000
         assert "\n" not in said or all(str(file) in line or "=" in line for line in said.splitlines())
         return said
-    assert made.recipe.train.lr > 0
+    written = file.with_name("config.yaml")
+    written.write_text(reader.dump(made.recipe), encoding="utf-8")
+    assert reader.load(written) == made.recipe
     assert all(flags.refusal(flag, value) is None for flag, value in made.recipe.megatron.items())
     return ""
 

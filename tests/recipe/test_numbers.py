@@ -120,6 +120,14 @@ def test_weight_of_a_source(recipe: Path, refused: Refused, weight: str):
     assert refused().startswith(f"{recipe}:4: data.train: `weight`: must be ")
 
 
+def test_a_source_may_be_given_alone_and_is_named(recipe: Path, refused: Refused):
+    data = ROOT / "recipes/tiny/train.jsonl"
+    assert read(recipe, [f"data.train={{path: {data}, weight: 2}}"]).recipe.data.sources("train")[0].weight == 2
+    assert refused(f"data.train={{path: {data}, weight: .nan}}").startswith("data.train={path: ")
+    recipe.write_text(recipe.read_text().replace(f"train: {data}", f"train:\n    path: {data}\n    weight: -1"))
+    assert refused().startswith(f"{recipe}:4: data.train: `weight`: must be above 0 and")
+
+
 def test_the_largest_and_smallest_numbers_that_make_sense_are_taken(recipe: Path):
     taken = ["train.lr=1e30", "train.clip_grad=0", "train.adam_beta1=0", "train.seed=2147483647", "objective.gamma=1e9"]
     assert read(recipe, taken).recipe.train.lr == 1e30

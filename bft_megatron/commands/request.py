@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
@@ -45,7 +44,10 @@ class Request:
 
     def check[T](self, check: Callable[[], T]) -> T:
         """Call a function; add to a FieldError the file and line, or the override, that set the field."""
-        return _check(self.file, self.overrides, check)
+        try:
+            return check()
+        except FieldError as e:
+            raise UserError(e.message, reader.where(self.file, self.overrides, e.field)) from None
 
     def check_fields(self) -> None:
         """Raise UserError, with file and line, for a recipe that cannot run on any machine."""
@@ -60,15 +62,12 @@ class Request:
         return in_rank, processes
 
     def prepare(self) -> RunRows:
-        """Prepare the rows, unless they are prepared already, and print a report and doubts. Raises UserError."""
+        """Prepare the rows, unless they are prepared already, and print a report of the data. Raises UserError."""
         from bft_megatron.data.summary import summary_table
-        from bft_megatron.run.doubts import doubts
         from bft_megatron.run.prepared import prepare_rows
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
         Console().print(summary_table(rows.named))
-        for doubt in doubts(self.recipe, rows):
-            Console().print(f"[yellow]warning:[/] {escape(doubt)}", soft_wrap=True, highlight=False)
         return rows
 
     def rows_of_rank(self) -> RunRows:
@@ -122,17 +121,8 @@ def read(file: Path, overrides: list[str] | None) -> Request:
         UserError: the first thing that is wrong, with its file, line and field.
     """
     recipe = reader.load(file, overrides or [])
-    model = _check(file, overrides or [], lambda: find_model(recipe.model))
-    request = Request(file, overrides or [], recipe, read_config(model))
-    request.check(lambda: rules.check_output(recipe))
+    request = Request(file, overrides or [], recipe, read_config(find_model(recipe.model)))
     request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
     request.check_fields()
     request.check(lambda: request.folder.check_continues(request.recipe))
     return request
-
-
-def _check[T](file: Path, overrides: list[str], check: Callable[[], T]) -> T:
-    try:
-        return check()
-    except FieldError as e:
-        raise UserError(e.message, reader.where(file, overrides, e.field)) from None

@@ -9,10 +9,11 @@ DOCS_STAMP := $(VENV)/.installed-docs
 TE_STAMP := .venv-te/.installed
 # Of what is drawn at random; SEED=20261127 draws again what was drawn on that day.
 SEED ?= $(shell date +%Y%m%d)
+FUZZ_SECONDS ?= 3600
 # What has a target of its own because of what it needs.
 APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te --ignore=tests/gpu
 
-.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu bench-gpu plan-recipes matrix soak docs lint format \
+.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu bench-gpu plan-recipes matrix fuzz soak docs lint format \
 	lock clean
 
 venv: $(STAMP)
@@ -80,9 +81,14 @@ test-image: $(STAMP)
 plan-recipes: $(STAMP)
 	$(BIN)/python -m pytest tests/plan -m plan
 
-# A run killed thirty times at random moments must end with the bits of one left alone; some ten minutes.
+# A run that is killed, damaged and starved of disk thirty times must end with the bits of one left alone; some ten minutes.
 soak: $(STAMP)
-	$(BIN)/python -m tests.checkpoint.soak --kills 30
+	$(BIN)/python -m tests.checkpoint.soak --events 30
+
+# Random recipes, data files and flipped bits of a run's folder for FUZZ_SECONDS each, drawn by SEED; `make test` takes seconds.
+fuzz: $(STAMP)
+	@echo "SEED=$(SEED)"
+	SEED=$(SEED) FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz tests/data/test_fuzz.py
 
 # Every objective on every layout, which takes hours; with N that many of them, drawn by SEED.
 matrix: $(STAMP)

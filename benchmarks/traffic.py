@@ -51,10 +51,11 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for gpus in (64, 512, 4096):
         data = gpus // (TENSOR * PIPELINE * CONTEXT)
-        ours, theirs = objective(TOKENS // CONTEXT, SAMPLES + 1, CONTEXT), model(data)
+        held = TOKENS // CONTEXT  # all of them supervised, at most
+        ours, theirs = objective(held, SAMPLES + 1, CONTEXT, gathered=held), model(data)
         sent = (
             MICRO_BATCHES * _all_reduce(ours["tensor"], TENSOR),
-            MICRO_BATCHES * _all_reduce(ours["context"], CONTEXT),
+            MICRO_BATCHES * _all_reduce(ours["context"], CONTEXT),  # of two ranks, which also send as much to gather
             _all_reduce(ours["step"], data * CONTEXT),
         )
         share = sum(sent) / sum(theirs.values())

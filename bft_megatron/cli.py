@@ -76,7 +76,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     if not in_rank:
         sys.exit(launcher.launch(sys.argv[1:], processes))
     if ranks.rank() == 0:
-        request.describe_run()
+        request.describe_run(rows)
         folder.mark_unfinished("running")
     with output_to(folder.log(ranks.rank())) as console:
         from bft_megatron.run.resolved import Run

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 USER_ERROR = 2
 """Exit status after an error in the user's input."""
 
-BAD_STEPS = 65
-"""Exit status after too many skipped steps in a row; a restart would skip the same steps."""
+BLOWN_UP = 65
+"""Exit status of a run that blew up: a restart would meet the same."""
 
 
 class UserError(Exception):
@@ -36,8 +36,11 @@ class FieldError(UserError):
         self.field, self.message = field, message
 
 
-class BadSteps(Exception):
-    """A non-finite gradient in too many steps in a row. The last good checkpoint stays as it is."""
+class BlownUp(Exception):
+    """Gradients, validations or parameters that are not finite and do not recover. All ranks raise it together.
+
+    Nothing of it was saved: the checkpoints are those of the steps before.
+    """
 
 
 @contextmanager

@@ -19,7 +19,7 @@
 # Exit status: that of the training (of the first rank that failed); 75 if a cap is reached.
 
 USER_ERROR=2    # bft-megatron: the input is at fault
-BAD_STEPS=65    # bft-megatron: too many steps in a row without a finite gradient
+BLOWN_UP=65     # bft-megatron: gradients, validations or parameters are not finite and do not recover
 CAP_REACHED=75  # this script: unfinished, and not to be retried without a person
 
 say() { echo "$(date +%T) ${SLURM_JOB_NAME:-bft}: $*" >&2; }
@@ -130,7 +130,7 @@ conclude() {
   say "$who ended with status $status; $RUN/logs holds what each rank printed"
   [ "$cancelled" = 0 ] || exit "$status"
   case $status in
-    "$USER_ERROR" | "$BAD_STEPS")
+    "$USER_ERROR" | "$BLOWN_UP")
       # The other tasks of the array would fail in the same way.
       [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
       die "not tried again: starting anew would meet the same" "$status"

@@ -26,8 +26,8 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, console: TextIO
     from megatron.training.checkpointing import save_checkpoint
 
     save_checkpoint(0, chunks, None, None, 0, release=True)
+    folder = RunFolder.of(recipe)
+    seal(folder.converted)
     if dist.get_rank() == 0:
-        folder = RunFolder.of(recipe)
-        seal(folder.converted)
         print(f"wrote {folder.converted}", file=console, flush=True)
     dist.destroy_process_group()

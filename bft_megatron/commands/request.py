@@ -22,6 +22,9 @@ from bft_megatron.training import arguments
 if TYPE_CHECKING:
     from bft_megatron.run.prepared import RunRows
 
+MOST_PASSES = 1000
+"""Passes over the training rows in one step, above which the batch is likely to be a slip."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -68,13 +71,20 @@ class Request:
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
         Console().print(summary_table(rows.named))
+        batch, rows_there = self.recipe.train.global_batch_size, rows.train.rows
+        if batch > MOST_PASSES * rows_there:
+            times = f"{batch // rows_there:,} times the {rows_there:,} of data.train"
+            print(f"warning: train.global_batch_size: a step reads {batch:,} rows, {times}", flush=True)
+        for part in rows.train.parts:
+            if part.prepared.counts.weightless == part.prepared.counts.samples:
+                print(f"warning: every sample of {part.name} has weight 0: nothing is learned from it", flush=True)
         return rows
 
     def rows_of_rank(self) -> RunRows:
         """Return the prepared rows on a rank; see `run.prepared.rows_of_rank`."""
         from bft_megatron.run.prepared import rows_of_rank
 
-        return rows_of_rank(self.recipe, self.prepare)
+        return self.check(lambda: rows_of_rank(self.recipe, self.prepare))
 
     def trained(self) -> Request:
         """Return the request with the run's newest checkpoint as its model. Raises UserError if it has none."""
@@ -99,9 +109,15 @@ class Request:
         if self.recipe.lora.adapter is not None:
             AdapterFolder(Path(self.recipe.lora.adapter), self.config, self.recipe.lora)
 
-    def describe_run(self) -> None:
-        """Write the recipe, a LoRA run's base and the chat template into the run's folder, for export and resume."""
+    def describe_run(self, rows: RunRows) -> None:
+        """Write what an export and a later start need into the run's folder.
+
+        The recipe, what the rows hold, a LoRA run's base and the chat template.
+        """
+        from bft_megatron.run import trained_on
+
         self.folder.write_config(self.recipe, self.model_folder)
+        trained_on.record(self.folder, rows.train)
         if self.recipe.lora is not None:
             from bft_megatron.lora.base import record_base
 
@@ -121,7 +137,12 @@ def read(file: Path, overrides: list[str] | None) -> Request:
         UserError: the first thing that is wrong, with its file, line and field.
     """
     recipe = reader.load(file, overrides or [])
-    request = Request(file, overrides or [], recipe, read_config(find_model(recipe.model)))
+    try:
+        model = find_model(recipe.model)
+    except FieldError as e:
+        raise UserError(e.message, reader.where(file, overrides or [], e.field)) from None
+    request = Request(file, overrides or [], recipe, read_config(model))
+    request.check(lambda: rules.check_output(recipe))
     request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
     request.check_fields()
     request.check(lambda: request.folder.check_continues(request.recipe))

@@ -37,6 +37,7 @@ class Counts:
         rows: rows that the kept samples fill.
         tokens: input tokens of the kept samples, without padding.
         supervised: supervised labels.
+        weightless: kept samples of weight 0, which are not learned from.
         highest_token: the largest token id of the kept samples, which must be inside the model's vocabulary.
         lengths: histogram of samples by length, before any is dropped: entry k counts 2^(k-1) < tokens <= 2^k.
     """
@@ -49,6 +50,7 @@ class Counts:
     rows: int = 0
     tokens: int = 0
     supervised: int = 0
+    weightless: int = 0
     highest_token: int = 0
     lengths: list[int] = field(default_factory=list)
 
@@ -142,6 +144,7 @@ class Encoder:
             counts.samples += 1
             counts.tokens += len(tokens) - 1
             counts.supervised += labels
+            counts.weightless += conversation.weight == 0
             counts.highest_token = max(counts.highest_token, int(tokens.max()))
             yield _Sample(tokens, supervised, conversation)
         counts.lengths = [lengths[k] for k in range(max(lengths, default=-1) + 1)]

@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 
 from bft_megatron.errors import UserError
@@ -38,6 +39,21 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
             raise UserError(f"cannot write the prepared data: {e.strerror or e}", str(folder.parent)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged folder to the first free `damaged_NAME`, `damaged_NAME.2`, ..., and return that.
+
+    Raises:
+        UserError: it cannot be renamed.
+    """
+    wanted = folder.with_name(f"damaged_{folder.name}")
+    numbered = (wanted.with_name(f"{wanted.name}.{number}") for number in count(2))
+    aside = next(path for path in chain([wanted], numbered) if not path.exists())
+    try:
+        return folder.rename(aside)
+    except OSError as e:
+        raise UserError(f"is damaged, and cannot be renamed: {e.strerror or e}", str(folder)) from None
 
 
 def _sweep(parent: Path, host: str) -> None:

@@ -1,11 +1,11 @@
 """Preparing a source: tokenise, pack and write it to a cache once, and find it again. `dataset` reads the rows.
 
 A prepared folder holds `samples.arrow` (one sample each), `rows.arrow` (the samples of each row), `prepared.json`
-(shape and counts), and `refused.txt` if rows were left out. `datasets.ArrowWriter` writes the Arrow streams batch by
-batch in bounded memory; they are read memory-mapped, and anyone can open them with `datasets.Dataset.from_file`.
-Megatron's indexed format has no place for masks and weights, and `from_generator` would add a second cache, keyed on
-the generator's code. The folder's name is a hash of everything its content depends on, and it is given last, so a
-folder with that name is complete.
+(shape, counts, a hash of the content, checksums), and `refused.txt` if rows were left out. `datasets.ArrowWriter`
+writes the Arrow streams batch by batch in bounded memory; they are read memory-mapped, and anyone can open them with
+`datasets.Dataset.from_file`. Megatron's indexed format has no place for masks and weights, and `from_generator` would
+add a second cache, keyed on the generator's code. The folder's name is a hash of everything its content depends on, and
+it is given last, so a folder with that name is complete.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bft_megatron.data import tokenizers
+from bft_megatron.data import intact, tokenizers
+from bft_megatron.data.content import ContentHash
 from bft_megatron.data.encoding import Counts, Encoded, Encoder
-from bft_megatron.data.folders import appearing_whole
+from bft_megatron.data.folders import appearing_whole, set_aside
 from bft_megatron.data.packing import pack
 from bft_megatron.data.sources import Source, open_source
 from bft_megatron.data.workers import ordered_map
@@ -33,7 +34,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import SourceSettings
 
-FORMAT = 2
+FORMAT = 3
 """Part of the hash in the folder's name; raised whenever the same input is written differently."""
 
 SAMPLES = Features(
@@ -60,6 +61,7 @@ class Prepared:
         pad_multiple: the multiple that the length of a packed sample is padded to.
         overlong: whether samples longer than a row were dropped or truncated.
         counts: numbers of conversations, samples and tokens.
+        content: a hash of the samples and rows (`content.ContentHash`).
     """
 
     folder: Path
@@ -68,6 +70,7 @@ class Prepared:
     pad_multiple: int
     overlong: str
     counts: Counts
+    content: str
 
     @property
     def rows(self) -> int:
@@ -90,6 +93,8 @@ def prepare(
 ) -> Prepared:
     """Tokenise and pack a source, or find it in the cache. Call it on one process; the others read what it wrote.
 
+    What is found is checked against its checksums; a damaged folder is renamed, and the source prepared anew.
+
     Args:
         source: its settings, or only its path.
         model: Hugging Face folder with the tokenizer and its chat template.
@@ -99,31 +104,55 @@ def prepare(
         field: the recipe's field that names the source, for errors.
 
     Raises:
-        UserError: a fault in the source, no tokenizer or template, no sample kept, or a folder that cannot be written.
+        UserError: a fault in the source, no tokenizer or template, no sample kept, or a folder that cannot be read or
+            written.
+        FieldError: a file of the source is missing, or changed while it was read.
     """
     opened = open_source(source, field)
     folder = Path(cache) / _key(opened, model, settings, pad_multiple)
-    if folder.exists():
-        return load(folder)
+    if found := _found(folder):
+        return found
     tokenizer = tokenizers.load(model, settings.chat_template)
     with appearing_whole(folder) as part:
-        lengths, counts = _write_samples(part, _encoded(opened, Encoder(opened, tokenizer, settings)))
+        content = ContentHash()
+        lengths, counts = _write_samples(part, _encoded(opened, Encoder(opened, tokenizer, settings)), content)
+        opened.check_unchanged()
         if not counts.conversations and not counts.refused:
             raise UserError("holds no conversation", opened.settings.path)
         if not lengths:
             raise UserError(f"nothing is left to learn from: {counts}{_first_refused(part)}", opened.settings.path)
         rows = pack(lengths, settings.seq_length, pad_multiple) if settings.packing else _one_each(lengths)
-        _write_rows(part, rows)
+        _write_rows(part, rows, content)
         counts.rows = len(rows)
-        prepared = Prepared(folder, settings.seq_length, settings.packing, pad_multiple, settings.overlong, counts)
-        (part / "prepared.json").write_text(json.dumps(asdict(prepared) | {"folder": folder.name}, indent=2))
+        shape = (settings.seq_length, settings.packing, pad_multiple, settings.overlong)
+        prepared = Prepared(folder, *shape, counts, content.hexdigest())
+        intact.record(part, asdict(prepared) | {"folder": folder.name})
     return load(folder)
 
 
 def load(folder: str | Path) -> Prepared:
-    """Open the prepared source in a folder."""
-    stored = json.loads((Path(folder) / "prepared.json").read_text())
+    """Open the prepared source in a folder, without looking at the content of its rows.
+
+    Raises:
+        Damaged: its `prepared.json` is missing, or not as it was written.
+        UserError: it cannot be read.
+    """
+    stored = intact.read(Path(folder))
+    del stored["files"]
     return Prepared(**stored | {"folder": Path(folder), "counts": Counts(**stored["counts"])})
+
+
+def _found(folder: Path) -> Prepared | None:
+    """Return the prepared source in a folder, unless there is none or it is damaged."""
+    if not folder.exists():
+        return None
+    try:
+        intact.check([folder])
+    except intact.Damaged as e:
+        aside = set_aside(folder)
+        print(f"{folder} is damaged ({e.fault}): renamed to {aside.name}, preparing the source anew", flush=True)
+        return None
+    return load(folder)
 
 
 def _key(source: Source, model: str | Path, settings: DataSettings, pad_multiple: int) -> str:
@@ -152,7 +181,7 @@ def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
             yield encoded
 
 
-def _write_samples(folder: Path, batches: Iterator[Encoded]) -> tuple[array[int], Counts]:
+def _write_samples(folder: Path, batches: Iterator[Encoded], content: ContentHash) -> tuple[array[int], Counts]:
     """Write samples as they come; only their lengths and counts stay in memory."""
     lengths, counts = array("l"), Counts()
     with ArrowWriter(path=str(folder / "samples.arrow"), features=SAMPLES) as writer:
@@ -160,6 +189,7 @@ def _write_samples(folder: Path, batches: Iterator[Encoded]) -> tuple[array[int]
             counts.add(batch.counts)
             lengths.frombytes(batch.lengths.tobytes())
             writer.write_table(batch.samples)
+            content.add_samples(batch.samples)
             if batch.refused:
                 with (folder / "refused.txt").open("a", encoding="utf-8") as file:
                     file.write("".join(f"{reason}\n" for reason in batch.refused))
@@ -176,7 +206,8 @@ def _one_each(lengths: array[int]) -> list[list[int]]:
     return [[sample] for sample in range(len(lengths))]
 
 
-def _write_rows(folder: Path, rows: list[list[int]]) -> None:
+def _write_rows(folder: Path, rows: list[list[int]], content: ContentHash) -> None:
+    content.add_rows(rows)
     with ArrowWriter(path=str(folder / "rows.arrow"), features=ROWS) as writer:
         for part in batched(rows, _ROWS_AT_A_TIME):
             writer.write_batch({"samples": list(part)})

@@ -47,10 +47,25 @@ class Source:
         digest = hashlib.sha256(
             repr((self.settings.format, self.settings.columns, self.settings.roles, self.settings.rows)).encode()
         )
-        for path in self.files:
-            with self._readable(path), open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+        for found in self._digests:
+            digest.update(found)
         return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise FieldError if a file is no longer what `content` is the hash of: then other rows may have been read."""
+        for path, before in zip(self.files, self._digests, strict=True):
+            if self._digest(path) != before:
+                raise FieldError(
+                    self.field, f"{path} changed while it was prepared: start again when nothing writes to it"
+                )
+
+    @cached_property
+    def _digests(self) -> tuple[bytes, ...]:
+        return tuple(self._digest(path) for path in self.files)
+
+    def _digest(self, path: str) -> bytes:
+        with self._readable(path), open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
 
     def count_rows(self) -> int | None:
         """Return about how many rows are taken, for a progress bar, or None if that takes reading them."""

@@ -90,9 +90,27 @@ def lowest_confidence(view: View, group_size: int, confidence: Confidence) -> Te
     return view.once(("confidence", group_size, confidence), lambda: _lowest_confidence(view, group_size, confidence))
 
 
+def without_window(view: View, group_size: int, confidence: Confidence) -> Tensor:
+    """Return which samples have tokens and no window, so that c_b is the mean over all their tokens, [B] bool.
+
+    Collectives over context parallelism: none after `lowest_confidence` of the same view, else its `View.min` and
+    `View.windows`.
+    """
+    return _lowest_window(view, group_size, confidence).isposinf() & (view.n > 0)
+
+
+def _lowest_window(view: View, group_size: int, confidence: Confidence) -> Tensor:
+    """Return the lowest mean over a sample's windows, [B] fp64; +inf without a window."""
+    key = ("lowest window", group_size, confidence)
+    return view.once(key, lambda: view.min(view.windows(_averaged(view, confidence), group_size)))
+
+
+def _averaged(view: View, confidence: Confidence) -> Tensor:
+    return view.logp if confidence == "geometric" else view.logp.double().exp()
+
+
 def _lowest_confidence(view: View, group_size: int, confidence: Confidence) -> Tensor:
-    x = view.logp if confidence == "geometric" else view.logp.double().exp()
-    lowest, mean = view.min(view.windows(x, group_size)), view.mean(x)
+    lowest, mean = _lowest_window(view, group_size, confidence), view.mean(_averaged(view, confidence))
     c = torch.where(lowest.isposinf(), mean, lowest)
     c = c.exp() if confidence == "geometric" else c
     return torch.where(view.n > 0, c.clamp(0, 1), 0.0)

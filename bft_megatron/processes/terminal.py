@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from bft_megatron.errors import BAD_STEPS, BadSteps, UserError
+from bft_megatron.errors import BLOWN_UP, BlownUp, UserError
 from bft_megatron.processes import ranks
 
 
@@ -24,7 +24,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
     """Redirect what this process prints to a file; yield the terminal, or a batch job's output in its place.
 
     On a failure, the traceback goes to the file and the terminal gets one line with the error, its notes, and the
-    command that resumes the run; the process exits with 1, or with `BAD_STEPS` after too many bad steps. A UserError is
+    command that resumes the run; the process exits with 1, or with `BLOWN_UP` if the run blew up. A UserError is
     left to the command line.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -38,9 +38,9 @@ def output_to(log: Path) -> Iterator[TextIO]:
         raise
     except Exception as e:
         traceback.print_exc()
-        if not isinstance(e, BadSteps) or ranks.rank() == 0:  # all ranks raise the same BadSteps
+        if not isinstance(e, BlownUp) or ranks.rank() == 0:  # all ranks raise the same BlownUp
             print(_last_line(e, log), file=console, flush=True)
-        sys.exit(BAD_STEPS if isinstance(e, BadSteps) else 1)
+        sys.exit(BLOWN_UP if isinstance(e, BlownUp) else 1)
     finally:
         _redirect(before)
 

@@ -1,4 +1,4 @@
-"""The first line of a run: a sentence on the training ahead and its estimated duration."""
+"""The first lines of a run: a sentence on the training ahead, its estimated duration, and what it may not see."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bft_megatron.data import windows
 from bft_megatron.hf.weights import parameter_count
 from bft_megatron.processes.device import current_device
 from bft_megatron.recipe.schema import Recipe
@@ -38,6 +39,28 @@ def sentence(run: Run, done: int) -> str:
         f"({_short(tokens)} tokens, {counts.supervised / counts.tokens:.0%} "
         f"supervised), {describe_layout(recipe, run.world)}; {_duration(6 * parameters * left / _speed(run.world))}"
     )
+
+
+def notes(run: Run) -> list[str]:
+    """Return sentences on the samples in which the objective finds no confidence window; none if there are none.
+
+    Reads the masks of all training rows, some seconds for a billion tokens.
+    """
+    recipe, settings = run.recipe, run.recipe.objective
+    if settings.name != "bft":
+        return []
+    chunks = recipe.parallel.context_chunks if settings.cp_windows == "per_rank" else 1
+    found = windows.count(run.rows.train, settings.group_size, chunks)
+    samples, size = run.rows.train.counts.samples, settings.group_size
+    lost = (
+        f"{found.lost:,} of {samples:,} samples have a window of {size} supervised tokens only across the chunks of "
+        "context parallelism: objective.cp_windows=exact sees them"
+    )
+    short = (
+        f"{found.short:,} of {samples:,} samples have fewer than {size} supervised tokens: their confidence is the "
+        "mean over all of them"
+    )
+    return [lost] * (found.lost > 0) + [short] * (found.short > 0)
 
 
 def describe_layout(recipe: Recipe, world: int) -> str:

@@ -14,7 +14,6 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
-from bft_megatron.errors import BadSteps
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run import metrics
 from bft_megatron.upstream.training_loop import StepEnd
@@ -50,20 +49,10 @@ class Reporter:
         self.objective, self.iterations, self.sources, self.valid = objective, iterations, sources, valid
         self.iteration = 0
         self.step_seconds = 0.0
-        self.skipped_in_a_row = 0
-        self._max_skipped: int | None = None
-        self._rows_of: Callable[[int], list[int]] | None = None
+        self.rows_of: Callable[[int], list[int]] | None = None
+        """Returns the rows of a step, which the report of a skipped step names."""
         self._clock = time.monotonic()
         self._seconds: list[float] = []
-
-    def give_up(self, max_skipped: int, rows_of: Callable[[int], list[int]]) -> None:
-        """Make `stepped` raise BadSteps on every rank after too many skipped steps in a row.
-
-        Args:
-            max_skipped: the number of skipped steps in a row.
-            rows_of: returns the rows of a step, which the report of a skipped step names.
-        """
-        self._max_skipped, self._rows_of = max_skipped, rows_of
 
     def begin(self, start: int) -> None:
         """Count steps from `start`; on the last rank, drop the lines of later steps, which will run again."""
@@ -76,17 +65,12 @@ class Reporter:
         self._clock = time.monotonic()
 
     def stepped(self, step: StepEnd) -> None:
-        """Report a step.
-
-        Raises:
-            BadSteps: too many steps in a row were skipped; see `give_up`.
-        """
+        """Report a step."""
         seconds, self._clock = step.ended - self._clock, step.ended
         self.iteration, self.step_seconds = step.iteration, seconds
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if step.skipped else 0
         if _writes():
             totals = self.meter.totals
-            rows = self._rows_of(step.iteration) if self._rows_of and step.skipped else []
+            rows = self.rows_of(step.iteration) if self.rows_of and step.skipped else []
             line = {
                 "iteration": step.iteration,
                 **totals.report(),
@@ -99,8 +83,6 @@ class Reporter:
             }
             self._write(line, "train")
             self._print_step(line)
-        if self.skipped_in_a_row == self._max_skipped:
-            raise BadSteps(f"the gradient of {self._max_skipped} steps in a row was not finite; nothing was saved")
 
     def validated(self, iteration: int) -> None:
         """Report a validation. Collectives: the meter's two all-reduces over data x context parallelism."""

@@ -21,6 +21,7 @@ SUMS = (
     "p",
     "correct",
     "confidence",  # c_b over samples
+    "without_window",  # samples whose c_b is the mean over all their tokens
     "weight",  # sample weights
     "samples",
     "tokens",  # supervised
@@ -45,6 +46,7 @@ class Totals:
             "accuracy": _ratio(s["correct"], s["tokens"]),
             "mean_confidence": _ratio(s["confidence"], s["samples"]),
             "min_confidence": self.min_confidence,
+            "without_window": _ratio(s["without_window"], s["samples"]),
             "mean_weight": _ratio(s["weight"], s["samples"]),
             "samples": int(s["samples"]),
             "tokens": int(s["tokens"]),
@@ -94,7 +96,7 @@ class Meter:
     def reduce(self, group: dist.ProcessGroup) -> None:
         """Reduce the sums to totals and start again from zero.
 
-        Two fp64 all-reduces over `group`, data x context parallel: SUM [10, sources] and MIN [sources].
+        Two fp64 all-reduces over `group`, data x context parallel: SUM [11, sources] and MIN [sources].
         """
         empty = torch.zeros(len(SUMS), self.sources, dtype=torch.float64, device=current_device())
         sums = empty if self._sums is None else self._sums

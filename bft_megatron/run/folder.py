@@ -4,6 +4,7 @@ config.yaml      the recipe with every default     metrics.jsonl  one line per s
 checkpoints/     Megatron's torch_dist format      tensorboard/   the same numbers as curves
 data/            the packed rows                   model/         config, tokenizer and template for the export
 logs/            the output of each rank           hf/            kept checkpoints as Hugging Face models
+trained_on.json  the training rows that the run began with
 unfinished       exists until the run is complete; its line says why the last process stopped
 done             exists once the last step is saved
 """
@@ -65,6 +66,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved recipe."""
         return self.root / "config.yaml"
+
+    @property
+    def trained_on(self) -> Path:
+        """The record of the training rows that the run began with (`run.trained_on`)."""
+        return self.root / "trained_on.json"
 
     @property
     def metrics(self) -> Path:

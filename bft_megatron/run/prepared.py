@@ -3,7 +3,8 @@
 If one rank of a running job prepared them, the others would wait in a collective until it times out. Therefore
 `bft-megatron prepare`, or `train` if it starts the ranks itself, writes the rows and a small file that names them. A
 rank reads that file before it joins the others. If the file is missing, rank 0 of a job on a single machine writes it
-while the others poll for it, and a job on many machines is refused.
+while the others poll for it, and a job on many machines is refused. Once on each machine the rows are compared with
+their checksums.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from bft_megatron.data import prepare
+from bft_megatron.data import intact, prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, UserError
@@ -25,10 +26,17 @@ from bft_megatron.processes import ranks
 from bft_megatron.recipe.rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
+from bft_megatron.run import trained_on
 from bft_megatron.run.folder import RunFolder
 
 WAIT_SECONDS = 0.5
 """Seconds between two checks for the file that rank 0 writes."""
+CHECKED_BY = "BFT_MEGATRON_ROWS_CHECKED_BY"
+"""Environment variable with the process that has checked the rows; its children, the ranks, need not do so again."""
+
+
+class NotPrepared(UserError):
+    """There are no prepared rows for a recipe."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +77,16 @@ class RunRows:
 def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
     """Tokenise and pack the recipe's files, unless they are prepared already. Only one process may call this.
 
+    Rows that are prepared already are checked against their checksums, and prepared anew if they are damaged.
+
     Args:
         model_folder: the folder of the tokenizer and its template.
         vocab_size: size of the model's vocabulary, above every token id.
 
     Raises:
         UserError: the data are faulty; the message names file, line and field.
-        FieldError: a file is missing, or the tokenizer does not match the model.
+        FieldError: a file is missing, the tokenizer does not match the model, or the run in the recipe's folder began
+            with other training rows.
     """
     folder = RunFolder.of(recipe)
 
@@ -94,12 +105,14 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
             "model",
             f"its tokenizer gives the token {highest:,}, its vocabulary ends at {vocab_size:,}: they do not match",
         )
+    trained_on.check(folder, rows.train)
     names = {"train": _folders(rows.train), "valid": rows.valid and _folders(rows.valid), **_wanted(recipe)}
     temporary = (
         folder.data / f"rows.{socket.gethostname()}.{os.getpid()}.tmp"
     )  # another `prepare` may run at the same time
     temporary.write_text(json.dumps(names, indent=2))
     temporary.replace(folder.data / "rows.json")
+    os.environ[CHECKED_BY] = str(os.getpid())
     return rows
 
 
@@ -107,17 +120,27 @@ def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
     """Return the rows prepared for this recipe, on a rank that a launcher started, before any process group exists.
 
     On a single machine rank 0 prepares them if they are missing. The others poll for the file that names them instead
-    of waiting in a collective, which has a time limit.
+    of waiting in a collective, which has a time limit. The first rank of each machine checks the rows against their
+    checksums, unless the process that started it has done so.
 
     Args:
         make: calls `prepare_rows`.
 
     Raises:
-        UserError: there are no prepared rows, and the job runs on many machines.
+        UserError: there are no prepared rows, and the job runs on many machines; or they are damaged.
+        FieldError: the run began with other training rows.
     """
+    rows = _opened_or_made(recipe, make)
+    trained_on.check(RunFolder.of(recipe), rows.train)
+    if ranks.local_rank() == 0 and os.environ.get(CHECKED_BY) not in (str(os.getppid()), str(os.getpid())):
+        intact.check({prepared.folder for prepared in rows.named.values()})
+    return rows
+
+
+def _opened_or_made(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
     try:
         return open_rows(recipe)
-    except UserError:
+    except NotPrepared:
         if ranks.local_world_size() != ranks.world_size():
             raise
     if ranks.rank() == 0:
@@ -128,7 +151,7 @@ def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:
         time.sleep(WAIT_SECONDS)
         try:
             return open_rows(recipe)
-        except UserError:
+        except NotPrepared:
             if os.getppid() != launcher:  # the launcher has ended, for example after a failure of rank 0
                 raise
 
@@ -137,28 +160,48 @@ def open_rows(recipe: Recipe) -> RunRows:
     """Open the rows that `prepare_rows` wrote for this recipe.
 
     Raises:
-        UserError: there are no prepared rows, or they belong to another recipe.
+        NotPrepared: there are no prepared rows, or they belong to another recipe.
+        Damaged: what describes prepared rows is damaged; the rows themselves are not read.
+        UserError: a file cannot be read.
     """
     folder = RunFolder.of(recipe).data
-    path = folder / "rows.json"
+    names = _read_names(folder / "rows.json", recipe)
+
+    def blend(field: Literal["train", "valid"]) -> Blend | None:
+        return _blend(recipe.data.sources(field), [prepare.load(folder / name) for name in names[field]])
+
+    return _run_rows(recipe, blend)
+
+
+def _read_names(path: Path, recipe: Recipe) -> dict[str, list[str]]:
+    """Return the names of the prepared folders of `train` and `valid`, one for each of the recipe's sources."""
+
+    def of(field: Literal["train", "valid"]) -> list[str]:
+        return [str(name) for name, _ in zip(stored[field] or (), recipe.data.sources(field), strict=True)]
+
     try:
-        names = json.loads(path.read_text())
-    except OSError:
-        raise UserError(
+        stored = json.loads(path.read_bytes())
+        names = {"train": of("train"), "valid": of("valid")}
+        _check_settings(path, stored, _wanted(recipe))
+    except FileNotFoundError:
+        raise NotPrepared(
             "the data are not prepared: run `bft-megatron prepare RECIPE` once, before the job", str(path)
         ) from None
-    for field, wanted in _wanted(recipe).items():
-        if names[field] != wanted:
-            raise UserError(
-                f"the rows were prepared with {field} {names[field]}, the recipe has {wanted}: "
+    except OSError as e:
+        raise UserError(f"cannot read it: {e.strerror or e}", str(path)) from None
+    except (KeyError, RecursionError, TypeError, ValueError):
+        raise NotPrepared("names no prepared data: run `bft-megatron prepare RECIPE`", str(path)) from None
+    return names
+
+
+def _check_settings(path: Path, stored: dict[str, object], wanted: dict[str, object]) -> None:
+    for field, value in wanted.items():
+        if stored[field] != value:
+            raise NotPrepared(
+                f"the rows were prepared with {field} {stored[field]}, the recipe has {value}: "
                 "run `bft-megatron prepare RECIPE`",
                 str(path),
             )
-
-    def blend(field: Literal["train", "valid"]) -> Blend | None:
-        return _blend(recipe.data.sources(field), [prepare.load(folder / name) for name in names[field] or ()])
-
-    return _run_rows(recipe, blend)
 
 
 def _run_rows(recipe: Recipe, blend: Callable[[Literal["train", "valid"]], Blend | None]) -> RunRows:

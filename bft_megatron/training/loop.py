@@ -13,15 +13,17 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from bft_megatron.checkpoint.gate import Gate
 from bft_megatron.checkpoint.hf_copies import HFCopies
-from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.checkpoint.retention import Retention
+from bft_megatron.checkpoint.saving import Saving
 from bft_megatron.checkpoint.stopping import Stop
-from bft_megatron.errors import FieldError
+from bft_megatron.checkpoint.streak import Streak
+from bft_megatron.errors import BlownUp, FieldError
 from bft_megatron.hf import architectures
 from bft_megatron.processes import ranks
-from bft_megatron.reporting.announce import sentence
+from bft_megatron.reporting.announce import notes, sentence
 from bft_megatron.reporting.peak import report_peak
 from bft_megatron.reporting.reporter import Reporter
 from bft_megatron.reporting.totals import Meter
@@ -66,10 +68,12 @@ def train(run: Run, console: TextIO) -> None:
     meter = Meter(recipe.data.most_sources)
     step = Step(recipe.objective, run.config.vocab_size, measuring.into(meter))
     reporter = Reporter(meter, folder.metrics, console, step.objective.name, run.steps, *run.rows.sources_apart)
-    reporter.give_up(recipe.train.max_skipped, rows_of_step(run))
+    reporter.rows_of = rows_of_step(run)
+    streak = Streak(folder, start, recipe.train.max_skipped, lambda: meter.totals)
+    gate = Gate(streak, run.steps, console)
     stop = Stop(reporter, run.steps, recipe.train.exit_after)
     copies = HFCopies(folder, console) if recipe.train.save_hf and dist.get_rank() == 0 else None
-    install(reporter, stop, lambda iteration, seconds: saved(folder, keep, stop, copies, iteration, seconds), start)
+    install(reporter, stop, streak, gate, Saving(folder, keep, copies, start), start)
     margs = command_line.parse(
         arguments.megatron_arguments(
             recipe,
@@ -83,33 +87,43 @@ def train(run: Run, console: TextIO) -> None:
     model = model_config(recipe, run.config, run.model_folder, margs, on_cpu, fill=fill)
     model.pre_wrap_hooks.append(communicators.warm_up)
     model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter)
-    with situation(run, reporter, step), stops(stop):
-        pretrain(margs, model, step, datasets(run))
+    with situation(run, reporter, step, streak):
+        with stops(stop):
+            pretrain(margs, model, step, datasets(run))
+        if not stop.reason:
+            gate.check_end(run.steps)
     if not on_cpu:
         report_peak(folder, console)
-    finish(folder, keep, stop.reason)
-    if stop.reason and dist.get_rank() == 0:
-        print(f"{stop.reason}: saved, not finished; the same command goes on", file=console, flush=True)
+    if gate.refused:
+        streak.record()
+    stopped = f"{stop.reason}, not saved: {gate.refused}" if gate.refused else stop.reason
+    finish(folder, keep, stopped)
+    if stopped and dist.get_rank() == 0:
+        how = f"; the same command goes on {next_start(folder)}"
+        saved = ": saved, not finished; the same command goes on"
+        print(f"{stopped}{how if gate.refused else saved}", file=console, flush=True)
     dist.destroy_process_group()
     if copies:
         copies.stop() if stop.reason else copies.complete()
 
 
 def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
-    """Print the first line of the run, and a note if a GPU lacks Transformer Engine."""
-    print(sentence(run, start), file=console, flush=True)
+    """Print the first lines of the run, and a note if a GPU lacks Transformer Engine."""
+    print(sentence(run, start), *notes(run), sep="\n", file=console, flush=True)
     if initialize.torch_layers(on_cpu) and not on_cpu:
         print(WITHOUT_TRANSFORMER_ENGINE, file=console, flush=True)
 
 
-def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None], start: int) -> None:
+def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: Saving, start: int) -> None:
     """Make the changes that a run needs in Megatron, in the order required. Issues no collective.
 
     `initialize.join` makes one change before all of these: on the CPU it redirects `torch.cuda`, before the group of
     all ranks is formed and before any code asks for a device.
 
     Args:
-        saved: called after each save with the iteration and the seconds that the save took.
+        reporter, streak, saving: hear of the steps, in this order.
+        stop: is asked after each step.
+        gate: is asked before each save.
         start: the iteration that the run resumes from, or 0.
     """
     # Before the arguments are parsed, because `--exit-signal-handler` makes Megatron handle SIGTERM itself.
@@ -123,9 +137,10 @@ def install(reporter: Reporter, stop: Stop, saved: Callable[[int, float], None],
     # Before `pretrain`, which looks up the loop's functions as it calls them.
     loop = TrainingLoop(start)
     loop.on_start.append(reporter.started)
-    loop.on_step.append(reporter.stepped)
-    loop.on_validation.append(reporter.validated)
-    loop.on_save.append(saved)
+    loop.on_step += [reporter.stepped, streak.stepped, saving.stepped]
+    loop.on_validation += [reporter.validated, streak.validated]
+    loop.on_save += [stop.saved, saving.saved, streak.saved]
+    loop.may_save = gate.allows
     loop.install()
 
 
@@ -141,16 +156,10 @@ def finish(folder: RunFolder, keep: Retention, stopped: str | None) -> None:
         keep.apply(folder, wait=True)  # the last validation decides which checkpoints to delete
 
 
-def saved(
-    folder: RunFolder, keep: Retention, stop: Stop, copies: HFCopies | None, iteration: int, seconds: float
-) -> None:
-    """Seal a saved checkpoint, and delete older ones that are not to be kept. Collective: the seal's."""
-    stop.saved(iteration, seconds)
-    seal(folder.checkpoint(iteration))
-    if dist.get_rank() == 0 and not stop.reporter.skipped_in_a_row:  # else an older checkpoint may be the last good one
-        keep.apply(folder)
-        if copies:
-            copies.follow()
+def next_start(folder: RunFolder) -> str:
+    """Return where the next start begins, in words."""
+    again = folder.saved_iteration()
+    return f"from the checkpoint of step {again}" if again else "from the beginning: nothing was saved"
 
 
 @contextlib.contextmanager
@@ -170,17 +179,30 @@ def stops(stop: Stop) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def situation(run: Run, reporter: Reporter, step: Step) -> Iterator[None]:
-    """Add notes to an exception of the run: its step, the rows of its micro-batch, and where the next start resumes."""
+def situation(run: Run, reporter: Reporter, step: Step, streak: Streak) -> Iterator[None]:
+    """Add notes to an exception of the run: its step, the rows of its micro-batch, and where the next start resumes.
+
+    After a blow-up the mark of an unfinished run says so.
+    """
     try:
         yield
     except Exception as e:
         e.add_note(f"after step {reporter.iteration}")
         if step.rows:
             e.add_note(f"rows of its micro-batch: {', '.join(map(str, step.rows))} of {run.recipe.data.train}")
-        again = run.folder.saved_iteration()
-        e.add_note(f"next start: {f'from the checkpoint of step {again}' if again else 'from the beginning'}")
+        e.add_note(f"next start: {next_start(run.folder)}")
+        if isinstance(e, BlownUp):
+            tell_blow_up(e, run.folder, streak)
         raise
+
+
+def tell_blow_up(e: BlownUp, folder: RunFolder, streak: Streak) -> None:
+    """Name the checkpoint to go back to if no step from the newest was finite; mark the run on rank 0."""
+    newest, *older = [*sorted(folder.iterations(), reverse=True), 0]
+    if streak.skipped and newest == streak.last and any(older):
+        e.add_note(f"no step from it was finite: to go back to step {older[0]}, remove {folder.checkpoint(newest)}")
+    if dist.get_rank() == 0:
+        folder.mark_unfinished(f"blown up: {e}")
 
 
 def pretrain(margs: Any, model: Any, step: Step, provider: Callable[..., Any]) -> None:

@@ -29,6 +29,8 @@ class Measured:
     result: LossSum
     confidence: Tensor
     """[B] fp64, the lowest group confidence c_b of each sample"""
+    without_window: Tensor
+    """[B] bool, whether c_b is the mean over all tokens of the sample, for want of a window"""
     correct: Tensor
     """[N/cp] bool, whether the label is the argmax"""
 
@@ -70,6 +72,7 @@ def into(meter: Meter) -> Measure:
                 "p": of_tokens(m.view.logp.double().exp()),
                 "correct": of_tokens(m.geometry.take(m.correct)),
                 "confidence": of_samples(torch.where(ours, m.confidence, 0.0)),
+                "without_window": of_samples(ours & m.without_window),
                 "weight": of_samples(torch.where(ours, m.result.sample_weight, 0.0)),
                 "samples": samples,
                 "tokens": tokens,

@@ -22,7 +22,7 @@ from torch import Tensor
 from bft_megatron.data.columns import Columns
 from bft_megatron.errors import FieldError
 from bft_megatron.objective.loss import objective_sum
-from bft_megatron.objective.records import Objective, lookup, lowest_confidence
+from bft_megatron.objective.records import Objective, lookup, lowest_confidence, without_window
 from bft_megatron.objective.view import Geometry
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.training.head import Head
@@ -130,8 +130,10 @@ class Step:
         logp = logp.flatten()
         view = geometry.view(logp, None if head.entropy is None else head.entropy.flatten())
         result = objective_sum(self.objective, geometry, view, logp)
-        confidence = lowest_confidence(view, self.settings.group_size, self.settings.confidence)
-        self.measure(Measured(self.objective, batch, geometry, view, result, confidence, head.correct.flatten()))
+        windows = (view, self.settings.group_size, self.settings.confidence)
+        confidence, mean_alone = lowest_confidence(*windows), without_window(*windows)
+        correct = head.correct.flatten()
+        self.measure(Measured(self.objective, batch, geometry, view, result, confidence, mean_alone, correct))
         count = torch.tensor(result.count, dtype=torch.int, device=logp.device)
         report = {"loss": torch.stack((result.loss.detach(), count.float()))}
         return result.loss, count, report

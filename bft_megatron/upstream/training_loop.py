@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from bft_megatron.upstream import pre_hooks
 from bft_megatron.upstream.change import Change
 
 _MODULE = "megatron.training.training"
@@ -27,8 +28,9 @@ TRAIN = Change(
 TRAINING_LOG = Change(
     f"{_MODULE}:training_log",
     "wrapped",
-    "Reports the end of a step on every rank. Megatron's own log prints, for the second step after every start, the "
-    "mean of the first two, and for each step the learning rate of the next one.",
+    "Reports the end of a step on every rank, and validates after the last one, before it is saved. Megatron's own log "
+    "prints, for the second step after every start, the mean of the first two, and for each step the learning rate of "
+    "the next one.",
     _UNTIL,
     _TEST,
     ("learning_rate", "iteration", "skipped_iter", "grad_norm"),
@@ -44,15 +46,16 @@ EVALUATE = Change(
 SAVE = Change(
     f"{_MODULE}:save_checkpoint_and_time",
     "wrapped",
-    "Reports a save and its duration.",
+    "Asks first whether the step may be saved, and reports a save and its duration. Megatron saves whatever the "
+    "parameters are.",
     _UNTIL,
     _TEST,
-    ("iteration",),
+    ("iteration", "model"),
 )
 GET_ARGS = Change(
     f"{_MODULE}:get_args",
     "internal",
-    "Gives the iteration at which training starts and whether there is a validation set.",
+    "Gives the iterations at which training starts and ends and whether there is a validation set.",
     _UNTIL,
     _TEST,
     (),
@@ -64,30 +67,6 @@ LEARNING_RATE = Change(
     _UNTIL,
     _TEST,
     ("param_groups",),
-)
-HAS_PRE_HOOKS = Change(
-    f"{_MODULE}:should_disable_forward_pre_hook",
-    "internal",
-    "With `overlap-param-gather` a validation must run without the hooks that wait for parameters, as Megatron's does.",
-    "Megatron validates before the first step",
-    "tests/layouts/test_heads.py",
-    ("args",),
-)
-DISABLE_PRE_HOOKS = Change(
-    f"{_MODULE}:disable_forward_pre_hook",
-    "internal",
-    HAS_PRE_HOOKS.why,
-    HAS_PRE_HOOKS.until,
-    HAS_PRE_HOOKS.test,
-    ("model_chunks", "optimizer", "param_sync"),
-)
-ENABLE_PRE_HOOKS = Change(
-    f"{_MODULE}:enable_forward_pre_hook",
-    "internal",
-    HAS_PRE_HOOKS.why,
-    HAS_PRE_HOOKS.until,
-    HAS_PRE_HOOKS.test,
-    ("model_chunks",),
 )
 
 _PLANNED = "A plan assigns storages to parts and ends after the second step."
@@ -147,23 +126,27 @@ class TrainingLoop:
         """Called with the iteration after each validation."""
         self.on_save: list[Callable[[int, float], None]] = []
         """Called with the iteration and the seconds that it took after each save."""
+        self.may_save: Callable[[int, Any], bool] = lambda _iteration, _model: True
+        """Called on every rank before each save with the iteration and this rank's chunks: False prevents the save."""
+        self._given: dict[str, Any] = {}
         self._learning_rate: float | None = None
         self._validated: tuple[int, Any] | None = None
 
     def install(self) -> None:
         """Wrap the loop's functions for the rest of this process."""
+        pre_hooks.mend()
         TRAIN.wrap(self._with_a_first_validation)
         TRAINING_LOG.wrap(self._telling_of_steps)
         EVALUATE.wrap(self._once_a_step)
-        SAVE.wrap(self._telling_of_saves)
+        SAVE.wrap(self._saving_what_may_be)
 
     def _with_a_first_validation(self, train: Callable[..., Any]) -> Callable[..., Any]:
         def validate_and_train(*args: Any, **kwargs: Any) -> Any:
             from megatron.training import training
 
-            given, margs = TRAIN.read(train, args, kwargs), training.get_args()
-            if margs.iteration == 0 and margs.do_valid:
-                _validate(given, margs)
+            self._given = given = TRAIN.read(train, args, kwargs)
+            if training.get_args().iteration == 0:
+                _validate(given, param_sync=False)
             self._learning_rate = training.get_canonical_lr_for_logging(given["optimizer"].param_groups)
             for hear in self.on_start:
                 hear()
@@ -173,6 +156,8 @@ class TrainingLoop:
 
     def _telling_of_steps(self, training_log: Callable[..., bool]) -> Callable[..., bool]:
         def log_and_tell(*args: Any, **kwargs: Any) -> bool:
+            from megatron.training import training
+
             ended, given = time.monotonic(), TRAINING_LOG.read(training_log, args, kwargs)
             result = training_log(*args, **kwargs)
             self.iteration = given["iteration"]
@@ -180,6 +165,8 @@ class TrainingLoop:
             self._learning_rate = given["learning_rate"]  # Megatron passes the next step's
             for hear in self.on_step:
                 hear(step)
+            if self.iteration == training.get_args().train_iters:
+                _validate(self._given, param_sync=True)
             return result
 
         return log_and_tell
@@ -196,31 +183,35 @@ class TrainingLoop:
 
         return evaluate_once
 
-    def _telling_of_saves(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        def save_and_tell(*args: Any, **kwargs: Any) -> Any:
-            start = time.monotonic()
-            result = save(*args, **kwargs)
+    def _saving_what_may_be(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        def save_and_tell(*args: Any, **kwargs: Any) -> None:
+            given, start = SAVE.read(save, args, kwargs), time.monotonic()
+            if not self.may_save(given["iteration"], given["model"]):
+                return
+            save(*args, **kwargs)
             seconds = time.monotonic() - start
             for hear in self.on_save:
-                hear(SAVE.read(save, args, kwargs)["iteration"], seconds)
-            return result
+                hear(given["iteration"], seconds)
 
         return save_and_tell
 
 
-def _validate(given: dict[str, Any], margs: Any) -> None:
-    """Run one validation as Megatron's loop would, with the arguments of `train`."""
+def _validate(given: dict[str, Any], *, param_sync: bool) -> None:
+    """Run one validation, if there is a validation set, as Megatron's loop would, with the arguments of `train`.
+
+    Args:
+        param_sync: gather the parameters that the last step updated on other ranks; before the first step there are
+            none.
+    """
     from megatron.training import training
 
-    hooks = training.should_disable_forward_pre_hook(margs)
-    if hooks:
-        training.disable_forward_pre_hook(given["model"], optimizer=given["optimizer"], param_sync=False)
-    training.evaluate(
-        forward_step_func=given["forward_step_func"],
-        data_iterator=given["valid_data_iterator"],
-        model=given["model"],
-        process_non_loss_data_func=given["process_non_loss_data_func"],
-        config=given["config"],
-    )
-    if hooks:
-        training.enable_forward_pre_hook(given["model"])
+    if not training.get_args().do_valid:
+        return
+    with pre_hooks.off(given["model"], given["optimizer"], param_sync=param_sync):
+        training.evaluate(
+            forward_step_func=given["forward_step_func"],
+            data_iterator=given["valid_data_iterator"],
+            model=given["model"],
+            process_non_loss_data_func=given["process_non_loss_data_func"],
+            config=given["config"],
+        )

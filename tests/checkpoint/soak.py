@@ -1,8 +1,9 @@
-"""One run killed again and again, SIGKILL to a random rank at a random moment, held to the same run left alone.
+"""A run disturbed again and again, held to the same run left alone: kills, flipped bits, changed data, a full disk.
 
-    python -m tests.checkpoint.soak --kills 30
+    python -m tests.checkpoint.soak --events 30
 
-prints a line a kill and ends with status 0 where the last weights, Adam's moments and all metrics are the same bits.
+prints a line an event and ends with status 0 where the last weights, Adam's moments and all metrics are the same bits.
+It runs in a mount namespace of its own, with the disturbed run on a small disk in memory.
 """
 
 from __future__ import annotations
@@ -10,19 +11,25 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bft_megatron.run.folder import RunFolder
 from tests.helpers.background import WORLD, Run
 from tests.helpers.checkpoints import tensors
+from tests.helpers.material import TINY
 from tests.helpers.runs import read_metrics
 
 MOMENTS = ("starting", "in a step", "in a step", "in a save", "in a save")
+DISK_BYTES = 256 << 20
+"""Size of the disturbed run's disk; a checkpoint takes 4 MB."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +45,20 @@ class Kill:
     torn: bool
     """Whether a half-written checkpoint was left."""
 
+    def __str__(self) -> str:
+        torn = ", a half-written checkpoint left" if self.torn else ""
+        return f"rank {self.rank} killed {self.moment}: {self.reported} steps reported, {self.saved} saved{torn}"
+
 
 def overrides(steps: int) -> tuple[str, ...]:
     """A checkpoint a step, so that about half of the time is spent saving."""
     return (f"train.iterations={steps}", "train.save_every=1")
 
 
-def kill_once(out: Path, steps: int, moment: str, rng: random.Random) -> Kill | None:
+def kill_once(out: Path, words: tuple[str, ...], moment: str, rng: random.Random) -> Kill | None:
     """Start or go on with the run and kill a rank; None where the run ended before that."""
     folder, rank = RunFolder(out), rng.randrange(WORLD)
-    with Run(out, *overrides(steps)) as run:
+    with Run(out, *words) as run:
         pid = run.ranks()[rank]
         if moment == "starting":
             time.sleep(rng.uniform(0, 6))
@@ -76,9 +87,9 @@ def _wait_for_a_save(folder: RunFolder, run: Run) -> None:
         time.sleep(0.001)
 
 
-def finish(out: Path, steps: int) -> None:
+def finish(out: Path, words: tuple[str, ...]) -> None:
     """Let it run to its end."""
-    with Run(out, *overrides(steps)) as run:
+    with Run(out, *words) as run:
         assert run.end(timeout=600) == 0, run.said
 
 
@@ -90,30 +101,108 @@ def differences(out: Path, undisturbed: Path, steps: int) -> list[str]:
     return names + [name for name in found.keys() | wanted.keys() if not found[name].equal(wanted[name])]
 
 
+class Soak:
+    """The disturbed run, and what can happen to it. Each event is over when its method returns what it did.
+
+    Args:
+        out: the run's folder.
+        data: the file that it learns from, its own.
+        words: the overrides of its command.
+    """
+
+    def __init__(self, out: Path, data: Path, words: tuple[str, ...], rng: random.Random) -> None:
+        self.out, self.data, self.words, self.rng = out, data, words, rng
+
+    @property
+    def events(self) -> list[Callable[[], str]]:
+        """Everything that can happen; a kill more often than the rest."""
+        harms = [self.flip_checkpoint, self.flip_rows, self.touch_data, self.change_data, self.fill_disk]
+        return [self.kill, self.kill, self.kill, *harms]
+
+    def kill(self) -> str:
+        """Kill a rank at a random moment."""
+        kill = kill_once(self.out, self.words, self.rng.choice(MOMENTS), self.rng)
+        if kill is None:
+            sys.exit("the run ended before it was disturbed often enough")
+        return str(kill)
+
+    def flip_checkpoint(self) -> str:
+        """Flip a bit in a file of the newest checkpoint, where an older one is left to go back to."""
+        folder = RunFolder(self.out)
+        if len(folder.iterations()) < 2:
+            return self.kill()
+        newest = folder.checkpoint(folder.saved_iteration())
+        file = self._flip(self.rng.choice(sorted(path for path in newest.iterdir() if path.stat().st_size)))
+        return f"a bit flipped in {newest.name}/{file.name}; {self.kill()}"
+
+    def flip_rows(self) -> str:
+        """Flip a bit in the prepared rows."""
+        file = self._flip(self.rng.choice(sorted((self.out / "data").glob("*/*"))))
+        return f"a bit flipped in data/{file.parent.name[:8]}/{file.name}; {self.kill()}"
+
+    def touch_data(self) -> str:
+        """Write the data's file anew with the same content."""
+        self.data.write_bytes(self.data.read_bytes())
+        return f"the data written anew, unchanged; {self.kill()}"
+
+    def change_data(self) -> str:
+        """Change the data: the run must refuse to go on; then put it back."""
+        before = self.data.read_bytes()
+        self.data.write_bytes(before.partition(b"\n")[2])
+        with Run(self.out, *self.words) as run:
+            assert run.end() == 2, run.said
+        assert "data.train" in run.said, run.said
+        self.data.write_bytes(before)
+        return f"a row less in the data: refused; put back; {self.kill()}"
+
+    def fill_disk(self) -> str:
+        """Leave less than a checkpoint takes: the run must fail on its next save; then free it."""
+        ballast = self.out.parent / "ballast"
+        ballast.write_bytes(bytes(shutil.disk_usage(self.out).free - (3 << 20)))
+        with Run(self.out, *self.words) as run:
+            assert run.end() == 1, run.said
+        assert "No space left on device" in run.said, run.said
+        ballast.unlink()
+        return "the disk full in a save; freed"
+
+    def _flip(self, file: Path) -> Path:
+        content = bytearray(file.read_bytes())
+        content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
+        file.write_bytes(content)
+        return file
+
+
 def main() -> None:
-    """Print the table."""
+    """Disturb a run and print what happened."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--events", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--disk", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    steps, rng = 2 * options.kills + 10, random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as name:
-        out, undisturbed = Path(name) / "killed", Path(name) / "undisturbed"
-        finish(undisturbed, steps)
-        print("kill  rank  moment      steps reported  steps saved  half-written checkpoint", flush=True)
-        for number in range(1, options.kills + 1):
-            kill = kill_once(out, steps, rng.choice(MOMENTS), rng)
-            if kill is None:
-                sys.exit("the run ended before it was killed often enough")
-            print(
-                f"{number:>4}  {kill.rank:>4}  {kill.moment:<10}  {kill.reported:>14}  {kill.saved:>11}  "
-                f"{'yes' if kill.torn else 'no'}",
-                flush=True,
-            )
-        finish(out, steps)
-        different = differences(out, undisturbed, steps)
-    print(f"{options.kills} kills, {steps} steps: {'the same bits' if not different else f'differ: {different}'}")
+    if options.disk is None:
+        sys.exit(_on_a_disk_of_its_own())
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", options.disk], check=True)
+    steps, rng = 3 * options.events + 10, random.Random(options.seed)
+    out, data, undisturbed = (options.disk / name for name in ("disturbed", "train.jsonl", "undisturbed"))
+    shutil.copyfile(TINY / "train.jsonl", data)
+    words = (*overrides(steps), f"data.train={data}")
+    finish(undisturbed, words)
+    soak = Soak(out, data, words, rng)
+    print(f"event 1: {soak.kill()}", flush=True)  # the others need a run that has begun
+    for number in range(2, options.events + 1):
+        print(f"event {number}: {rng.choice(soak.events)()}", flush=True)
+    finish(out, words)
+    different = differences(out, undisturbed, steps)
+    print(f"{options.events} events, {steps} steps: {'the same bits' if not different else f'differ: {different}'}")
     sys.exit(bool(different))
+
+
+def _on_a_disk_of_its_own() -> int:
+    """Run this program again where it may mount a disk, without being root and unseen by other processes."""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    with tempfile.TemporaryDirectory() as disk:
+        again = [sys.executable, "-m", "tests.checkpoint.soak", *sys.argv[1:], "--disk", disk]
+        return subprocess.run([*unshare, *again], check=False).returncode
 
 
 if __name__ == "__main__":

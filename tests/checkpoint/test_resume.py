@@ -24,10 +24,10 @@ from tests.helpers.runs import read_metrics
 def test_a_run_whose_processes_are_killed_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path):
     """A rank in a save, then the launcher; `make soak` kills thirty ranks."""
     out = tmp_path / "killed"
-    kill = kill_once(out, STEPS, "in a save", random.Random(4))
+    kill = kill_once(out, overrides(STEPS), "in a save", random.Random(4))
     assert kill is not None
     _kill_the_launcher(out)
-    finish(out, STEPS)
+    finish(out, overrides(STEPS))
     assert differences(out, undisturbed, STEPS) == []
 
 

@@ -104,6 +104,7 @@ class Measured:
     correct: int
     tokens: int
     confidence: float
+    without_window: bool
     weight: float
 
 
@@ -133,6 +134,7 @@ def measure(made: Recipe, model: torch.nn.Module, batch: list[dict[str, Tensor]]
                 correct=int((logits.argmax(-1) == sample.labels).sum()),
                 tokens=int(supervised.sum()),
                 confidence=reference.confidence(pieces, settings.group_size, settings.confidence),
+                without_window=reference.without_window(pieces, settings.group_size),
                 weight=s,
             )
         )
@@ -156,6 +158,7 @@ def _report(made: Recipe, measured: list[Measured]) -> tuple[dict[str, Any], Ten
         "accuracy": sum(m.correct for m in measured) / tokens,
         "mean_confidence": sum(m.confidence for m in measured) / samples,
         "min_confidence": min(m.confidence for m in measured),
+        "without_window": sum(m.without_window for m in measured) / samples,
         "mean_weight": sum(m.weight for m in measured) / samples,
         "samples": samples,
         "tokens": tokens,

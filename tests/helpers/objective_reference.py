@@ -54,6 +54,11 @@ def confidence(pieces: Sequence[Sequence[float]], g: int, kind: str) -> float:
     return min(1.0, max(0.0, lowest if kind == "arithmetic" else math.exp(lowest)))
 
 
+def without_window(pieces: Sequence[Sequence[float]], g: int) -> bool:
+    """Whether a sample has supervised tokens, and in no piece enough of them for a window."""
+    return 0 < max(map(len, pieces)) < g
+
+
 @dataclass
 class Setting:
     """An objective by its settings."""

@@ -17,11 +17,11 @@ def objective(
 
     Returns: "tensor": of a micro-batch, a MAX of fp32 and a SUM of two (with the entropy three) fp64 a token;
         "context": of a micro-batch, a MIN and a SUM of fp64 a sample, and the all-gather's fp32 a token;
-        "step": of a step, over data x context, the report's ten sums and a minimum of a source, in fp64. Megatron adds
-        the divisor and the loss it prints, 12 bytes.
+        "step": of a step, over data x context, the report's eleven sums and a minimum of a source, in fp64. Megatron
+        adds the divisor and the loss it prints, 12 bytes.
     """
     return {
         "tensor": (4 + 16 + 8 * entropy) * tokens,
         "context": (16 * samples + 4 * gathered) * (context > 1),
-        "step": 11 * 8 * sources,
+        "step": 12 * 8 * sources,
     }

@@ -87,6 +87,7 @@ def _expected() -> Result:
         "accuracy": float((logits[supervised, :VOCABULARY].argmax(-1) == labels[supervised]).double().mean()),
         "mean_confidence": math.fsum(c) / samples,
         "min_confidence": min(c),
+        "without_window": sum(reference.without_window([piece], GROUP_SIZE) for piece in pieces) / samples,
         "mean_weight": math.fsum(1 - x for x in c) / samples,
         "samples": samples,
         "tokens": int(supervised.sum()),

@@ -15,7 +15,7 @@ from bft_megatron.commands.request import read
 from bft_megatron.recipe.limits import Range, limit_of
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, run_command
 
 Refused = Callable[..., str]
 
@@ -118,6 +118,16 @@ def test_weight_of_a_source(recipe: Path, refused: Refused, weight: str):
     data = str(ROOT / "recipes/tiny/train.jsonl")
     recipe.write_text(recipe.read_text().replace(f"  train: {data}", f"  train: [{{path: {data}, weight: {weight}}}]"))
     assert refused().startswith(f"{recipe}:4: data.train: `weight`: must be ")
+
+
+@pytest.mark.parametrize(("batch", "warnings"), [(1_000_000, 1), (1_000, 0)])
+def test_a_step_of_many_passes_over_the_data_is_said(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], batch: int, warnings: int
+):
+    assert run_command(monkeypatch, "prepare", recipe, f"train.global_batch_size={batch}", "data.seq_length=512") == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(said) == warnings
+    assert all(line.startswith("warning: train.global_batch_size: a step reads 1,000,000 rows, ") for line in said)
 
 
 def test_a_source_may_be_given_alone_and_is_named(recipe: Path, refused: Refused):

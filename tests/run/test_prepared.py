@@ -84,5 +84,6 @@ def test_a_template_of_the_recipes_own_goes_with_the_model(tmp_path: Path) -> No
     file = tmp_path / "own.jinja"
     file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}é")
     wanted = made(tmp_path / "run", f"data.chat_template={file}")
-    Request(TINY.parent / "tiny.yaml", [], wanted, read_config(TINY)).describe_run()
+    rows = prepare_rows(made(tmp_path / "run"), TINY, 500)
+    Request(TINY.parent / "tiny.yaml", [], wanted, read_config(TINY)).describe_run(rows)
     assert AutoTokenizer.from_pretrained(RunFolder.of(wanted).model).chat_template == file.read_text()

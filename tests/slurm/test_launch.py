@@ -172,7 +172,7 @@ def test_a_rank_that_fails_always(run: Run):
 
 @pytest.mark.parametrize("status", [2, 65])
 def test_a_failure_that_would_come_again(run: Run, status: int):
-    """Wrong input and too many bad steps are not tried again."""
+    """Wrong input and a blow-up are not tried again."""
     said = failed(run, run.submit(f"fault.0={status}@2"), status)
     assert "not tried again" in said
     assert len(run.starts) == 1

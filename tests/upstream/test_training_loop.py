@@ -6,6 +6,7 @@ Counters lie under the changes that a run makes, so they see what Megatron itsel
 from __future__ import annotations
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,8 @@ class Seen:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
+        self.order: list[str] = []
+        """The functions in the order in which they are called."""
         self.rates: list[float] = []
         """What `training_log` is given."""
 
@@ -38,6 +41,7 @@ class Seen:
         def counted(original: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 self.calls[change.name] += 1
+                self.order.append(change.name)
                 if change is training_loop.TRAINING_LOG:
                     self.rates.append(change.read(original, args, kwargs)["learning_rate"])
                 return original(*args, **kwargs)
@@ -64,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seen, Path]:
     """Three steps, validated before the first, after the second and after the last; saved after each."""
     folder = tmp_path_factory.mktemp("loop")
     write_data(folder)
-    words = (f"train.validate_every={STEPS}", "train.lr=1e-3", "train.min_lr=0", "train.keep_last=9")
+    words = ("train.validate_every=2", "train.lr=1e-3", "train.min_lr=0", "train.keep_last=9")
     made = make_recipe(folder / "run", folder, Case(), Layout(), STEPS, *words)
     prepared = prepare_rows(made, MODEL, read_config(MODEL).vocab_size)
     [seen] = run_world(1, _run, made, prepared, megatron=True)
@@ -79,9 +83,45 @@ def test_the_loop_looks_its_functions_up_when_it_calls_them(run: tuple[Seen, Pat
 
 def test_megatron_validates_again_after_the_last_step_and_a_run_does_not(run: tuple[Seen, Path]):
     seen, metrics = run
-    assert seen.calls["evaluate_and_print_results"] == 2  # both at the last step
-    assert seen.calls["evaluate"] == 2  # before the first step and at the last
-    assert [line["iteration"] for line in read_metrics(metrics)[1] if line["split"] == "valid"] == [0, STEPS]
+    assert seen.calls["evaluate_and_print_results"] == 2  # after the second step and after the last
+    assert seen.calls["evaluate"] == 3  # besides those before the first
+    assert [line["iteration"] for line in read_metrics(metrics)[1] if line["split"] == "valid"] == [0, 2, STEPS]
+
+
+def test_megatron_validates_after_it_saved_the_last_step_and_a_run_before(run: tuple[Seen, Path]):
+    saved, evaluated, said = (
+        len(run[0].order) - run[0].order[::-1].index(name)
+        for name in ("save_checkpoint_and_time", "evaluate", "evaluate_and_print_results")
+    )
+    assert evaluated < saved < said
+
+
+def test_megatron_saves_by_one_function_alone():
+    """So that a save that is not allowed does not happen: each call in the loop is looked up by that name."""
+    from megatron.training import training
+
+    for function in (training.pretrain, training.train, training.checkpoint_and_decide_exit):
+        source = inspect.getsource(function)
+        assert "save_checkpoint_and_time(" in source
+        assert not re.search(r"\bsave_checkpoint\(", source)
+
+
+def test_a_save_that_is_not_allowed_does_not_happen_and_is_not_told(monkeypatch: pytest.MonkeyPatch):
+    from megatron.training import training
+
+    saved: list[int] = []
+
+    def save_checkpoint_and_time(iteration: int, model: list[Any]) -> None:
+        saved.append(iteration)
+
+    monkeypatch.setattr(training, "save_checkpoint_and_time", save_checkpoint_and_time)
+    loop, told = training_loop.TrainingLoop(0), []
+    loop.may_save = lambda iteration, model: iteration != 2 and model == ["chunk"]
+    loop.on_save.append(lambda iteration, _: told.append(iteration))
+    training_loop.SAVE.wrap(loop._saving_what_may_be)
+    for iteration in (1, 2, 3):
+        training.save_checkpoint_and_time(iteration, ["chunk"])
+    assert saved == told == [1, 3]
 
 
 def test_megatron_reports_the_rate_of_the_next_step_and_a_run_its_own(run: tuple[Seen, Path]):

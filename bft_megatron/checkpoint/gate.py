@@ -1,0 +1,67 @@
+"""Deciding whether a step may be saved: what is not finite must never become the newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bft_megatron.checkpoint.streak import ADVICE, Streak
+from bft_megatron.errors import BlownUp
+from bft_megatron.processes.device import current_device
+
+
+class Gate:
+    """The decision before every save.
+
+    The run's last step is saved within a streak too if a validation vouches for its parameters: they are those of the
+    last step that was not skipped.
+
+    Args:
+        streak: the steps and validations in a row that were not finite.
+        steps: the steps of the whole run.
+        console: gets a line for each step that is not saved, on rank 0.
+    """
+
+    def __init__(self, streak: Streak, steps: int, console: TextIO) -> None:
+        self.streak, self.steps, self.console = streak, steps, console
+        self.refused: str | None = None
+        """Why the last step that was to be saved was not, or None; the same on all ranks."""
+
+    def allows(self, iteration: int, model: Iterable[torch.nn.Module]) -> bool:
+        """Return whether a step may be saved, the same on all ranks. Collective over all: a MAX all-reduce of one.
+
+        Args:
+            iteration: the step.
+            model: this rank's chunks.
+
+        Raises:
+            BlownUp: a parameter on some rank is not finite, from which no step recovers.
+        """
+        bad = (~finite(p for chunk in model for p in chunk.parameters())).int()
+        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item():
+            raise BlownUp(f"parameters are not finite after step {iteration}; {ADVICE}")
+        good = iteration == self.steps and self.streak.is_vouched_for
+        self.refused = None if good else self.streak.why
+        if self.refused and dist.get_rank() == 0:
+            print(f"step {iteration} is not saved: {self.refused}", file=self.console, flush=True)
+        return self.refused is None
+
+    def check_end(self, iteration: int) -> None:
+        """Raise BlownUp if the last step could not be saved."""
+        if self.refused:
+            raise BlownUp(f"the last step, {iteration}, is not saved: {self.refused}; {ADVICE}")
+
+
+@torch.no_grad()
+def finite(parameters: Iterable[Tensor]) -> Tensor:
+    """Return whether all values are finite, as a bool on their device. Does not wait for the device.
+
+    The extremes of a tensor are one reduction, without a temporary copy; they are NaN if any value is.
+    """
+    extremes = [extreme for p in parameters if p.numel() for extreme in torch.aminmax(p)]
+    return torch.stack(extremes).isfinite().all() if extremes else torch.ones((), device=current_device()).bool()

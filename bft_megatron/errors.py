@@ -6,6 +6,9 @@ a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 USER_ERROR = 2
 """Exit status after an error in the user's input."""
 
@@ -22,7 +25,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, where: str = "") -> None:
-        super().__init__(f"{where}: {message}" if where else message)
+        super().__init__("\n".join(map(_printable, (f"{where}: {message}" if where else message).split("\n"))))
 
 
 class FieldError(UserError):
@@ -45,3 +48,48 @@ class Unreadable(Exception):
 
     All ranks raise it with the same message.
     """
+
+
+@contextmanager
+def reading(place: str, field: str = "") -> Iterator[None]:
+    """Turn whatever goes wrong while something of the user's is read into a UserError of one line.
+
+    Args:
+        place: the file, `file:line: field`, or the override that is being read.
+        field: the recipe's field that names the file; the error is a FieldError then.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        if field:
+            raise FieldError(field, f"cannot read {shortened(place, 200)}: {reason(e)}") from None
+        raise UserError(f"cannot be read: {reason(e)}", shortened(place, 200)) from None
+
+
+def reason(error: Exception) -> str:
+    """Return in a few words why something could not be read."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 at byte {error.start + 1}: save it as UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, MemoryError):
+        return "it does not fit into memory"
+    if isinstance(error, OSError):
+        return error.strerror or shortened(error, 200)
+    said = shortened(str(error).strip().partition("\n")[0], 200)
+    if said.startswith("Exceeds the limit"):  # Python's, of an integer's digits
+        return "it has a number of thousands of digits"
+    return said if said and isinstance(error, ValueError) else f"{type(error).__name__} {said}".strip()
+
+
+def shortened(value: object, most: int = 60) -> str:
+    """Return a value as text of at most so many characters, on one line."""
+    text = _printable(str(value))
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def _printable(text: str) -> str:
+    """Return text with its control characters and halves of surrogate pairs as escapes, which any terminal shows."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

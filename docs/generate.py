@@ -1,6 +1,6 @@
 """Writes the parts of the pages that are generated from the code: `python -m docs.generate`.
 
-docs/recipe.md gets a table for each group of a recipe's fields: names, types and defaults from the dataclasses,
+docs/recipe.md gets a table for each group of a recipe's fields: names, types, ranges and defaults from the dataclasses,
 meanings from the docstrings under the fields. docs/flags.md gets what becomes of every flag of Megatron,
 docs/architecture.md the tree of the package, README.md its rooms, each line of these the first sentence of a docstring.
 A test holds the pages to the code.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
-from bft_megatron.recipe import flag_groups, flags, schema, sources
+from bft_megatron.recipe import flag_groups, flags, limits, schema, sources
 from bft_megatron.run import folder
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def field_table(settings: type) -> str:
     meanings, kinds = field_docstrings(settings), get_type_hints(settings)
     lines = ["| field | values | default | meaning |", "| --- | --- | --- | --- |"]
     for f in fields(settings):
-        cells = (f"`{f.name}`", _values(kinds[f.name]), _default(f), meanings[f.name])
+        cells = (f"`{f.name}`", _values(kinds[f.name]) + _range(settings, f.name), _default(f), meanings[f.name])
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines)
 
@@ -87,6 +87,11 @@ def _values(kind: Any) -> str:
         return "names and values" if get_origin(kind) is dict else _values(options[0])
     names = {bool: "`true`, `false`", int: "integer", float: "number", str: "text", Any: "text or list"}
     return names.get(kind, "fields")
+
+
+def _range(settings: type, name: str) -> str:
+    limit = limits.limit_of(settings, name)
+    return f", {limit}".replace(f" and at most {limits.INT32:,}", "") if isinstance(limit, limits.Range) else ""
 
 
 def package_tree(files: bool) -> str:

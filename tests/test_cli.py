@@ -90,7 +90,7 @@ def test_bad_recipe(recipe: Path, old: str, new: str, line: int, message: str):
 
 def test_bad_environment_variable(recipe: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BFT_GROUP_SIZE", "many")
-    assert refused(recipe) == "error: environment variable BFT_GROUP_SIZE: must be a positive integer, not 'many'"
+    assert refused(recipe) == "error: environment variable BFT_GROUP_SIZE: must be a whole number, not 'many'"
 
 
 def test_bad_override_is_named_as_it_was_typed(recipe: Path):
@@ -100,7 +100,7 @@ def test_bad_override_is_named_as_it_was_typed(recipe: Path):
 @pytest.mark.parametrize("model", ["no/such/folder", "organisation/model"])
 def test_missing_model(recipe: Path, model: str):
     said = refused(recipe, f"model={model}")
-    assert f"model: {model}: no such folder" in said
+    assert f"error: model={model}: {model}: no such folder" in said
     assert ("hf download organisation/model" in said) == (model == "organisation/model")
 
 

@@ -22,6 +22,9 @@ from bft_megatron.training import arguments
 if TYPE_CHECKING:
     from bft_megatron.run.prepared import RunRows
 
+MOST_PASSES = 1000
+"""Passes over the training rows in one step, above which the batch is likely to be a slip."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -71,6 +74,10 @@ class Request:
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
         Console().print(summary_table(rows.named))
+        batch, rows_there = self.recipe.train.global_batch_size, rows.train.rows
+        if batch > MOST_PASSES * rows_there:
+            times = f"{batch // rows_there:,} times the {rows_there:,} of data.train"
+            print(f"warning: train.global_batch_size: a step reads {batch:,} rows, {times}", flush=True)
         for part in rows.train.parts:
             if part.prepared.counts.weightless == part.prepared.counts.samples:
                 print(f"warning: every sample of {part.name} has weight 0: nothing is learned from it", flush=True)
@@ -133,7 +140,12 @@ def read(file: Path, overrides: list[str] | None) -> Request:
         UserError: the first thing that is wrong, with its file, line and field.
     """
     recipe = reader.load(file, overrides or [])
-    request = Request(file, overrides or [], recipe, read_config(find_model(recipe.model)))
+    try:
+        model = find_model(recipe.model)
+    except FieldError as e:
+        raise UserError(e.message, reader.where(file, overrides or [], e.field)) from None
+    request = Request(file, overrides or [], recipe, read_config(model))
+    request.check(lambda: rules.check_output(recipe))
     request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
     request.check_fields()
     request.check(lambda: request.folder.check_continues(request.recipe))

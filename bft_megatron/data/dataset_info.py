@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bft_megatron.errors import FieldError
+from bft_megatron.errors import FieldError, reading, shortened
 from bft_megatron.recipe.sources import SourceSettings
+from bft_megatron.textfiles import read_object
 
 NAME = "dataset_info.json"
 
@@ -39,39 +40,67 @@ def resolve(settings: SourceSettings, field: str) -> SourceSettings:
         FieldError: no such entry, or an entry that a text fine-tune cannot train on.
     """
     path = Path(settings.path)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise FieldError(field, f"{path} is not JSON: {e}") from None
-    if not isinstance(entries, dict) or not isinstance(entry := entries.get(settings.name), dict):
-        names = ", ".join(entries)[:200] if isinstance(entries, dict) else "none"
+    entries = read_object(path, field)
+    if not isinstance(values := entries.get(settings.name or ""), dict):
+        names = shortened(", ".join(entries) or "none", 200)
         raise FieldError(field, f"{path} has no data set {settings.name}; set the source's `name` to one of {names}")
-    columns = entry.get("columns", {})
+    entry = _Entry(values, f"{path}: {settings.name}", field)
+    columns, tags = entry.names("columns"), entry.names("tags")
     for key, reason in _REFUSED.items():
-        if entry.get(key) or columns.get(key):
-            raise FieldError(field, f"{path}: {settings.name} {reason} (`{key}`)")
-    tags = entry.get("tags", {})
-    sharegpt = entry.get("formatting", "alpaca") in ("sharegpt", "openai")  # they differ in their tags only
-    named = {key: value for key, value in columns.items() if key in _COLUMNS and value}
+        if values.get(key) or columns.get(key):
+            raise FieldError(field, f"{entry.place} {reason} (`{key}`)")
+    sharegpt = entry.text("formatting") in ("sharegpt", "openai")  # they differ in their tags only
+    named = {key: value for key, value in columns.items() if key in _COLUMNS}
     if sharegpt:
         named |= {key: tags[f"{key}_tag"] for key in ("role", "content") if f"{key}_tag" in tags}
     return replace(
         settings,
-        path=_path(path, entry, settings.name, field),
-        subset=settings.subset or entry.get("subset"),
-        split=entry.get("split", settings.split),
+        path=_path(path, entry),
+        subset=settings.subset or entry.text("subset"),
+        split=entry.text("split") or settings.split,
         format="sharegpt" if sharegpt else "alpaca",
         columns=named | settings.columns,
         roles={tags.get(tag, usual): role for tag, (usual, role) in _ROLES.items()} | settings.roles,
     )
 
 
-def _path(info: Path, entry: dict[str, Any], name: str | None, field: str) -> str:
-    if entry.get("file_name"):
-        path = info.parent / entry["file_name"]
-        if not path.exists():
-            raise FieldError(field, f"{info}: {name} names {path}, which is not there")
+@dataclass(frozen=True)
+class _Entry:
+    """An entry's values. Errors name the recipe's field, the file, the entry and the key."""
+
+    values: dict[str, Any]
+    place: str
+    field: str
+
+    def text(self, key: str) -> str | None:
+        """Return text; None if there is none."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(key, f"must be text, not {_shown(value)}")
+        return value or None
+
+    def names(self, key: str) -> dict[str, str]:
+        """Return an object of texts, without its empty and null values."""
+        value = self.values.get(key) or {}
+        if not isinstance(value, dict) or not all(isinstance(name, str | None) for name in value.values()):
+            raise self.wrong(key, f'must be an object of names, such as {{"prompt": "question"}}, not {_shown(value)}')
+        return {name: text for name, text in value.items() if text}
+
+    def wrong(self, key: str, message: str) -> FieldError:
+        return FieldError(self.field, f"{self.place}: `{key}` {message}")
+
+
+def _path(info: Path, entry: _Entry) -> str:
+    if name := entry.text("file_name"):
+        path = info.parent / name
+        with reading(f"{entry.place}: `file_name`", entry.field):
+            if not path.exists():
+                raise FieldError(entry.field, f"{entry.place} names {path}, which is not there")
         return str(path)
-    if entry.get("hf_hub_url"):
-        return str(entry["hf_hub_url"])
-    raise FieldError(field, f"{info}: {name} has neither `file_name` nor `hf_hub_url`")
+    if name := entry.text("hf_hub_url"):
+        return name
+    raise FieldError(entry.field, f"{entry.place} has neither `file_name` nor `hf_hub_url`")
+
+
+def _shown(value: Any) -> str:
+    return shortened(json.dumps(value))

@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bft_megatron.errors import UserError
+from bft_megatron.recipe.limits import Range
 from bft_megatron.recipe.sources import COLUMNS, COMMON_COLUMNS, SourceSettings
 
 Messages = list[dict[str, Any]]
+
+WEIGHT = Range(at_least=0, at_most=1_000_000)
+"""Of a row. The sums over a batch stay far within the range of fp32."""
 
 ROLES = ("system", "user", "assistant", "tool")
 CALL = "function_call"
@@ -267,8 +271,8 @@ def _weight(value: Any, where: str) -> float:
         raise UserError(f"must be a number, not {_shown(value)}", where) from None
     except OverflowError:
         weight = math.inf
-    if not math.isfinite(weight) or weight < 0:
-        raise UserError("must be finite and not negative", where)
+    if fault := WEIGHT.fault(weight):
+        raise UserError(fault, where)
     return weight
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from bft_megatron.data import dataset_info
 from bft_megatron.data.formats import Conversation, conversation
 from bft_megatron.data.portion import portion
 from bft_megatron.data.readers import READERS, Chunk, count_rows, read_file
-from bft_megatron.errors import FieldError, UserError
+from bft_megatron.errors import FieldError, UserError, reading, shortened
 from bft_megatron.recipe.sources import SourceSettings
+from bft_megatron.textfiles import read_object
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Source:
                     raise found
                 yield found
 
-    def _readable(self, path: str) -> _Readable:
-        return _Readable(self.field, path)
+    def _readable(self, path: str) -> AbstractContextManager[None]:
+        return reading(path, self.field)
 
 
 def open_source(settings: SourceSettings | str | Path, field: str = "data.train") -> Source:
@@ -124,9 +124,10 @@ def open_source(settings: SourceSettings | str | Path, field: str = "data.train"
     """
     if not isinstance(settings, SourceSettings):
         settings = SourceSettings(str(settings))
-    if Path(settings.path).name == dataset_info.NAME and Path(settings.path).is_file():
-        settings = dataset_info.resolve(settings, field)
-    files = _files(settings, field)
+    with reading(settings.path, field):
+        if Path(settings.path).name == dataset_info.NAME and Path(settings.path).is_file():
+            settings = dataset_info.resolve(settings, field)
+        files = _files(settings, field)
     return Source(settings, field, tuple(files))
 
 
@@ -149,21 +150,6 @@ def check(settings: SourceSettings | str | Path, field: str = "data.train") -> i
     return sum(1 for _ in read(settings, field))
 
 
-@dataclass
-class _Readable:
-    """A context that turns an OSError of a file into a FieldError of the recipe's field."""
-
-    field: str
-    path: str
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError):
-            raise FieldError(self.field, f"cannot read {self.path}: {error.strerror or error}") from None
-
-
 def _files(settings: SourceSettings, field: str) -> list[str]:
     path = settings.path
     if Path(path).is_file():
@@ -183,10 +169,12 @@ def _files(settings: SourceSettings, field: str) -> list[str]:
 def _cached(name: str, field: str) -> Path:
     """Return the folder of a hub data set in the local cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+    except HFValidationError:
+        raise FieldError(field, f"no such file or folder as {name}, which is no id of a data set either") from None
     except LocalEntryNotFoundError:
         raise FieldError(
             field,
@@ -198,15 +186,17 @@ def _cached(name: str, field: str) -> Path:
 def _folder(folder: Path, settings: SourceSettings, field: str) -> list[str]:
     """Return the files of a folder from `save_to_disk`, or of one whose file names tell the splits, as on the hub."""
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        if settings.split not in splits:
-            raise FieldError(field, f"{folder} has no split {settings.split}; it has {', '.join(splits)}")
+        splits = read_object(folder / "dataset_dict.json", field).get("splits")
+        if not isinstance(splits, list) or settings.split not in splits:
+            names = ", ".join(map(str, splits)) if isinstance(splits, list) else "none"
+            raise FieldError(field, f"{folder} has no split {settings.split}; it has {shortened(names, 200)}")
         folder = folder / settings.split
     if (folder / "state.json").exists():
-        state = json.loads((folder / "state.json").read_text())
+        state = read_object(folder / "state.json", field)
         if state.get("_indices_data_files"):
             raise FieldError(field, f"{folder} was saved with indices: call `flatten_indices` before `save_to_disk`")
-        return [str(folder / file["filename"]) for file in state["_data_files"]]
+        with reading(f"{folder / 'state.json'}: _data_files", field):
+            return [str(folder / file["filename"]) for file in state["_data_files"]]
     return _split_files(folder, settings, field)
 
 

@@ -6,14 +6,16 @@ starts. To add an architecture, add it to `ARCHITECTURES` and its own tensors to
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bft_megatron.errors import UserError
+from bft_megatron.errors import UserError, reading, shortened
 from bft_megatron.hf import hub
+from bft_megatron.recipe.limits import INT32
+from bft_megatron.textfiles import read_object
 
 if TYPE_CHECKING:
     from megatron.training.models.gpt import GPTModelConfig
@@ -62,8 +64,8 @@ class Architecture:
 
 
 def _mistral_window(raw: _Json) -> int | None:
-    window: int | None = raw.values.get("sliding_window", 4096)  # null means no window, as since v0.2
-    return window
+    null = raw.values.get("sliding_window", 4096) is None  # no window, as since v0.2
+    return None if null else raw.integer("sliding_window", 4096)
 
 
 def _qwen_window(raw: _Json) -> int | None:
@@ -77,7 +79,7 @@ def _qwen_window(raw: _Json) -> int | None:
     )
     if len(kinds) > 1:
         raise raw.unsupported("layers of full and of sliding attention in one model", "max_window_layers")
-    return window if kinds == {"sliding_attention"} else None
+    return raw.integer("sliding_window", 4096) if kinds == {"sliding_attention"} else None
 
 
 ARCHITECTURES = {
@@ -95,10 +97,16 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: no such folder or file, or an unsupported architecture or feature.
     """
     raw = _Json.of(folder)
+    with reading(str(raw.path)):  # values of other types than a model's
+        return _config(raw)
+
+
+def _config(raw: _Json) -> ModelConfig:
     names = raw.get("architectures", [])
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
+    if not isinstance(names, list) or len(names) != 1 or str(names[0]) not in ARCHITECTURES:
+        shown = ", ".join(map(str, names)) if isinstance(names, list) else str(names)
         raise UserError(
-            f"{', '.join(names) or 'no architecture'}: supported are {', '.join(ARCHITECTURES)}. For other models see "
+            f"{shortened(shown) or 'no architecture'}: supported are {', '.join(ARCHITECTURES)}. For other models see "
             "Megatron-Bridge (https://github.com/NVIDIA-NeMo/Megatron-Bridge)",
             f"{raw.path}: architectures",
         )
@@ -116,14 +124,14 @@ def read_config(folder: Path) -> ModelConfig:
         ffn=raw.integer("intermediate_size"),
         vocab_size=raw.integer("vocab_size"),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+        rope_theta=raw.number("rope_theta", 10000.0, rope),
         rope_factor=_rope_factor(raw, rope),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        norm_eps=raw.number("rms_norm_eps", 1e-6),
         qkv_bias=architecture.qkv_bias,
         qk_norm=architecture.qk_norm,
         window=architecture.window(raw),
         max_positions=raw.integer("max_position_embeddings"),
-        initializer_range=float(raw.get("initializer_range", 0.02)),
+        initializer_range=raw.number("initializer_range", 0.02),
         dtype=raw.get("dtype", raw.get("torch_dtype", None)),
     )
 
@@ -215,9 +223,9 @@ def _rope_factor(raw: _Json, rope: dict[str, Any]) -> float | None:
             raise raw.unsupported(
                 f"llama3 rope scaling with {key} {rope.get(key)} (Megatron has {value})", "rope_parameters"
             )
-    if not isinstance(rope.get("factor"), int | float):
+    if rope.get("factor") is None:
         raise raw.unsupported("llama3 rope scaling without a factor", "rope_parameters")
-    return float(rope["factor"])
+    return raw.number("factor", 1.0, rope)
 
 
 @dataclass(frozen=True)
@@ -232,15 +240,7 @@ class _Json:
         path = folder / "config.json"
         if not folder.is_dir():
             raise UserError("no such model folder", str(folder))
-        try:
-            values = json.loads(path.read_text())
-        except OSError as e:
-            raise UserError(f"cannot read the model's configuration: {e.strerror}", str(path)) from None
-        except ValueError as e:
-            raise UserError(f"not JSON: {e}", str(path)) from None
-        if not isinstance(values, dict):
-            raise UserError("not a model's configuration", str(path))
-        return cls(path, values)
+        return cls(path, read_object(path))
 
     def get(self, key: str, default: Any) -> Any:
         """Return the value of `key`, or the default if it is missing or null, as in transformers."""
@@ -249,9 +249,16 @@ class _Json:
 
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.get(key, default)
-        if type(value) is not int or value < 1:
-            raise UserError(f"must be a positive whole number, not {value!r}", f"{self.path}: {key}")
+        if type(value) is not int or not 1 <= value <= INT32:
+            raise UserError(f"must be a positive whole number, not {shortened(repr(value))}", f"{self.path}: {key}")
         return value
+
+    def number(self, key: str, default: float, group: dict[str, Any] | None = None) -> float:
+        """Return a finite number that is not negative, from a group of values if it has one."""
+        value = (group or {}).get(key, self.get(key, default))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise UserError(f"must be a finite number, not {shortened(repr(value))}", f"{self.path}: {key}")
+        return float(value)
 
     def unsupported(self, what: str, key: str) -> UserError:
         return UserError(f"not supported: {what}", f"{self.path}: {key}")

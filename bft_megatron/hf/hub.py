@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bft_megatron.errors import UserError
+from bft_megatron.errors import FieldError, reading
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's tracker file in a folder of checkpoints: the iteration of the newest."""
@@ -30,25 +30,32 @@ def find_model(name: str) -> Path:
     Download models before the job: compute nodes often have no network, and 64 ranks must not fetch the same files.
 
     Raises:
-        UserError: neither a folder nor in the cache, or checkpoints without a configuration.
+        FieldError: of `model`: neither a folder nor in the cache, or checkpoints without a configuration.
     """
+    with reading(name, "model"):
+        return _find_model(name)
+
+
+def _find_model(name: str) -> Path:
     folder = Path(name)
     if (folder / TRACKER).exists() and not (folder / "config.json").exists():
-        raise UserError(
-            "holds checkpoints of Megatron's, which lack a tokenizer: put config.json and the tokenizer's files of the "
-            "model on the hub beside them",
-            f"model: {name}",
+        raise FieldError(
+            "model",
+            f"{name}: holds checkpoints of Megatron's, which lack a tokenizer: put config.json and the tokenizer's "
+            "files of the model on the hub beside them",
         )
     if folder.is_dir():
         return folder / "model" if checkpoints_of(folder / "model") else folder
     is_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if is_id:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(name, local_files_only=True))
         except LocalEntryNotFoundError:
             pass
+        except HFValidationError:
+            is_id = False
     hint = f", and it is not in the local hub cache; to download it: hf download {name}" if is_id else ""
-    raise UserError(f"no such folder{hint}", f"model: {name}")
+    raise FieldError("model", f"{name}: no such folder{hint}")

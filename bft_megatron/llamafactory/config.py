@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.yaml_file import YamlFile
+from bft_megatron.textfiles import read_text
 
 
 class Config:
@@ -24,10 +25,7 @@ class Config:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"cannot read the config: {getattr(e, 'strerror', e)}", str(path)) from None
+        text = read_text(path)
         self._file = YamlFile(path, text.expandtabs() if path.suffix == ".json" else text)  # JSON is YAML except tabs
         self.path = path
         self.asked: set[str] = set()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from bft_megatron.errors import UserError
 from bft_megatron.llamafactory.config import Config
 from bft_megatron.llamafactory.conversion import Conversion
+from bft_megatron.textfiles import read_object
 
 _SIZES = {
     "tensor_model_parallel_size": "parallel.tensor",
@@ -70,15 +69,7 @@ def deepspeed(config: Config) -> dict[str, Any]:
     path = _find(config.text("deepspeed"), config.path)
     if path is None:
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as e:
-        raise UserError(f"not JSON: {e.msg}", f"{path}:{e.lineno}") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the DeepSpeed file: {e}", str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError("must be an object", str(path))
-    return content
+    return read_object(path)
 
 
 def carry(to: Conversion) -> None:

@@ -6,13 +6,18 @@ settings that Megatron itself would refuse during start-up or in its first step.
 
 from __future__ import annotations
 
+import math
+import os
+from pathlib import Path
 from typing import Protocol
 
 from bft_megatron import user_code
-from bft_megatron.errors import FieldError
+from bft_megatron.errors import FieldError, reading, shortened
+from bft_megatron.recipe.limits import Range
 from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 
 TIME_OUT = "distributed-timeout-minutes"
+TIME_OUT_MINUTES = Range(above=0, at_most=366 * 24 * 60)
 
 
 class ModelShape(Protocol):
@@ -41,7 +46,6 @@ class ModelShape(Protocol):
 
 def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     """Raise FieldError if values are invalid, contradict each other, or do not divide the model's sizes."""
-    _check_positive(recipe)
     _check_data(recipe)
     _check_objective(recipe)
     _check_schedule(recipe)
@@ -49,7 +53,7 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_model(recipe, model)
     _check_row_length(recipe, model)
     _check_lora(recipe)
-    _check_time_out(recipe)
+    _check_flags(recipe)
 
 
 def check_comparable(recipe: Recipe) -> None:
@@ -99,17 +103,6 @@ def pad_multiple(recipe: Recipe) -> int:
     return recipe.data.pad_multiple or recipe.parallel.context_chunks
 
 
-def _check_positive(recipe: Recipe) -> None:
-    for group in ("data", "parallel", "train", "objective"):
-        for name, value in vars(getattr(recipe, group)).items():
-            if not isinstance(value, int | float) or isinstance(value, bool):
-                continue
-            if name not in MAY_BE_ZERO and value <= 0:
-                raise FieldError(f"{group}.{name}", f"must be above 0, not {value}")
-            if value < 0:
-                raise FieldError(f"{group}.{name}", f"must not be below 0, not {value}")
-
-
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
     if not data.sources("train"):
@@ -119,20 +112,6 @@ def _check_data(recipe: Recipe) -> None:
         raise FieldError(
             "data.turns", "split makes a sample of each of the assistant's turns, which data.supervise names"
         )
-
-
-MAY_BE_ZERO = {
-    "iterations",  # 0 converts the model without training it
-    "min_lr",
-    "warmup_iterations",
-    "weight_decay",
-    "clip_grad",
-    "seed",
-    "adam_beta1",
-    "adam_beta2",
-    "keep_best",
-}
-"""Fields for which 0 is a valid value."""
 
 
 def _check_objective(recipe: Recipe) -> None:
@@ -220,9 +199,6 @@ def _check_lora(recipe: Recipe) -> None:
     lora = recipe.lora
     if lora is None:
         return
-    for name in ("rank", "alpha"):
-        if getattr(lora, name) <= 0:
-            raise FieldError(f"lora.{name}", f"must be above 0, not {getattr(lora, name)}")
     if lora.dropout:
         raise FieldError(
             "lora.dropout",
@@ -236,8 +212,37 @@ def _check_lora(recipe: Recipe) -> None:
         raise FieldError("lora.target", f"{what}: takes all, attention, mlp, or a list of {', '.join(known)}")
 
 
-def _check_time_out(recipe: Recipe) -> None:
-    """Check the flag that a run reads before Megatron parses it."""
+def _check_flags(recipe: Recipe) -> None:
+    """Check the numbers under `megatron`, and the flag that a run reads before Megatron parses it."""
+    for flag, value in recipe.megatron.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, dict | list | tuple) for item in items):
+            raise FieldError(f"megatron.{flag}", f"must be a value or a list of values, not {shortened(value)}")
+        if any(map(_not_finite, items)):
+            raise FieldError(f"megatron.{flag}", f"must be finite, not {shortened(value)}")
     minutes = recipe.megatron.get(TIME_OUT, 1)
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0:
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float):
         raise FieldError(f"megatron.{TIME_OUT}", f"must be minutes above 0, not {minutes!r}")
+    if fault := TIME_OUT_MINUTES.fault(minutes):
+        raise FieldError(f"megatron.{TIME_OUT}", fault)
+
+
+def _not_finite(value: object) -> bool:
+    """Return whether a flag's value is NaN or infinity, as a number or as text, which Megatron reads as one."""
+    if not isinstance(value, str | float):
+        return False
+    try:
+        return not math.isfinite(float(value))
+    except ValueError:
+        return False
+
+
+def check_output(recipe: Recipe) -> None:
+    """Raise FieldError if the run's folder cannot be made or written to."""
+    folder = Path(recipe.output).absolute()
+    with reading(str(folder), "output"):
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir():
+        raise FieldError("output", f"{nearest} is a file: name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise FieldError("output", f"there is no permission to write in {nearest}")

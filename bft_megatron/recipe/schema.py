@@ -1,6 +1,7 @@
-"""The recipe's schema: a frozen dataclass for each group of fields, with every field's default and meaning.
+"""The recipe's schema: a frozen dataclass for each group of fields, with every field's default, limits and meaning.
 
-`reader` reads a recipe's YAML, `rules` checks fields against each other. Imports no torch.
+`reader` reads a recipe's YAML and holds each value to its limits, `rules` checks fields against each other. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bft_megatron.recipe import environment
+from bft_megatron.recipe.limits import PATH, count, limited, number
 from bft_megatron.recipe.sources import SourceSettings, source_settings
 
 
@@ -18,9 +20,9 @@ class ObjectiveSettings:
 
     name: str = "bft"
     """`sft`, `dft`, `bft`, or a record of your own as `package.module:attribute`."""
-    group_size: int = field(default_factory=environment.group_size)
+    group_size: int = limited(environment.GROUP_SIZE, default_factory=environment.group_size)
     """Supervised tokens in a confidence window. Left out: the environment variable BFT_GROUP_SIZE, else 256."""
-    gamma: float = field(default_factory=environment.gamma)
+    gamma: float = limited(environment.GAMMA, default_factory=environment.gamma)
     """Exponent of the confidence in the sample weight 1 - c^gamma. Left out: BFT_CONF_GAMMA, else 1."""
     confidence: Literal["geometric", "arithmetic"] = "geometric"
     """`geometric` averages log p over a window (the BFT authors' code), `arithmetic` averages p (their README)."""
@@ -30,7 +32,7 @@ class ObjectiveSettings:
     """Confidence windows under context parallelism: within a rank's chunks, or exactly those of one process."""
     head: Literal["auto", "logits", "chunked"] = "auto"
     """`chunked` computes the logits a tile at a time; `auto` does so if all would take over 1 GiB on a rank."""
-    chunk_size: int = 8192
+    chunk_size: int = count(8192)
     """Tokens of a tile of the chunked head."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """Kernels of the head's arithmetic on the vocabulary; `auto`: Triton's on GPUs on which they are tested."""
@@ -46,11 +48,11 @@ class DataSettings:
     """Held-out sources, written like `train`. Every validation reads all of them. Left out: no validation."""
     on_error: Literal["stop", "skip"] = "stop"
     """A row that is not a conversation stops the run, or is skipped, counted and listed."""
-    seq_length: int = 4096
+    seq_length: int = count(4096)
     """Tokens in a row, the unit of a batch."""
     packing: bool = True
     """Packs many samples into a row; none sees another. `false`: one sample a row, padded."""
-    pad_multiple: int | None = None
+    pad_multiple: int | None = count(None)
     """Packed samples are padded to a multiple of this many tokens. Left out: 2 x context, or 1 if context is 1."""
     overlong: Literal["drop", "truncate"] = "drop"
     """Samples longer than a row are dropped or truncated, and counted."""
@@ -58,7 +60,7 @@ class DataSettings:
     """The supervised tokens: all of the assistant's turns, its last turn, or every token."""
     turns: Literal["joined", "split"] = "joined"
     """`split` makes a sample of each assistant turn: it ends with that turn, and only that turn is supervised."""
-    chat_template: str | None = None
+    chat_template: str | None = field(default=None, metadata=PATH)
     """Jinja file, or the name of one of the tokenizer's templates. Left out: the tokenizer's default."""
 
     def sources(self, field_name: Literal["train", "valid"]) -> tuple[SourceSettings, ...]:
@@ -80,15 +82,15 @@ class DataSettings:
 class ParallelSettings:
     """`parallel:`, the layout."""
 
-    tensor: int = 1
+    tensor: int = count(1)
     """Tensor-parallel size: GPUs that share each layer's matrices. Must divide heads and key/value heads."""
-    pipeline: int = 1
+    pipeline: int = count(1)
     """Pipeline-parallel size: GPUs that hold consecutive groups of layers."""
-    virtual_pipeline: int = 1
+    virtual_pipeline: int = count(1)
     """Groups of layers on each pipeline rank; above 1 the pipeline schedule is interleaved."""
-    context: int = 1
+    context: int = count(1)
     """Context-parallel size: GPUs that share each row's tokens."""
-    data: int = 1
+    data: int = count(1)
     """Data-parallel size of a run on the CPU. On GPUs it follows from their number and the other sizes."""
     sequence: bool | None = None
     """Sequence parallelism: tensor ranks share the tokens between matrices. Left out: on if tensor is above 1."""
@@ -113,49 +115,49 @@ class ParallelSettings:
 class TrainSettings:
     """`train:`, the schedule and the optimizer (AdamW)."""
 
-    global_batch_size: int = 32
+    global_batch_size: int = count(32)
     """Rows in a step."""
-    micro_batch_size: int = 1
+    micro_batch_size: int = count(1)
     """Rows in a forward pass on one data-parallel rank; must be 1 with packing."""
-    iterations: int | None = None
+    iterations: int | None = count(None, at_least=0)
     """Steps. Give either this or `epochs`; 0 converts the model and stops."""
-    epochs: float | None = None
+    epochs: float | None = number(None, above=0, at_most=1_000_000)
     """Passes over the training data; fractions are allowed. Give either this or `iterations`."""
-    lr: float = 5.0e-6
+    lr: float = number(5.0e-6, above=0)
     """Peak learning rate."""
-    min_lr: float = 0.0
+    min_lr: float = number(0.0, at_least=0)
     """Learning rate at the end of the cosine."""
-    warmup_iterations: int = 0
+    warmup_iterations: int = count(0, at_least=0)
     """Steps of linear warm-up from 0 to `lr`; a cosine to `min_lr` follows."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, at_least=0)
     """AdamW's weight decay."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = number(0.9, at_least=0, below=1)
     """AdamW's decay of the first moment."""
-    adam_beta2: float = 0.95
+    adam_beta2: float = number(0.95, at_least=0, below=1)
     """AdamW's decay of the second moment."""
-    adam_eps: float = 1.0e-8
+    adam_eps: float = number(1.0e-8, at_least=1e-37)  # below, it would be 0 in fp32
     """AdamW's epsilon."""
-    clip_grad: float = 1.0
+    clip_grad: float = number(1.0, at_least=0)
     """The gradient is scaled down to this norm; 0 turns clipping off."""
-    seed: int = 1234
+    seed: int = count(1234, at_least=0)
     """Seed of the data order and of `init: random`."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Data type of weights and activations; the optimizer keeps fp32 master weights under `bf16`."""
-    save_every: int | None = None
+    save_every: int | None = count(None)
     """Steps between checkpoints. Left out: one checkpoint, at the end."""
-    validate_every: int | None = None
+    validate_every: int | None = count(None)
     """Steps between validations. Left out: after the last step. One always runs before the first step."""
-    exit_after: float | None = None
+    exit_after: float | None = number(None, above=0)
     """Minutes after the start by which the run has saved and ended; the same command resumes it."""
-    keep_last: int = 2
+    keep_last: int = count(2)
     """Number of newest checkpoints to keep."""
-    keep_best: int = 0
+    keep_best: int = count(0, at_least=0)
     """Number of best checkpoints to keep besides, by `best_metric` of the validation at their step."""
     best_metric: Literal["loss", "lm_loss", "mean_p", "accuracy"] | None = None
     """Validation metric of `keep_best`. Left out: `lm_loss` for sft, `mean_p` for every other objective."""
     save_hf: bool = False
     """Also writes every kept checkpoint as a Hugging Face model, in `hf/`, by a process beside the run."""
-    max_skipped: int = 10
+    max_skipped: int = count(10)
     """Steps with a non-finite gradient are skipped; after this many in a row the run gives up."""
 
 
@@ -170,15 +172,15 @@ LORA_TARGETS = {
 class LoraSettings:
     """`lora:`, low-rank adapters in place of the weights themselves."""
 
-    rank: int = 16
+    rank: int = count(16)
     """Rank of the adapters."""
-    alpha: float = 32.0
+    alpha: float = number(32.0, above=0)
     """An adapter's output is scaled by alpha / rank."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, at_least=0, below=1)
     """Must be 0: dropout in the adapters would make a run depend on its layout."""
     target: Any = "all"
     """`all`, `attention`, `mlp`, or a list of Hugging Face module names such as `[q_proj, v_proj]`."""
-    adapter: str | None = None
+    adapter: str | None = field(default=None, metadata=PATH)
     """PEFT folder to start from. Left out: fresh adapters, which do not change the model's output."""
 
     @property
@@ -195,11 +197,11 @@ class LoraSettings:
 class Recipe:
     """A whole run."""
 
-    model: str
+    model: str = field(metadata=PATH)
     """Hugging Face folder, id of a model in the local hub cache, folder of an earlier run, or a Megatron checkpoint."""
     data: DataSettings
     """Training and validation data."""
-    output: str
+    output: str = field(metadata=PATH)
     """Folder of the run: metrics, checkpoints, logs, packed data."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`random` draws new weights, the same on every layout."""

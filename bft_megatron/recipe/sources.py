@@ -6,13 +6,13 @@ A path alone is short for an item with only a path. `data.sources` finds the fil
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from bft_megatron.errors import FieldError
+from bft_megatron.errors import FieldError, shortened
+from bft_megatron.recipe.limits import PATH, limit_of, number
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "pairs"]
 
@@ -32,11 +32,11 @@ COMMON_COLUMNS = {"system": "system", "tools": "tools", "weight": "weight", "tem
 class SourceSettings:
     """An item of `data.train` or `data.valid`."""
 
-    path: str
+    path: str = field(metadata=PATH)
     """File, glob, folder, id of a data set in the local hub cache, or LLaMA-Factory's dataset_info.json."""
     name: str | None = None
     """Name in reports; with a dataset_info.json, the entry to use. Left out: the last part of the path."""
-    weight: float = 1.0
+    weight: float = number(1.0, above=0, at_most=1_000_000)
     """Passes over the source in an epoch: 2 takes each row twice, 0.5 every second row, the rest an epoch later."""
     split: str = "train"
     """Split of a folder or hub data set that has several."""
@@ -100,30 +100,37 @@ def _item(value: Any, where: str, place: str) -> SourceSettings:
     for key in value:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            raise wrong(str(key), f"unknown field; {f'did you mean `{close[0]}`?' if close else ', '.join(known)}")
+            raise wrong(
+                shortened(key), f"unknown field; {f'did you mean `{close[0]}`?' if close else ', '.join(known)}"
+            )
+    value = {key: given for key, given in value.items() if given is not None or key not in ("name", "subset", "rows")}
     for key in ("path", "name", "split", "subset"):
         if key in value and not (isinstance(value[key], str) and value[key]):
-            raise wrong(key, f"must be text, not {value[key]!r}")
+            raise wrong(key, f"must be text, not {shortened(repr(value[key]))}")
     if "path" not in value:
         raise wrong("path", "must be given")
-    if value.get("rows") is not None:
+    if "rows" in value:
         _check_rows(value["rows"], wrong)
     weight = value.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise wrong("weight", f"must be a number above 0, not {weight!r}")
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise wrong("weight", f"must be a number, not {shortened(repr(weight))}")
+    for key in ("path", "weight"):
+        limit = limit_of(SourceSettings, key)
+        if limit is not None and (fault := limit.fault(value.get(key, weight))):
+            raise wrong(key, fault)
     if value.get("format", "auto") not in get_args(Format):
-        raise wrong("format", f"must be one of {', '.join(get_args(Format))}, not {value['format']!r}")
+        raise wrong("format", f"must be one of {', '.join(get_args(Format))}, not {shortened(repr(value['format']))}")
     for key in ("columns", "roles"):
         names = value.get(key, {})
         if not isinstance(names, dict) or not all(isinstance(n, str) for pair in names.items() for n in pair):
-            raise wrong(key, f"must be names such as {{prompt: question}}, not {names!r}")
+            raise wrong(key, f"must be names such as {{prompt: question}}, not {shortened(repr(names))}")
     _check_columns(value.get("format", "auto"), value.get("columns", {}), wrong)
     return SourceSettings(**{**value, "weight": float(weight)})
 
 
 def _check_rows(rows: Any, wrong: Any) -> None:
-    if not isinstance(rows, str) or not re.fullmatch(r"\d*:\d*", rows):
-        raise wrong("rows", f"must be first:end in quotes, for example ':1000', not {rows!r}")
+    if not isinstance(rows, str) or not re.fullmatch(r"[0-9]{0,15}:[0-9]{0,15}", rows):
+        raise wrong("rows", f"must be first:end in quotes, for example ':1000', not {shortened(repr(rows))}")
     first, _, end = rows.partition(":")
     if end and int(first or 0) >= int(end):
         raise wrong("rows", f"{rows} takes none")
@@ -133,4 +140,4 @@ def _check_columns(format_name: str, columns: dict[str, str], wrong: Any) -> Non
     formats = [format_name] if format_name != "auto" else list(COLUMNS)
     known = [*dict.fromkeys(key for name in formats for key in COLUMNS[name]), *COMMON_COLUMNS]
     if unknown := [key for key in columns if key not in known]:
-        raise wrong("columns", f"{unknown[0]} is none of {', '.join(known)}")
+        raise wrong("columns", f"{shortened(unknown[0])} is none of {', '.join(known)}")

@@ -188,6 +188,10 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("csv", b"instruction,output\nx,y\nx,\xff\n", ":3: not UTF-8"),
     ("csv", b"instruction,output\nx,y\nx\n", ":3: must have 2 cells"),
     ("csv", b'instruction,output\nx,"y', ":2: not CSV"),
+    ("csv", b"instruction,output,weight\nx,y,nan\n", ":2: weight: must be finite"),
+    ("csv", b"instruction,output,weight\nx,y,1\nx,y,1e400\n", ":3: weight: must be finite"),
+    ("csv", b"instruction,output,weight\nx,y,1e7\n", ":2: weight: must be at least 0 and at most 1,000,000"),
+    ("json", b'[{"instruction": "x", "output": "y", "weight": Infinity}]', ":1: weight: must be finite"),
     ("parquet", b"PAR1 and no more", ": not Parquet"),
 ]
 
@@ -269,8 +273,8 @@ WRONG: list[tuple[Any, str]] = [
     ([3], "must be a path or fields"),
     ([{"weight": 1}], "`path`: must be given"),
     ([{"path": "a", "weigth": 1}], "did you mean `weight`"),
-    ([{"path": "a", "weight": 0}], "`weight`: must be a number above 0"),
-    (["b", {"path": "a", "weight": float("inf")}], r"`\[1\].weight`: must be a number above 0"),
+    ([{"path": "a", "weight": 0}], "`weight`: must be above 0 and at most"),
+    (["b", {"path": "a", "weight": float("inf")}], r"`\[1\].weight`: must be finite and above 0"),
     ([{"path": "a", "format": "chat"}], "`format`: must be one of auto, messages"),
     ([{"path": "a", "columns": {"question": "q"}}], "question is none of messages, role"),
     ([{"path": "a", "columns": ["q"]}], "must be names such as"),

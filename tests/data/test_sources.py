@@ -75,9 +75,14 @@ FAULTS: list[tuple[Any, str, str]] = [
     (with_message(role="assistant", tool_calls=[{"function": {}}]), ": messages[2].tool_calls[0]", '"name"'),
     (GOOD | {"weight": "two"}, ": weight", "must be a number"),
     (GOOD | {"weight": True}, ": weight", "must be a number"),
-    (GOOD | {"weight": -1}, ": weight", "finite and not negative"),
-    (GOOD | {"weight": float("nan")}, ": weight", "finite and not negative"),
-    (GOOD | {"weight": 10**400}, ": weight", "finite and not negative"),
+    (GOOD | {"weight": -1}, ": weight", "must be at least 0 and at most 1,000,000, not -1.0"),
+    (GOOD | {"weight": float("nan")}, ": weight", "must be finite and at least 0"),
+    (GOOD | {"weight": 10**400}, ": weight", "must be finite"),
+    (GOOD | {"weight": 1e30}, ": weight", "at most 1,000,000, not 1e+30"),
+    (GOOD | {"weight": "nan"}, ": weight", "must be finite"),
+    (GOOD | {"weight": "inf"}, ": weight", "must be finite"),
+    (GOOD | {"weight": "1e400"}, ": weight", "must be finite"),
+    (GOOD | {"weight": "9" * 400}, ": weight", "must be finite"),
 ]
 
 

@@ -156,11 +156,11 @@ def test_what_is_not_supported_is_refused_by_name(changes: dict[str, Any], messa
 def test_folders_without_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such model folder"):
         read_config(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="cannot read the model's configuration: No such file"):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
         read_config(tmp_path)
     for text in ("{", "[]"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=r"config\.json: not "):
+        with pytest.raises(UserError, match=r"config\.json(:1)?: (not|must be) "):
             read_config(tmp_path)
 
 

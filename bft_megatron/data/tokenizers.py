@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bft_megatron.data.limits import Limits
+from bft_megatron.data.templates import Beginnings, Inputs, Span, Template
 from bft_megatron.errors import FieldError, UserError
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ class ChatTokenizer:
         template: Jinja source.
         variables: the template's variables besides the messages: `bos_token`, `eos_token`, ...
         control: the control tokens, such as <|im_end|>, as text.
+        origin: the file or the model folder that the template is from, for errors.
     """
 
     backend: tokenizers.Tokenizer
@@ -52,6 +57,12 @@ class ChatTokenizer:
     template: str
     variables: dict[str, str]
     control: tuple[str, ...]
+    origin: str = ""
+
+    @cached_property
+    def program(self) -> Template:
+        """The template, compiled."""
+        return Template(self.template)
 
     @cached_property
     def has_markers(self) -> bool:
@@ -69,7 +80,8 @@ class ChatTokenizer:
         prompt: bool = False,
         tools: list[Any] | None = None,
         variables: dict[str, Any] | None = None,
-    ) -> tuple[str, list[tuple[int, int]]]:
+        limits: Limits = Limits(),
+    ) -> tuple[str, list[Span]]:
         """Render a conversation to text.
 
         Args:
@@ -77,31 +89,47 @@ class ChatTokenizer:
             prompt: end with the header of an assistant turn.
             tools: functions that the assistant could call.
             variables: further variables of the template.
+            limits: of the text's length.
 
         Returns:
             The text, and the spans of characters inside {% generation %} (none if the template has no such markers).
 
         Raises:
-            UserError: the template refuses the conversation.
+            UserError: the template refuses the conversation, or it writes more than the limit (TemplateFault).
         """
+        with self._refusing():
+            text, spans = self.program.render(messages, prompt, self._given(tools, variables), limits)
+            text.encode()
+        return text, spans
+
+    def beginnings(
+        self,
+        messages: list[dict[str, Any]],
+        prompt: bool = False,
+        tools: list[Any] | None = None,
+        variables: dict[str, Any] | None = None,
+        limits: Limits = Limits(),
+    ) -> Beginnings | None:
+        """Return the texts of a conversation's beginnings, or None if one run does not show them.
+
+        The arguments and errors are those of `render`.
+        """
+        with self._refusing():
+            return self.program.beginnings(messages, prompt, self._given(tools, variables), limits)
+
+    def _given(self, tools: list[Any] | None, variables: dict[str, Any] | None) -> Inputs:
+        return Inputs(tools, self.variables | (variables or {}))
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn what a template raises into an error of the conversation."""
         from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(  # annotated as text, it returns two lists
-                [messages],
-                tools=tools,
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.has_markers,
-                **self.variables | (variables or {}),
-            )
-            texts, spans = rendered
-            texts[0].encode()
+            yield
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(f"the chat template refuses this conversation: {reason}") from None
-        return texts[0], spans[0] if spans else []
 
     def quote(self, value: Any) -> Any:
         """Return messages, or a part of them, without Nones and with `BREAK` inside the control tokens they spell."""
@@ -148,7 +176,8 @@ def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
     control = tuple(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
     backend.no_truncation()
     backend.no_padding()
-    return ChatTokenizer(backend, _broken(backend), template, loaded.special_tokens_map, control)
+    origin = str(folder) if chat_template is None else chat_template
+    return ChatTokenizer(backend, _broken(backend), template, loaded.special_tokens_map, control, origin)
 
 
 def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:

@@ -39,8 +39,8 @@ class Limits:
 
     @property
     def characters(self) -> int:
-        """The longest text that is written: headers around empty messages make several times a row's text."""
-        return 16 * self.row_bytes
+        """The longest text that is written: headers around short messages make several times a row's text."""
+        return 16 * self.row_bytes + (1 << 20)
 
     @property
     def memory(self) -> int:
@@ -66,6 +66,8 @@ class Limits:
             yield
         except MemoryError:
             raise TemplateFault(f"the chat template takes more than {self.memory:,} bytes of memory") from None
+        except RecursionError:
+            raise TemplateFault("the chat template calls itself without end") from None
         finally:
             if timed:
                 signal.setitimer(signal.ITIMER_PROF, 0.0)

@@ -28,6 +28,9 @@ BREAK = "\ufdd0"
 """Inserted into control tokens that a message's text spells out: a character that Unicode reserves for internal use.
 Its tokens are dropped after tokenisation, so the text keeps its characters and is not tokenised as a control token."""
 
+DEEPEST = 100
+"""Levels of lists and objects in a conversation: macros that follow them need several of Python's 1,000 calls each."""
+
 _FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -131,12 +134,14 @@ class ChatTokenizer:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(f"the chat template refuses this conversation: {reason}") from None
 
-    def quote(self, value: Any) -> Any:
+    def quote(self, value: Any, depth: int = 0) -> Any:
         """Return messages, or a part of them, without Nones and with `BREAK` inside the control tokens they spell."""
+        if depth > DEEPEST:
+            raise UserError("is nested too deeply")
         if isinstance(value, dict):
-            return {self.quote(key): self.quote(item) for key, item in value.items() if item is not None}
+            return {self.quote(key): self.quote(item, depth + 1) for key, item in value.items() if item is not None}
         if isinstance(value, list):
-            return [self.quote(item) for item in value]
+            return [self.quote(item, depth + 1) for item in value]
         if not isinstance(value, str):
             return value
         if BREAK in value:

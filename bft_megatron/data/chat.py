@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from bft_megatron.data.formats import Conversation
-from bft_megatron.data.limits import Limits
+from bft_megatron.data.limits import DEFAULT, Limits
 from bft_megatron.data.templates import Beginnings, Span
 from bft_megatron.data.tokenizers import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError
@@ -67,7 +67,7 @@ def split(conversation: Conversation) -> Iterator[Conversation]:
 
 
 def render(
-    conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supervise, limits: Limits = Limits()
+    conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supervise, limits: Limits = DEFAULT
 ) -> Rendered:
     """Render a conversation and its supervised spans; control tokens spelled out in messages are broken up.
 
@@ -138,7 +138,9 @@ class _Renderer:
         """Find all beginnings in a run or two, if so many are wanted that this is cheaper than to render them."""
         if len(wanted) < MANY:
             return
-        plain, prompted = (self.tokenizer.beginnings(self.messages, ask, *self.given, self.limits) for ask in (False, True))
+        plain, prompted = (
+            self.tokenizer.beginnings(self.messages, ask, *self.given, self.limits) for ask in (False, True)
+        )
         if plain and plain.text == text:
             self.known[False] = plain
         if prompted:

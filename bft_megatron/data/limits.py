@@ -86,3 +86,6 @@ class Limits:
 def _address_space() -> int:
     with open("/proc/self/statm", "rb", buffering=0) as file:
         return int(file.read().split()[0]) * _PAGE
+
+
+DEFAULT = Limits()

@@ -76,7 +76,7 @@ class Template:
             return None
         environment = self.plain.environment
         tree = environment.parse(self.source)
-        if not _report(tree):
+        if not _report(tree, environment):
             return None
         return type(self.plain).from_code(environment, environment.compile(tree), environment.globals)
 
@@ -231,7 +231,7 @@ class _Messages:
     __hash__ = None  # type: ignore[assignment]  # as a list
 
 
-def _report(tree: nodes.Template) -> bool:
+def _report(tree: nodes.Template, environment: jinja2.Environment) -> bool:
     """Make a template report its main loop to `_WATCH`; return False if it has none, or variable text behind it."""
     from jinja2 import nodes
 
@@ -243,15 +243,19 @@ def _report(tree: nodes.Template) -> bool:
     if loop.test is not None or loop.recursive or loop.else_ or not _is_constant(tree.body[loops[-1] + 1 :], tree):
         return False
 
-    def call(method: str, *given: nodes.Expr) -> nodes.Call:
+    def call(method: str, *given: Any) -> nodes.Call:
         return nodes.Call(nodes.Getattr(nodes.Name(_WATCH, "load"), method, "load"), [*given], [], None, None)
 
     loop.iter = call("loop", loop.iter)
     loop.body = [*loop.body, nodes.ExprStmt(call("end"))]
     for node in (loop.iter, loop.body[-1]):
         node.set_lineno(loop.lineno, override=True)
-        node.set_environment(tree.environment)
+        node.set_environment(environment)
     return True
+
+
+_HARMLESS = {"Output", "TemplateData", "If", "Test", "Compare", "Operand", "Const", "Name"}
+_HARMLESS |= {"Not", "And", "Or", "CondExpr", "Add", "Concat"}
 
 
 def _is_constant(behind: list[nodes.Node], tree: nodes.Template) -> bool:
@@ -262,10 +266,8 @@ def _is_constant(behind: list[nodes.Node], tree: nodes.Template) -> bool:
     """
     from jinja2 import nodes
 
-    harmless = (nodes.Output, nodes.TemplateData, nodes.If, nodes.Test, nodes.Compare, nodes.Operand, nodes.Const)
-    harmless += (nodes.Name, nodes.Not, nodes.And, nodes.Or, nodes.CondExpr, nodes.Add, nodes.Concat)
     steady = {id(node.target) for node in tree.find_all(nodes.Assign) if isinstance(node.node, nodes.Const)}
     changed = {node.name for node in tree.find_all(nodes.Name) if node.ctx != "load" and id(node) not in steady}
-    changed |= {node.name for node in tree.find_all((nodes.Macro, nodes.NSRef))} | {"messages"}
+    changed |= {node.name for node in tree.find_all(nodes.Macro)} | {"messages"}
     found = [node for root in behind for node in (root, *root.find_all(nodes.Node))]
-    return all(isinstance(node, harmless) and getattr(node, "name", None) not in changed for node in found)
+    return all(type(node).__name__ in _HARMLESS and getattr(node, "name", None) not in changed for node in found)

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bft_megatron.data.limits import Limits
+from bft_megatron.data.limits import DEFAULT, Limits
 from bft_megatron.data.templates import Beginnings, Inputs, Span, Template
 from bft_megatron.errors import FieldError, UserError
 
@@ -83,7 +83,7 @@ class ChatTokenizer:
         prompt: bool = False,
         tools: list[Any] | None = None,
         variables: dict[str, Any] | None = None,
-        limits: Limits = Limits(),
+        limits: Limits = DEFAULT,
     ) -> tuple[str, list[Span]]:
         """Render a conversation to text.
 
@@ -111,7 +111,7 @@ class ChatTokenizer:
         prompt: bool = False,
         tools: list[Any] | None = None,
         variables: dict[str, Any] | None = None,
-        limits: Limits = Limits(),
+        limits: Limits = DEFAULT,
     ) -> Beginnings | None:
         """Return the texts of a conversation's beginnings, or None if one run does not show them.
 

@@ -15,7 +15,7 @@ BLOCK = 1 << 20
 _DECODER = json.JSONDecoder()
 _LONGEST_TOKEN = 16  # characters before the window's end in which a cut shows as a fault: -Infinity, \\ud83d\\ude42
 _SPACE = re.compile(r"\s*")
-_EDGE = re.compile(r'\\.|["\[\]{},]', re.DOTALL)  # an escape, or what may begin or end a value
+_OUTSIDE, _INSIDE, _QUOTED = re.compile(r'["\[\]{},]'), re.compile(r'["\[\]{}]'), re.compile(r'\\.|"', re.DOTALL)
 
 
 def items_of(path: str, most: int) -> Iterator[tuple[int, Any]]:
@@ -119,20 +119,20 @@ class _Window:
         depth, quoted = 0, False
         while True:
             end = self.at
-            for found in _EDGE.finditer(self.text, self.at):
+            while found := (_QUOTED if quoted else _INSIDE if depth else _OUTSIDE).search(self.text, end):
                 edge, end = found[0], found.end()
                 if edge == '"':
                     quoted = not quoted
-                elif quoted or edge[0] == "\\":
+                elif quoted:  # an escape
                     continue
                 elif edge in "[{":
                     depth += 1
                 elif depth == 0:
                     self.pass_to(found.start())
                     return
-                elif edge != ",":
+                else:
                     depth -= 1
-            begun = self.text.endswith("\\") and end < len(self.text)  # an escape that the window cuts
+            begun = quoted and self.text.endswith("\\") and end < len(self.text)  # an escape that the window cuts
             self.pass_to(len(self.text) - begun)
             if not self.more(BLOCK):
                 self.pass_to(len(self.text))

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
@@ -22,6 +22,10 @@ _PAGE = resource.getpagesize()
 
 class TemplateFault(UserError):
     """A fault of the chat template, which no skipped row would mend."""
+
+
+class _TimeIsUp(BaseException):
+    """Raised by the timer; no Exception, because jinja2 takes those for faults of the expression it works out."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,18 @@ class Limits:
         timed = threading.current_thread() is threading.main_thread()
         soft, hard = resource.getrlimit(resource.RLIMIT_AS)
         most = _address_space() + self.memory
-        before = signal.signal(signal.SIGPROF, self._stop) if timed else None
+        before = signal.signal(signal.SIGPROF, _stop) if timed else None
         try:
             if soft == resource.RLIM_INFINITY or most < soft:
                 resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-            if timed:  # repeated, because jinja2 has a place that swallows every exception
+            if timed:  # repeated, because an exception in a destructor is lost
                 signal.setitimer(signal.ITIMER_PROF, self.seconds, 1.0)
             yield
         except MemoryError:
             raise TemplateFault(f"the chat template takes more than {self.memory:,} bytes of memory") from None
+        except _TimeIsUp:
+            message = f"the chat template takes more than {self.seconds:g} seconds of processor time"
+            raise TemplateFault(message) from None
         except RecursionError:
             raise TemplateFault("the chat template calls itself without end") from None
         finally:
@@ -79,8 +86,9 @@ class Limits:
         if signal.getitimer(signal.ITIMER_PROF)[0]:
             signal.setitimer(signal.ITIMER_PROF, self.seconds, 1.0)
 
-    def _stop(self, *_: Any) -> None:
-        raise TemplateFault(f"the chat template takes more than {self.seconds:g} seconds of processor time")
+
+def _stop(*_: Any) -> NoReturn:
+    raise _TimeIsUp
 
 
 def _address_space() -> int:

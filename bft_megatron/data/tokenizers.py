@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bft_megatron.data.limits import DEFAULT, Limits
+from bft_megatron.data.limits import DEFAULT, Limits, TemplateFault
 from bft_megatron.data.templates import Beginnings, Inputs, Span, Template
 from bft_megatron.errors import FieldError, UserError
 
@@ -156,14 +156,15 @@ class ChatTokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
+def load(folder: str | Path, chat_template: str | None = None, limits: Limits = DEFAULT) -> ChatTokenizer:
     """Load the tokenizer and chat template of a Hugging Face model folder, from local files, without running its code.
 
     Args:
         chat_template: Jinja file, or the name of one of the tokenizer's templates; None: the tokenizer's default.
+        limits: what it may take to compile the template.
 
     Raises:
-        UserError: no such folder, no readable tokenizer in it, or no chat template.
+        UserError: no such folder, no readable tokenizer in it, no chat template, or one that cannot be compiled.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -176,12 +177,12 @@ def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
         raise UserError(
             f"no tokenizer that can be read (tokenizer.json, tokenizer.model): {reason}", str(folder)
         ) from None
-    template = _template(loaded, folder, chat_template)
+    template, origin = _template(loaded, folder, chat_template), chat_template or str(folder)
+    _check_syntax(template, origin, limits)
     backend = loaded.backend_tokenizer
     control = tuple(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
     backend.no_truncation()
     backend.no_padding()
-    origin = str(folder) if chat_template is None else chat_template
     return ChatTokenizer(backend, _broken(backend), template, loaded.special_tokens_map, control, origin)
 
 
@@ -226,18 +227,19 @@ def _template(loaded: PreTrainedTokenizerFast, folder: str | Path, chosen: str |
                 )
             )
             raise UserError(f"the tokenizer has no chat template of its own; {hint}", str(folder)) from None
-    _check_syntax(template, chosen or str(folder))
     return template
 
 
-def _check_syntax(template: str, where: str) -> None:
+def _check_syntax(template: str, origin: str, limits: Limits) -> None:
     from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        render_jinja_template([], chat_template=template)  # renders nothing, but compiles the template
+        with limits.held():
+            Template(template)
     except TemplateSyntaxError as e:
-        raise FieldError("data.chat_template", f"{where}, line {e.lineno} of the template: {e.message}") from None
+        raise FieldError("data.chat_template", f"{origin}, line {e.lineno} of the template: {e.message}") from None
+    except TemplateFault as e:
+        raise TemplateFault(str(e), origin) from None
 
 
 def fingerprint(folder: str | Path, chat_template: str | None = None) -> str:

@@ -1,9 +1,6 @@
-"""Rendering a conversation and finding its supervised tokens. Loading the tokenizer is in `tokenizers`.
+"""Rendering a conversation and finding its supervised text. Its tokens are in `masks`, the tokenizer in `tokenizers`.
 
-The loss mask comes from positions, not token ids. A conversation is rendered to text once and tokenised once, and spans
-of characters become spans of tokens through the tokenizer's offsets, so that merges at the edges of a span are those of
-the whole text. A token that overlaps a span belongs to it, as in transformers' `return_assistant_tokens_mask`. The
-spans come from the template's {% generation %} markers if it has them. Otherwise the texts of the conversation up to
+The spans come from the template's {% generation %} markers if it has them. Otherwise the texts of the conversation up to
 each answer and again including it are compared with the whole; if both begin it, the text between them is the turn.
 They are rendered one by one or, where `templates` can show all of them in one run, taken from that.
 """
@@ -13,18 +10,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import Any, Literal
 
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.limits import DEFAULT, Limits
+from bft_megatron.data.masks import Rendered, tokenise
 from bft_megatron.data.templates import Beginnings, Span
 from bft_megatron.data.tokenizers import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
 
 Supervise = Literal["assistant", "last", "all"]
 
@@ -33,14 +26,6 @@ MANY = 5
 
 MOST = 20_000_000
 """Messages that are rendered for one conversation, one beginning after the other: a minute's work."""
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text, with its supervised spans of characters in order."""
-
-    text: str
-    spans: list[Span]
 
 
 def encode(
@@ -229,13 +214,6 @@ def _without_spans(whole: Span, spans: list[Span]) -> list[Span]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the tokens, [n] int32, and mask, [n] bool, of each conversation; calls the tokenizer once for all."""
-    encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-    broken = np.array(tokenizer.broken)
-    return [_without(broken, np.array(e.ids, np.int32), _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
-
-
 def _common(a: str, b: str) -> int:
     """Return the length of the longest common prefix."""
     return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
@@ -253,35 +231,3 @@ def _difference(i: int, n: int, part: str, text: str) -> str:
         f"the chat template writes the conversation up to messages[{i}] differently once all {n} messages are there, "
         f"so that the place of the answer is unknown: {shown[0]} became {shown[1]}; {ways}"
     )
-
-
-def _mask(encoding: Encoding, rendered: Rendered) -> np.ndarray:
-    mask = np.zeros(len(encoding), bool)
-    for start, end in rendered.spans:
-        first = _token_at(encoding, start, end)
-        if first is None:  # an empty span, or one of spaces that the tokenizer's offsets leave out
-            continue
-        after = _token_at(encoding, end, len(rendered.text))
-        if after is None:
-            after = len(mask)
-        elif (chars := encoding.token_to_chars(after)) is not None and chars[0] < end:
-            after += 1
-        mask[first:after] = True
-    return mask
-
-
-def _token_at(encoding: Encoding, char: int, stop: int) -> int | None:
-    """Return the first token that holds a character of [char, stop), or None."""
-    tokens = (encoding.char_to_token(position) for position in range(char, stop))
-    return next((token for token in tokens if token is not None), None)
-
-
-def _without(broken: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens and mask without the tokens that spell `BREAK`."""
-    if broken[0] not in ids:
-        return ids, mask
-    maybe = np.flatnonzero(ids == broken[0])
-    begins = [at for at in maybe if np.array_equal(ids[at : at + len(broken)], broken)]
-    kept = np.ones(len(ids), bool)
-    kept[np.add.outer(np.array(begins, int), np.arange(len(broken)))] = False
-    return ids[kept], mask[kept]

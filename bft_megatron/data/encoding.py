@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bft_megatron.data import chat
+from bft_megatron.data import chat, masks
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.limits import Limits, TemplateFault
 from bft_megatron.data.readers import CHUNK_BYTES, Chunk
@@ -84,7 +84,7 @@ class Encoded:
     refused: list[str]
 
 
-_Text = tuple[Conversation, chat.Rendered]
+_Text = tuple[Conversation, masks.Rendered]
 
 _SPLIT_TO = 4  # with turns: split, the text of a row's samples grows with the square of its turns
 
@@ -154,7 +154,7 @@ class Encoder:
     def _kept(self, rendered: list[_Text], all_counts: Counts) -> Iterator[_Sample]:
         """Yield the samples that go into rows, and count the ones that don't."""
         longest, lengths, counts = self.settings.seq_length, Counter[int](), Counts()
-        encoded = chat.tokenise([text for _, text in rendered], self.tokenizer)
+        encoded = masks.tokenise([text for _, text in rendered], self.tokenizer)
         for (conversation, _), (tokens, supervised) in zip(rendered, encoded, strict=True):
             lengths[max(len(tokens) - 2, 0).bit_length()] += 1
             if len(tokens) - 1 > longest:

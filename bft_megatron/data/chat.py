@@ -1,7 +1,7 @@
 """Rendering a conversation and finding its supervised text. Its tokens are in `masks`, the tokenizer in `tokenizers`.
 
-The spans come from the template's {% generation %} markers if it has them. Otherwise the texts of the conversation up to
-each answer and again including it are compared with the whole; if both begin it, the text between them is the turn.
+The spans come from the template's {% generation %} markers if it has them. Otherwise the texts of the conversation up
+to each answer and again including it are compared with the whole; if both begin it, the text between them is the turn.
 They are rendered one by one or, where `templates` can show all of them in one run, taken from that.
 """
 

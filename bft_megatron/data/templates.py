@@ -32,6 +32,9 @@ Span = tuple[int, int]
 
 _WATCH = "bft_watch"  # the variable under which a template finds what it reports to
 
+# A template is compiled and given its data by transformers' own functions, which have no public names. Its public
+# renderer counts the spans of n turns in the square of n, and takes no list but its own.
+
 
 @dataclass(frozen=True)
 class Inputs:

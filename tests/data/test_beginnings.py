@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bft_megatron.data import chat, templates
@@ -117,9 +117,7 @@ def outcome(talk: Conversation, tokenizer: ChatTokenizer, supervise: chat.Superv
         return str(e)
 
 
-@settings(
-    max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)  # fmt: skip
+@settings(max_examples=examples(60), deadline=None)
 @given(talk=talks, name=st.sampled_from([*TEMPLATES]), supervise=st.sampled_from(["assistant", "all"]))
 def test_one_run_finds_what_each_beginning_gives(
     tiny: ChatTokenizer, talk: Conversation, name: str, supervise: chat.Supervise

@@ -113,7 +113,7 @@ def check(line: bytes, tokens: list[int], supervised: list[bool], tokenizer: Cha
 
 
 @settings(
-    max_examples=examples(100),
+    max_examples=examples(100, a_second=15),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
 )

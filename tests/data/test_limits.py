@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from bft_megatron import cli
 from bft_megatron.data import chat, readers, sources, tokenizers
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.limits import Limits, TemplateFault
@@ -117,6 +118,34 @@ def test_a_templates_fault_names_template_and_row_and_is_no_rows(
     assert str(error.value).endswith(f"bytes of memory, for the row at {source}:5")
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "data.max_row_bytes=50",
+            "rows.jsonl:1: the row is longer than data.max_row_bytes, 50 bytes: cut it, or raise",
+        ),
+        ("data.on_error=skip", "endless.jinja: the chat template takes more than "),
+    ],
+)
+def test_the_command_ends_with_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], setting: str, said: str
+) -> None:
+    source, template = rows(tmp_path / "rows.jsonl", CHAT), tmp_path / "endless.jinja"
+    template.write_text("{{ messages[0].content * 10 ** 11 }}")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {TINY}\ndata: {{train: {source}, chat_template: {template}, seq_length: 256}}\noutput: {tmp_path}\n"
+        "train: {iterations: 1}\n"
+    )
+    monkeypatch.setattr("sys.argv", ["bft-megatron", "inspect", str(recipe), setting])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
 def longer(kind: str, folder: Path) -> Path:
     """Three rows of which the second is longer than 1,000 bytes."""
     made = [{"instruction": "a", "output": said} for said in ("b", 'é]\\",' * 250, "c")]
@@ -138,6 +167,7 @@ def longer(kind: str, folder: Path) -> Path:
 PLACES = {"jsonl": ":2", "json": ":6", "csv": ":3", "parquet": ": row 2", "folder": "/data-00000-of-00001.arrow: row 2"}
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 @pytest.mark.parametrize("kind", [*PLACES])
 def test_a_row_that_is_too_long_is_refused_or_skipped(tmp_path: Path, kind: str) -> None:
     path = longer(kind, tmp_path)

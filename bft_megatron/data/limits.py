@@ -6,12 +6,14 @@ loops or multiplying strings.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 from bft_megatron.errors import UserError
@@ -92,8 +94,13 @@ def _stop(*_: Any) -> NoReturn:
 
 
 def _address_space() -> int:
-    with open("/proc/self/statm", "rb", buffering=0) as file:
-        return int(file.read().split()[0]) * _PAGE
+    return int(os.pread(_statm(os.getpid()), 100, 0).split()[0]) * _PAGE
+
+
+@cache
+def _statm(process: int) -> int:
+    """Open a process's memory figures once; a fork has its own."""
+    return os.open(f"/proc/{process}/statm", os.O_RDONLY)
 
 
 DEFAULT = Limits()

@@ -17,7 +17,7 @@ beginning unknown, and it is then rendered by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -70,6 +70,8 @@ class Template:
         from transformers.utils import chat_template_utils
 
         self.source = source
+        self.as_data: Callable[[Any], Any] = chat_template_utils._plain_template_data
+        self.with_thoughts: Callable[[Any], Any] = chat_template_utils._alias_reasoning_fields
         self.plain: jinja2.Template = chat_template_utils._compile_jinja_template(source)
 
     @cached_property
@@ -92,8 +94,7 @@ class Template:
             TemplateFault: the text is longer than the limit.
         """
         run = _Run(limits)
-        variables = dict(messages=_seen(messages), add_generation_prompt=prompt, **_plain(given))
-        return run.text(self.plain, variables), run.spans
+        return run.text(self.plain, self._variables(self._shown(messages), prompt, given)), run.spans
 
     def beginnings(
         self, messages: list[dict[str, Any]], prompt: bool, given: Inputs, limits: Limits
@@ -106,8 +107,8 @@ class Template:
         if self.watched is None:
             return None
         run = _Run(limits)
-        watch = _Watch(run, _seen(messages))
-        variables = dict(messages=_Messages(watch, 0), add_generation_prompt=prompt, **_plain(given)) | {_WATCH: watch}
+        watch = _Watch(run, self._shown(messages))
+        variables = self._variables(_Messages(watch, 0), prompt, given) | {_WATCH: watch}
         try:
             text = run.text(self.watched, variables)
         except (TemplateFault, MemoryError):
@@ -117,21 +118,16 @@ class Template:
         end = watch.ends.pop(len(messages), None)
         return None if end is None else Beginnings(text, watch.ends, text[end:])
 
+    def _shown(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the messages as transformers hands them to a template."""
+        shown: list[dict[str, Any]] = self.with_thoughts(self.as_data(messages))
+        return shown
 
-def _seen(messages: list[dict[str, Any]]) -> Any:
-    """Return the messages as transformers hands them to a template."""
-    from transformers.utils import chat_template_utils
-
-    return chat_template_utils._alias_reasoning_fields(chat_template_utils._plain_template_data(messages))
-
-
-def _plain(given: Inputs) -> dict[str, Any]:
-    from transformers.utils import chat_template_utils
-
-    if any(not isinstance(tool, dict) for tool in given.tools or ()):
-        raise TypeError("tools must be objects with a JSON schema")
-    plain = chat_template_utils._plain_template_data
-    return dict(tools=plain(given.tools), **plain({"documents": None} | given.variables))
+    def _variables(self, messages: Any, prompt: bool, given: Inputs) -> dict[str, Any]:
+        if any(not isinstance(tool, dict) for tool in given.tools or ()):
+            raise TypeError("tools must be objects with a JSON schema")
+        others = self.as_data({"documents": None} | given.variables)
+        return dict(messages=messages, add_generation_prompt=prompt, tools=self.as_data(given.tools), **others)
 
 
 class _Run:
@@ -146,13 +142,14 @@ class _Run:
         self.limits.restart()
         blocks: list[str] = []
         tracker: Any = template.environment
+        most = self.limits.characters
         # transformers counts from the blocks before a span, so that with none of them it counts from this one's start.
         with tracker.activate_tracker((), self):
             for block in template.generate(variables):
                 blocks.append(block)
                 self.written += len(block)
-                if self.written > self.limits.characters:
-                    raise TemplateFault(f"the chat template writes more than {self.limits.characters:,} characters")
+                if self.written > most:
+                    raise TemplateFault(f"the chat template writes more than {most:,} characters")
         return "".join(blocks)
 
     def append(self, span: Span) -> None:

@@ -27,8 +27,22 @@ def ordered_map[Item, Result](function: Callable[[Item], Result], items: Iterato
     is never pickled; items and results are.
 
     Raises:
-        UserError: a process was killed.
+        UserError: a process was killed, or memory or Python's stack was not enough, here or there.
     """
+    try:
+        yield from _mapped(function, items)
+    except (MemoryError, RecursionError) as e:
+        raise UserError(unprepared(e)) from None
+
+
+def unprepared(error: MemoryError | RecursionError) -> str:
+    """Return why rows were not prepared, for an error."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return "this machine's memory is not enough to prepare the data: lower data.max_row_bytes, or end other programs"
+
+
+def _mapped[Item, Result](function: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
     cores = len(os.sched_getaffinity(0))
     first = list(islice(items, 2))
     if len(first) < 2 or cores == 1:

@@ -88,7 +88,7 @@ soak: $(STAMP)
 # Random recipes, data files and flipped bits of a run's folder for FUZZ_SECONDS each, drawn by SEED; `make test` takes seconds.
 fuzz: $(STAMP)
 	@echo "SEED=$(SEED)"
-	SEED=$(SEED) FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz tests/data/test_fuzz.py
+	SEED=$(SEED) FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest tests/fuzz tests/data/test_fuzz.py tests/data/test_beginnings.py
 
 # Every objective on every layout, which takes hours; with N that many of them, drawn by SEED.
 matrix: $(STAMP)

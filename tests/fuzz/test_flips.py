@@ -33,9 +33,6 @@ from tests.helpers.world import run_world
 SEED = int(os.environ.get("SEED", f"{date.today():%Y%m%d}"))
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "10"))
 
-ELSEWHERE = ("data",)
-"""Folders whose flips are drawn elsewhere."""
-
 
 def _flip(file: Path, bit: int) -> None:
     content = bytearray(file.read_bytes())
@@ -46,11 +43,6 @@ def _flip(file: Path, bit: int) -> None:
 def _draw(rng: random.Random, files: list[Path]) -> tuple[Path, int]:
     file = rng.choice(sorted(path for path in files if path.stat().st_size))
     return file, rng.randrange(8 * file.stat().st_size)
-
-
-def _files(root: Path) -> list[Path]:
-    found = [path for path in root.rglob("*") if path.is_file()]
-    return [path for path in found if path.relative_to(root).parts[0] not in ELSEWHERE]
 
 
 def _choose(root: Path) -> int:
@@ -197,7 +189,7 @@ def test_a_run_with_a_flip_ends_as_undisturbed_or_is_refused(
     rng, until, runs = random.Random(SEED), time.monotonic() + SECONDS / 2, 0
     while time.monotonic() < until:
         folder = _interrupted(undisturbed, tmp_path / f"{runs}")
-        harmed, bit = _draw(rng, _files(folder.root))
+        harmed, bit = _draw(rng, [path for path in folder.root.rglob("*") if path.is_file()])
         _flip(harmed, bit)
         capfd.readouterr()
         which = f"SEED={SEED}: bit {bit} of {harmed.relative_to(folder.root)}"

@@ -136,14 +136,16 @@ def _where(layers: list[_Layer], field_name: str) -> str:
 
 
 def _check_resolves(merged: DictConfig, key: str, place: str) -> None:
-    """Raise UserError if a value has a `${...}` that stands for nothing, or for itself."""
+    """Raise UserError if a value has a `${...}` that stands for nothing, for itself, or for text with another."""
     with reading(place):
         try:
             value = OmegaConf.select(merged, key)
             if isinstance(value, Container):
-                OmegaConf.to_container(value, resolve=True)
+                value = OmegaConf.to_container(value, resolve=True)
         except OmegaConfBaseException as e:
             raise UserError(said(e), place) from None
+    if "${" in str(value):  # a later start would read it from config.yaml as a name
+        raise UserError("must not hold `${`, which names an environment variable or a field", place)
 
 
 def _override(text: str) -> DictConfig:

@@ -1,14 +1,14 @@
-"""`python -m bft_megatron` and `bft-megatron`: the command line. A rank listens to signals before all else."""
+"""`python -m bft_megatron` and `bft-megatron`: the command line. A process listens to signals before all else."""
 
-from bft_megatron.processes import ranks
+from bft_megatron.processes import ranks, signals
 
 
 def main() -> None:
     """Entry point."""
-    if ranks.in_rank():
-        from bft_megatron.processes import signals
+    signals.listen() if ranks.in_rank() else signals.end_on_signals()
+    from bft_megatron.processes import streams
 
-        signals.listen()
+    streams.outlive_readers()
     from bft_megatron import cli
 
     cli.main()

@@ -17,13 +17,13 @@ from rich.markup import escape
 
 from bft_megatron import __version__
 from bft_megatron.checkpoint.hf_copies import HFCopies
-from bft_megatron.commands import files
+from bft_megatron.commands import files, marked
 from bft_megatron.commands.request import Request, read
 from bft_megatron.errors import USER_ERROR, UserError
 from bft_megatron.processes import launcher, ranks
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe import reader, rules
-from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.folder import RUNNING, RunFolder
 
 app = typer.Typer(
     add_completion=False,
@@ -74,10 +74,10 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         return
     request.check_adapters()
     if not in_rank:
-        sys.exit(launcher.launch(sys.argv[1:], processes))
+        marked.launch(processes, folder, lambda: folder.is_done(rows.steps) or folder.stopped() is not None)
     if ranks.rank() == 0:
         request.describe_run(rows)
-        folder.mark_unfinished("running")
+        folder.mark_unfinished(RUNNING)
     with output_to(folder.log(ranks.rank())) as console:
         from bft_megatron.run.resolved import Run
         from bft_megatron.training import loop
@@ -277,7 +277,7 @@ def _convert(request: Request) -> None:
     recipe, folder = request.recipe, request.folder
     request.check(lambda: folder.check_converts(recipe))
     if not in_rank:
-        sys.exit(launcher.launch(sys.argv[1:], processes))
+        marked.launch(processes, folder, (folder.converted / "metadata.json").exists)
     if ranks.rank() == 0:
         folder.write_config(recipe, request.model_folder)
     with output_to(folder.log(ranks.rank())) as console:
@@ -287,11 +287,14 @@ def _convert(request: Request) -> None:
 
 
 def main() -> None:
-    """Run the command line; a user error ends every rank with status 2, and rank 0 prints it in one line."""
+    """Run the command line; an error of the user or the file system is one line, with status 2 or 1.
+
+    All ranks meet the same user error before training: rank 0 prints it. `processes.terminal` prints those in training.
+    """
     sys.path.insert(0, "")  # so that `package.module:record` objectives are found from the working directory
     try:
         app()
-    except UserError as e:
-        if ranks.rank() == 0:
+    except (UserError, OSError) as e:
+        if ranks.rank() == 0 or isinstance(e, OSError):
             Console(stderr=True).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
-        sys.exit(USER_ERROR)
+        sys.exit(USER_ERROR if isinstance(e, UserError) else 1)

@@ -43,6 +43,13 @@ class BlownUp(Exception):
     """
 
 
+class Unreadable(Exception):
+    """A file of a checkpoint could not be read, for a reason that is not its content. Nothing was changed.
+
+    All ranks raise it with the same message.
+    """
+
+
 @contextmanager
 def reading(place: str, field: str = "") -> Iterator[None]:
     """Turn whatever goes wrong while something of the user's is read into a UserError of one line.

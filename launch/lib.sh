@@ -16,11 +16,14 @@
 #                     in a job array (`--array=1-10%1`), whose next task resumes
 #   FT_LAUNCHER=1     ft_launcher of nvidia-resiliency-ext, one per node, starts the ranks; FT_OPTIONS: its own options
 #
-# Exit status: that of the training (of the first rank that failed); 75 if a cap is reached.
+# Exit status: that of the training (of the first rank that failed; 143 if it was cancelled before its first step); 75 if
+# a cap is reached.
 
 USER_ERROR=2    # bft-megatron: the input is at fault
 BLOWN_UP=65     # bft-megatron: gradients, validations or parameters are not finite and do not recover
 CAP_REACHED=75  # this script: unfinished, and not to be retried without a person
+BY_USR1=138     # a rank that USR1 or TERM ends before its first step, with nothing to save
+BY_TERM=143
 
 say() { echo "$(date +%T) ${SLURM_JOB_NAME:-bft}: $*" >&2; }
 die() { say "$1"; exit "${2:-$USER_ERROR}"; }
@@ -118,14 +121,15 @@ tell_ranks() {
 
 # After the ranks have ended: finishes, requeues or gives up.
 conclude() {
-  local who=srun
+  local who=srun why
   # srun's status is the largest of all tasks, including those that it killed; the first failure's status is in a file.
   if [ -s "$RUN/launch/$attempt" ]; then read -r status who < "$RUN/launch/$attempt"; fi
   if [ "$status" = 0 ]; then
     [ ! -e "$RUN/done" ] || exit 0
-    [ -e "$RUN/unfinished" ] || die "the ranks ended well and left neither $RUN/done nor $RUN/unfinished" 1
+    why=$(head -n 1 "$RUN/unfinished" 2> /dev/null) || true
+    [ "${why:-running}" != running ] || die "the ranks ended well and left $RUN neither done nor saved" 1
     [ "$cancelled" = 0 ] || die "cancelled: saved; submit again to go on" 0
-    go_on "$(head -n 1 "$RUN/unfinished")"
+    go_on "$why"
   fi
   say "$who ended with status $status; $RUN/logs holds what each rank printed"
   [ "$cancelled" = 0 ] || exit "$status"
@@ -134,6 +138,11 @@ conclude() {
       # The other tasks of the array would fail in the same way.
       [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || scancel --state=PENDING "$SLURM_ARRAY_JOB_ID"
       die "not tried again: starting anew would meet the same" "$status"
+      ;;
+    "$BY_USR1") [ "$asked" = 0 ] || go_on "asked to stop before the first step" ;;
+    "$BY_TERM")  # preemption, or srun after the loss of a node: no failure of the run
+      leave_to_slurm
+      go_on "ended from outside before the first step" "$status"
       ;;
   esac
   count_failure

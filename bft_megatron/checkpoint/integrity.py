@@ -2,54 +2,68 @@
 
 A torch_dist checkpoint is `.metadata` (a pickle with the place of each record), files of records, each a zip archive
 written by `torch.save` with a CRC-32 for each member, which `torch.load` does not check, and `metadata.json`, written
-last. `recovery` chooses the checkpoint to load.
+last. The seal, written after it, has the checksums of all of them. `recovery` chooses the checkpoint to load.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
+import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from bft_megatron.checksums import Checksum, checksum
-from bft_megatron.hf.record import crc_fault
+from bft_megatron.checksums import BLOCK, Checksum, block_fault, checksum
+from bft_megatron.hf.record import crc_fault, load
+from bft_megatron.hf.seal import SEAL, read_seal, sealed_fault, write_seal
 from bft_megatron.hf.torch_dist import read_index
 
-SEAL = "seal.json"
-"""Our own file in a checkpoint: the checksums of all its other files, which Megatron saves without them."""
+COMMON_STATE = "common_state/shard_0_1"
+"""The record of what all ranks share, which Megatron reads before all others."""
 
-_Record = tuple[int, int]  # offset, length
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+_Records = dict[str, set[tuple[int, int]]]
+"""Offset and length of each record, by file."""
+
+
+class _Damage(Exception):
+    """A fault of a checkpoint's files."""
 
 
 def damage(path: Path, rank: int = 0, world: int = 1, *, contents: bool = True) -> str | None:
     """Return the first fault of a checkpoint, or None if it is intact.
 
-    Files (their sizes) and records (their CRCs) are divided among `world` callers, which together read the checkpoint
-    once; each of them reads `.metadata`. No collectives.
+    `world` callers divide the checkpoint: each checks its share of the files' sizes and blocks, and then reads the
+    records that begin in its blocks as a load does, one at a time. Each of them reads `.metadata`. No collectives.
+
+    Without a seal (the save was killed just before it, or the checkpoint was copied without it) the records' own
+    CRC-32s are checked instead.
 
     Args:
         path: the checkpoint's own folder, such as `iter_0000006`.
-        contents: whether to read the records; without, only an interrupted save is found, in milliseconds.
+        contents: whether to read the files; without, only an interrupted save and wrong sizes are found, in
+            milliseconds.
+
+    Raises:
+        OSError: with `contents`, a file cannot be read for a reason that is not its content, or memory is short.
     """
     try:
-        json.loads((path / "metadata.json").read_text())
-        _check_seal(path)
-        files = _records(path)
-    except Exception as e:  # a truncated or corrupted pickle may raise anything
-        return f"{type(e).__name__}: {e}"
-    for name in sorted(files)[rank::world]:
-        if fault := _size(path / name, files[name]):
-            return fault
-    if not contents:
-        return None
-    records = sorted((name, record) for name in files for record in files[name])
-    for name, record in records[rank::world]:
-        if fault := crc_fault(path / name, *record):
-            return fault
+        if contents:
+            _check(path, rank, world)
+        else:
+            _check_outline(path)
+    except _Damage as e:
+        return str(e)
+    except OSError as e:
+        if contents:
+            raise
+        return str(e)
     return None
 
 
@@ -60,14 +74,12 @@ def seal(path: Path) -> None:
     writes the seal.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    own = {file.name: checksum(file).as_json() for file in sorted(path.iterdir()) if _writer(file.name) == rank}
+    written = (file for file in sorted(path.iterdir()) if not file.name.startswith(SEAL))
+    own = {file.name: checksum(file) for file in written if _writer(file.name) == rank}
     gathered: list[Any] | None = [None] * world if rank == 0 else None
     dist.gather_object(own, gathered)
     if gathered is not None:
-        files = {name: made for sums in gathered for name, made in sums.items()}
-        temporary = path / f"{SEAL}.tmp"
-        temporary.write_text(json.dumps({"files": files}))
-        temporary.replace(path / SEAL)
+        write_seal(path, {name: made for sums in gathered for name, made in sums.items()})
 
 
 def _writer(name: str) -> int:
@@ -76,24 +88,120 @@ def _writer(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _check_seal(path: Path) -> None:
-    if (path / SEAL).exists():
-        sealed = json.loads((path / SEAL).read_text())["files"]
-        if checksum(path / ".metadata") != Checksum.of_json(sealed[".metadata"]):
-            raise ValueError(".metadata does not have the CRC-32 that it was saved with")
+def _check(path: Path, rank: int, world: int) -> None:
+    sealed = _seal(path)
+    if sealed is None:
+        records = _records(path)
+        sizes = _sizes(records)
+    else:
+        sizes = {name: made.size for name, made in sealed.items()}
+    _check_sizes(path, {name: sizes[name] for name in sorted(sizes)[rank::world]})
+    own = _share(sizes, rank, world)
+    if sealed is not None:
+        _check_blocks(path, sealed, own)
+        records = _sealed_records(path, sealed)
+    for name in sorted(records):
+        for offset, length in sorted(records[name]):
+            if (name, offset // BLOCK) in own:
+                _check_record(path / name, offset, length, sealed is not None)
 
 
-def _records(path: Path) -> dict[str, set[_Record]]:
-    found: dict[str, set[_Record]] = defaultdict(set)
-    for info in read_index(path / ".metadata").storage_data.values():
-        found[info.relative_path].add((info.offset, info.length))
+def _check_outline(path: Path) -> None:
+    sealed = _seal(path)
+    sizes = _sizes(_records(path)) if sealed is None else {name: made.size for name, made in sealed.items()}
+    _check_sizes(path, sizes)
+
+
+def _seal(path: Path) -> dict[str, Checksum] | None:
+    """Return the seal of a checkpoint whose save Megatron has finished."""
+    from megatron.core.dist_checkpointing.core import maybe_load_config
+
+    with _reading(path / "metadata.json"):
+        config = maybe_load_config(str(path))
+    if config is None:
+        raise _Damage("metadata.json: No such file or directory")
+    if config.sharded_backend != "torch_dist":
+        raise _Damage(f"metadata.json: sharded_backend is {config.sharded_backend!r}, should be 'torch_dist'")
+    with _reading(path / SEAL):
+        return read_seal(path)
+
+
+def _check_sizes(path: Path, sizes: dict[str, int]) -> None:
+    for name, expected in sizes.items():
+        with _reading(path / name):
+            size = (path / name).stat().st_size
+        if size != expected:
+            raise _Damage(f"{name}: {size} bytes, should be {expected}")
+
+
+def _share(sizes: dict[str, int], rank: int, world: int) -> set[tuple[str, int]]:
+    """Return the blocks of one of `world` callers, as file and number.
+
+    Neighbouring blocks go to neighbouring ranks, so that a record over several blocks is in its node's page cache.
+    """
+    blocks = [(name, block) for name in sorted(sizes) for block in range(-(-sizes[name] // BLOCK))]
+    return set(blocks[rank::world])
+
+
+def _check_blocks(path: Path, sealed: dict[str, Checksum], own: set[tuple[str, int]]) -> None:
+    for name, block in sorted(own):
+        with _reading(path / name):
+            fault = block_fault(path / name, sealed[name], block)
+        if fault:
+            raise _Damage(fault)
+
+
+def _sealed_records(path: Path, sealed: dict[str, Checksum]) -> _Records:
+    """Check both files that each caller reads itself, and read the index: a flipped pickle may ask for any memory."""
+    for name in ("metadata.json", ".metadata"):
+        with _reading(path / name):
+            fault = sealed_fault(path, sealed, name)
+        if fault:
+            raise _Damage(fault)
+    found = _records(path)
+    if unsealed := found.keys() - sealed.keys():
+        raise _Damage(f"{SEAL} does not name {min(unsealed)}")
     return found
 
 
-def _size(file: Path, records: set[_Record]) -> str | None:
-    expected = max(offset + length for offset, length in records)
+def _records(path: Path) -> _Records:
+    found: _Records = defaultdict(set)
+    with _reading(path / ".metadata"):
+        index = read_index(path / ".metadata")
+        for info in index.storage_data.values():
+            found[info.relative_path].add((info.offset, info.length))
+    if COMMON_STATE not in index.state_dict_metadata:
+        raise _Damage(f".metadata: has no {COMMON_STATE}")
+    return found
+
+
+def _sizes(records: _Records) -> dict[str, int]:
+    return {name: max(offset + length for offset, length in found) for name, found in records.items()}
+
+
+def _check_record(file: Path, offset: int, length: int, sealed: bool) -> None:
+    with _reading(file):
+        fault = None if sealed else crc_fault(file, offset, length)
+    if fault:
+        raise _Damage(fault)
+    with _reading(file, f"record at {offset}: "):
+        load(file, offset, length)
+
+
+@contextlib.contextmanager
+def _reading(file: Path, where: str = "") -> Iterator[None]:
+    """Tell a fault of a file's content, `_Damage`, from one of the file system or of memory, an OSError with its name.
+
+    Damaged content may make a reader raise anything.
+    """
     try:
-        size = file.stat().st_size
-    except OSError as e:
-        return f"{file.name}: {e.strerror}"
-    return None if size == expected else f"{file.name}: {size} bytes, should be {expected}"
+        yield
+    except _GONE as e:
+        raise _Damage(f"{file.name}: {e.strerror}") from e
+    except MemoryError as e:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(file)) from e
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            e.filename = e.filename or str(file)
+            raise
+        raise _Damage(f"{file.name}: {where}{type(e).__name__}: {e}") from e

@@ -7,6 +7,8 @@ scratch, and it never falls back to an earlier checkpoint. Here the tracker is a
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -15,9 +17,13 @@ import torch
 import torch.distributed as dist
 
 from bft_megatron.checkpoint import integrity
-from bft_megatron.errors import UserError
+from bft_megatron.errors import Unreadable, UserError
+from bft_megatron.hf.seal import SEAL
 from bft_megatron.processes.device import current_device
 from bft_megatron.run.folder import RunFolder
+
+PAUSES = (1, 4, 16)
+"""Seconds before each further attempt to read what the file system or a lack of memory did not let us read."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +41,21 @@ class _Found:
 def newest_whole(folder: RunFolder, console: TextIO) -> int:
     """Return the iteration of the newest intact checkpoint, which Megatron will load; 0 if there never was any.
 
-    Collectives over all ranks: a broadcast, a MAX all-reduce for each checkpoint examined, an all-gather for each
-    damaged one, a barrier. Each rank reads its share of the files. Rank 0 renames damaged checkpoints to
+    Collectives over all ranks: a broadcast, a MAX all-reduce for each checkpoint examined, an all-gather for each that
+    is not intact, a barrier. Each rank reads its share of the files. Rank 0 renames damaged checkpoints to
     `damaged_iter_*`, removes the remains of an interrupted save, corrects the tracker, and reports this on the console.
 
     Raises:
         UserError: there were checkpoints and none is intact; nothing is changed in that case.
+        Unreadable: on all ranks, if one of them could not read a file for a reason that is not its content, such as an
+            error of the file system; nothing is changed in that case.
     """
     rank = dist.get_rank()
-    found = _broadcast(_look(folder) if rank == 0 else None)
+    found = _broadcast(_patiently(lambda: _look(folder), folder.tracker) if rank == 0 else None)
     faults: dict[int, str] = {}
     newest = 0
     for iteration in found.iterations:
-        fault = _agreed(integrity.damage(folder.checkpoint(iteration), rank, dist.get_world_size()))
+        fault = _agreed(_examined(folder.checkpoint(iteration)))
         if fault is None:
             newest = iteration
             break
@@ -60,6 +68,8 @@ def newest_whole(folder: RunFolder, console: TextIO) -> int:
         )
     if rank == 0:
         _set_aside(folder, found, faults, newest, console)
+        if newest and not (folder.checkpoint(newest) / SEAL).exists():
+            _say_unsealed(newest, console)
     dist.barrier()
     return newest
 
@@ -67,29 +77,61 @@ def newest_whole(folder: RunFolder, console: TextIO) -> int:
 def _look(folder: RunFolder) -> _Found:
     iterations = sorted(folder.iterations(), reverse=True)
     ever = folder.tracker.exists() or any((folder.checkpoint(i) / "metadata.json").exists() for i in iterations)
-    try:
-        return _Found(iterations, int(folder.tracker.read_text()), ever)
-    except (OSError, ValueError):
-        return _Found(iterations, None, ever)
+    return _Found(iterations, folder.tracked(), ever)
 
 
-def _broadcast(found: _Found | None) -> _Found:
+def _examined(path: Path) -> str | Unreadable | None:
+    return _patiently(lambda: integrity.damage(path, dist.get_rank(), dist.get_world_size()), path)
+
+
+def _patiently[T](read: Callable[[], T], path: Path) -> T | Unreadable:
+    """Call `read` until it raises no OSError; after the last of PAUSES return what was in the way."""
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except OSError as e:
+            if pause is None:
+                return Unreadable(
+                    f"rank {dist.get_rank()} cannot read {e.filename or path}: {e.strerror}, in {len(PAUSES) + 1} "
+                    f"attempts over {sum(PAUSES):g} seconds; nothing was changed, the same command tries again"
+                )
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns")
+
+
+def _broadcast(found: _Found | Unreadable | None) -> _Found:
     box = [found]
     dist.broadcast_object_list(box, src=0)
     (sent,) = box
+    if isinstance(sent, Unreadable):
+        raise sent
     assert sent is not None, "rank 0 has looked"
     return sent
 
 
-def _agreed(fault: str | None) -> str | None:
-    """Return the fault found by the lowest rank that found one, or None. Collectives: as in `newest_whole`."""
-    bad = torch.tensor(int(fault is not None), device=current_device())
+def _agreed(outcome: str | Unreadable | None) -> str | None:
+    """Return the fault found by the lowest rank that found one, or None. Collectives: as in `newest_whole`.
+
+    Raises Unreadable on all ranks if any rank has it: what it did not read may be whole.
+    """
+    bad = torch.tensor(int(outcome is not None), device=current_device())
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
     if not bad.item():
         return None
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    return next(f for f in faults if f is not None)
+    outcomes: list[str | Unreadable | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for unreadable in outcomes:
+        if isinstance(unreadable, Unreadable):
+            raise unreadable
+    return next(fault for fault in outcomes if isinstance(fault, str))
+
+
+def _say_unsealed(iteration: int, console: TextIO) -> None:
+    print(
+        f"the checkpoint of step {iteration} has no {SEAL}: its records match their own checksums, its index has none",
+        file=console,
+        flush=True,
+    )
 
 
 def _set_aside(folder: RunFolder, found: _Found, faults: dict[int, str], newest: int, console: TextIO) -> None:

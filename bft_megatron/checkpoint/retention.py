@@ -56,8 +56,8 @@ class Retention:
 
 def _scores(file: Path, name: str) -> dict[int, float]:
     """Return each iteration's validation metric if it is finite; of a step validated twice, the last line counts."""
-    found = {line["iteration"]: line[name] for line in metrics.read(file) if line.get("split") == "valid"}
-    return {iteration: score for iteration, score in found.items() if score is not None}
+    found = {line["iteration"]: line.get(name) for line in metrics.read(file) if line.get("split") == "valid"}
+    return {iteration: score for iteration, score in found.items() if isinstance(score, int | float)}
 
 
 def _delete(paths: list[Path]) -> None:

@@ -22,6 +22,7 @@ def run(recipe: Recipe, config: ModelConfig, model_folder: Path, console: TextIO
         UserError, FieldError: as for `build`.
     """
     checkpoint_writer.without_helper_process()
+    checkpoint_writer.name_causes()
     chunks = build(recipe, config, model_folder, ["--no-save-optim", "--no-save-rng"])
     from megatron.training.checkpointing import save_checkpoint
 

@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+from bft_megatron.checkpoint import integrity
 from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES, OPTIMIZER_BYTES
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
@@ -34,22 +35,16 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
         FieldError, UserError: the first fault that is found; one of this node names the node.
     """
     check_world(recipe, world)
-    open_rows(recipe)
+    rows = open_rows(recipe)
     node, parameters = os.uname().nodename, parameter_count(config)
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     if recipe.device != "cpu" and gpus < per_node:
         raise UserError(f"has {gpus} GPUs, the job has {per_node} ranks on it", node)
     if recipe.device != "cpu" and (shared := shutil.disk_usage("/dev/shm").total) < SHARED_MEMORY:
         raise UserError(f"/dev/shm has {_gib(shared)}, it takes {_gib(SHARED_MEMORY)}: docker run --ipc=host", node)
-    train, parallel = recipe.train, recipe.parallel
+    parallel = recipe.parallel
     if recipe.lora is None:
-        need = (train.keep_last + train.keep_best + 1) * CHECKPOINT_BYTES * parameters
-        folder = _existing(RunFolder.of(recipe).root)
-        free = shutil.disk_usage(folder).free
-        if free < need:
-            raise UserError(
-                f"has {_gib(free)} free; the checkpoints to keep and one more take {_gib(need)}", str(folder)
-            )
+        _check_disk(recipe, rows.steps, CHECKPOINT_BYTES * parameters)
         # On the host, while a rank's optimizer state is gathered for a save or a load.
         state = OPTIMIZER_BYTES * parameters / (parallel.tensor * parallel.pipeline) * per_node
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -59,6 +54,23 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
                 "parallel.tensor or pipeline, or set `dist-ckpt-optim-fully-reshardable: false` under `megatron`",
                 node,
             )
+
+
+def _check_disk(recipe: Recipe, steps: int, size: float) -> None:
+    """Raise UserError if the checkpoints that the run has yet to write do not fit, each of `size` bytes."""
+    folder, most = RunFolder.of(recipe), recipe.train.keep_last + recipe.train.keep_best + 1
+    whole = [i for i in folder.iterations() if integrity.damage(folder.checkpoint(i), contents=False) is None]
+    if max(whole, default=0) >= steps:
+        return
+    need = max(1, most - len(whole)) * size
+    disk = _existing(folder.root)
+    free = shutil.disk_usage(disk).free
+    if free < need:
+        raise UserError(
+            f"has {_gib(free)} free, the run needs {_gib(need)}: it keeps up to {most - 1} checkpoints of {_gib(size)} "
+            f"and writes one more, {len(whole)} are there; free some, or lower train.keep_last or keep_best",
+            str(disk),
+        )
 
 
 def _existing(folder: Path) -> Path:

@@ -50,7 +50,10 @@ class Request:
         try:
             return check()
         except FieldError as e:
-            raise UserError(e.message, reader.where(self.file, self.overrides, e.field)) from None
+            placed = UserError(e.message, reader.where(self.file, self.overrides, e.field))
+            for note in getattr(e, "__notes__", ()):
+                placed.add_note(note)
+            raise placed from e
 
     def check_fields(self) -> None:
         """Raise UserError, with file and line, for a recipe that cannot run on any machine."""

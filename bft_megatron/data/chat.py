@@ -1,36 +1,31 @@
-"""Rendering a conversation and finding its supervised tokens. Loading the tokenizer is in `tokenizers`.
+"""Rendering a conversation and finding its supervised text. Its tokens are in `masks`, the tokenizer in `tokenizers`.
 
-The loss mask comes from positions, not token ids. A conversation is rendered to text once and tokenised once, and spans
-of characters become spans of tokens through the tokenizer's offsets, so that merges at the edges of a span are those of
-the whole text. A token that overlaps a span belongs to it, as in transformers' `return_assistant_tokens_mask`. The
-spans come from the template's {% generation %} markers if it has them. Otherwise the conversation is rendered up to
-each answer and again including it; if both texts are prefixes of the whole, the text between them is the turn.
+The spans come from the template's {% generation %} markers if it has them. Otherwise the texts of the conversation up
+to each answer and again including it are compared with the whole; if both begin it, the text between them is the turn.
+They are rendered one by one or, where `templates` can show all of them in one run, taken from that.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import Any, Literal
 
 from bft_megatron.data.formats import Conversation
+from bft_megatron.data.limits import DEFAULT, Limits
+from bft_megatron.data.masks import Rendered, tokenise
+from bft_megatron.data.templates import Beginnings, Span
 from bft_megatron.data.tokenizers import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError
 
-if TYPE_CHECKING:
-    from tokenizers import Encoding
-
 Supervise = Literal["assistant", "last", "all"]
-Span = tuple[int, int]
 
+MANY = 5
+"""Turns from which on all beginnings of a conversation are found in one run; fewer are rendered faster one by one."""
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text, with its supervised spans of characters in order."""
-
-    text: str
-    spans: list[Span]
+MOST = 20_000_000
+"""Messages that are rendered for one conversation, one beginning after the other: a minute's work."""
 
 
 def encode(
@@ -47,17 +42,18 @@ def encode(
     return tokens.tolist(), supervised.tolist()
 
 
-def split(conversation: Conversation) -> list[Conversation]:
-    """Return one conversation per supervised assistant turn: the messages up to it, with only that turn supervised."""
+def split(conversation: Conversation) -> Iterator[Conversation]:
+    """Yield one conversation per supervised assistant turn: the messages up to it, with only that turn supervised."""
     turns = _assistant(conversation.messages)
-    return [
-        replace(conversation, messages=conversation.messages[: i + 1], masked=frozenset(j for j in turns if j < i))
-        for i in turns
-        if i not in conversation.masked
-    ]
+    for i in turns:
+        if i not in conversation.masked:
+            masked = frozenset(j for j in turns if j < i)
+            yield replace(conversation, messages=conversation.messages[: i + 1], masked=masked)
 
 
-def render(conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supervise) -> Rendered:
+def render(
+    conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supervise, limits: Limits = DEFAULT
+) -> Rendered:
     """Render a conversation and its supervised spans; control tokens spelled out in messages are broken up.
 
     The messages after the assistant's last turn are left out unless everything is supervised, because they come after
@@ -65,20 +61,42 @@ def render(conversation: Conversation, tokenizer: ChatTokenizer, supervise: Supe
 
     Raises:
         UserError: as `encode`.
+        TemplateFault: the template goes beyond the limits.
     """
-    try:
-        return _Renderer(conversation, tokenizer).render(conversation.masked, supervise)
-    except RecursionError:
-        raise UserError("is nested too deeply") from None
+    renderer = _Renderer(conversation, tokenizer, limits)
+    with limits.held():
+        return renderer.render(conversation.masked, supervise)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A text that has its first `shared` characters in common with the whole text, and then `rest`."""
+
+    shared: int
+    rest: str
+
+    def __len__(self) -> int:
+        return self.shared + len(self.rest)
+
+    def begins(self, text: str) -> bool:
+        return text.startswith(self.rest, self.shared)
+
+    def equals(self, other: _Part, whole: str) -> bool:
+        return len(self) == len(other) and self.text(whole) == other.text(whole)
+
+    def text(self, whole: str) -> str:
+        return whole[: self.shared] + self.rest
 
 
 class _Renderer:
-    """Renders prefixes of one conversation to find where its turns lie in the text."""
+    """Finds where the turns of a conversation lie in its text."""
 
-    def __init__(self, conversation: Conversation, tokenizer: ChatTokenizer) -> None:
+    def __init__(self, conversation: Conversation, tokenizer: ChatTokenizer, limits: Limits) -> None:
         self.messages = tokenizer.quote(conversation.messages)
-        self.tokenizer = tokenizer
         self.given = (tokenizer.quote(conversation.tools), tokenizer.quote(conversation.template))
+        self.tokenizer, self.limits = tokenizer, limits
+        self.known: dict[bool, Beginnings | None] = {False: None, True: None}
+        self.common = self.rendered = 0
 
     def render(self, masked: frozenset[int], supervise: Supervise) -> Rendered:
         turns = _assistant(self.messages)
@@ -86,27 +104,46 @@ class _Renderer:
             self.messages = self.messages[: turns[-1] + 1]
         text, marked = self.text(self.messages)
         if supervise == "all":
-            return Rendered(text, _without_spans((0, len(text)), [self.turn(i, text) for i in sorted(masked)]))
+            return Rendered(text, _without_spans((0, len(text)), self.turns(sorted(masked), text)))
         supervised = [i for i in (turns if supervise == "assistant" else turns[-1:]) if i not in masked]
         if not self.tokenizer.has_markers:
-            return Rendered(text, [self.turn(i, text) for i in supervised])
+            return Rendered(text, self.turns(supervised, text))
         if supervised == turns:
             return Rendered(text, marked)
         if len(marked) == len(turns):
-            return Rendered(text, [marked[turns.index(i)] for i in supervised])
-        wholes = [self.whole(i, text) for i in supervised]
-        return Rendered(text, [span for span in marked if any(a <= span[0] < b for a, b in wholes)])
+            spans = dict(zip(turns, marked, strict=True))
+            return Rendered(text, [spans[i] for i in supervised])
+        self.learn(supervised, text)
+        return Rendered(text, _inside([self.whole(i, text) for i in supervised], marked))
 
     def text(self, messages: list[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]:
-        return self.tokenizer.render(messages, prompt, *self.given)
+        return self.tokenizer.render(messages, prompt, *self.given, self.limits)
+
+    def learn(self, wanted: list[int], text: str) -> None:
+        """Find all beginnings in a run or two, if so many are wanted that this is cheaper than to render them."""
+        if len(wanted) < MANY:
+            return
+        plain, prompted = (
+            self.tokenizer.beginnings(self.messages, ask, *self.given, self.limits) for ask in (False, True)
+        )
+        if plain and plain.text == text:
+            self.known[False] = plain
+        if prompted:
+            self.known[True], self.common = prompted, _common(prompted.text, text)
+
+    def turns(self, wanted: list[int], text: str) -> list[Span]:
+        self.learn(wanted, text)
+        return [self.turn(i, text) for i in wanted]
 
     def turn(self, i: int, text: str) -> Span:
         """Return the supervised span of turn i: from after its header to the end of its end-of-turn token."""
         opened, closed = self.opening(i, text), self.before(i + 1, text)
         self.check(i, opened, text)
         self.check(i, closed, text)
-        trimmed = closed.rstrip()
-        return len(opened), len(trimmed) if trimmed.endswith(self.tokenizer.control) else len(closed)
+        end = len(closed)
+        while end and text[end - 1].isspace():
+            end -= 1
+        return len(opened), end if text.endswith(self.tokenizer.control, 0, end) else len(closed)
 
     def whole(self, i: int, text: str) -> Span:
         """Return the span of turn i with its header."""
@@ -115,13 +152,29 @@ class _Renderer:
             self.check(i, edge, text)
         return len(edges[0]), len(edges[1])
 
-    def before(self, i: int, text: str) -> str:
+    def before(self, i: int, text: str, prompt: bool = False) -> _Part:
         """Return the text of the first i messages."""
-        if i == len(self.messages):
-            return text
-        return self.text(self.messages[:i])[0] if i else ""
+        if not prompt and i in (0, len(self.messages)):
+            return _Part(len(text) if i else 0, "")
+        known = self.known[prompt]
+        if known is None or i not in known.ends:
+            return _Part(0, self.one(self.messages[:i], prompt))
+        end = known.ends[i]
+        shared = min(end, self.common if prompt else end)
+        return _Part(shared, known.text[shared:end] + known.rest)
 
-    def opening(self, i: int, text: str) -> str:
+    def one(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+        """Render one beginning, or another conversation of its length, by itself."""
+        self.rendered += len(messages)
+        if self.rendered > MOST:
+            raise UserError(
+                f"has {len(self.messages):,} messages, and with this chat template the answers' places are found only "
+                "by rendering the conversation up to each: cut it, or set data.supervise: last to learn the last "
+                "answer alone"
+            )
+        return self.text(messages, prompt)[0]
+
+    def opening(self, i: int, text: str) -> _Part:
         """Return the text before turn i followed by the turn's header.
 
         This is the template's text with `add_generation_prompt`. If the template ignores that, or if nothing stands
@@ -129,18 +182,27 @@ class _Renderer:
         """
         messages = self.messages
         if i:
-            opened, _ = self.text(messages[:i], prompt=True)
+            opened = self.before(i, text, prompt=True)
             # If the answer follows directly, the header is included, and the text without it need not be rendered.
             answer = self.tokenizer.asks and messages[i]["content"].strip()
-            if (answer and text.startswith(answer, len(opened))) or opened != self.text(messages[:i])[0]:
+            if answer and text.startswith(answer, len(opened)):
                 return opened
-        one, other = (self.text([*messages[:i], {"role": "assistant", "content": said}])[0] for said in "01")
+            if not opened.equals(self.before(i, text), text):
+                return opened
+        one, other = (self.one([*messages[:i], {"role": "assistant", "content": said}]) for said in "01")
         header = one[: _common(one, other)]
-        return header[: _common(header, text)]  # a turn with a tool call may have another header, or none
+        return _Part(0, header[: _common(header, text)])  # a turn with a tool call may have another header, or none
 
-    def check(self, i: int, part: str, text: str) -> None:
-        if not text.startswith(part):
-            raise UserError(_difference(i, len(self.messages), part, text))
+    def check(self, i: int, part: _Part, text: str) -> None:
+        if not part.begins(text):
+            raise UserError(_difference(i, len(self.messages), part.text(text), text))
+
+
+def _inside(wholes: list[Span], spans: list[Span]) -> list[Span]:
+    """Return the spans that begin inside one of `wholes`; both are in order."""
+    begins = [start for start, _ in spans]
+    inside = {at for whole in wholes for at in range(*(bisect_left(begins, edge) for edge in whole))}
+    return [spans[at] for at in sorted(inside)]
 
 
 def _assistant(messages: list[dict[str, Any]]) -> list[int]:
@@ -152,16 +214,9 @@ def _without_spans(whole: Span, spans: list[Span]) -> list[Span]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the tokens, [n] int32, and mask, [n] bool, of each conversation; calls the tokenizer once for all."""
-    encodings = tokenizer.backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-    broken = np.array(tokenizer.broken)
-    return [_without(broken, np.array(e.ids, np.int32), _mask(e, r)) for e, r in zip(encodings, rendered, strict=True)]
-
-
 def _common(a: str, b: str) -> int:
     """Return the length of the longest common prefix."""
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return bisect_left(range(1, min(len(a), len(b)) + 1), True, key=lambda n: a[:n] != b[:n])
 
 
 def _difference(i: int, n: int, part: str, text: str) -> str:
@@ -176,35 +231,3 @@ def _difference(i: int, n: int, part: str, text: str) -> str:
         f"the chat template writes the conversation up to messages[{i}] differently once all {n} messages are there, "
         f"so that the place of the answer is unknown: {shown[0]} became {shown[1]}; {ways}"
     )
-
-
-def _mask(encoding: Encoding, rendered: Rendered) -> np.ndarray:
-    mask = np.zeros(len(encoding), bool)
-    for start, end in rendered.spans:
-        first = _token_at(encoding, start, end)
-        if first is None:  # an empty span, or one of spaces that the tokenizer's offsets leave out
-            continue
-        after = _token_at(encoding, end, len(rendered.text))
-        if after is None:
-            after = len(mask)
-        elif (chars := encoding.token_to_chars(after)) is not None and chars[0] < end:
-            after += 1
-        mask[first:after] = True
-    return mask
-
-
-def _token_at(encoding: Encoding, char: int, stop: int) -> int | None:
-    """Return the first token that holds a character of [char, stop), or None."""
-    tokens = (encoding.char_to_token(position) for position in range(char, stop))
-    return next((token for token in tokens if token is not None), None)
-
-
-def _without(broken: np.ndarray, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens and mask without the tokens that spell `BREAK`."""
-    if broken[0] not in ids:
-        return ids, mask
-    maybe = np.flatnonzero(ids == broken[0])
-    begins = [at for at in maybe if np.array_equal(ids[at : at + len(broken)], broken)]
-    kept = np.ones(len(ids), bool)
-    kept[np.add.outer(np.array(begins, int), np.arange(len(broken)))] = False
-    return ids[kept], mask[kept]

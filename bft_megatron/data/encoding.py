@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bft_megatron.data import chat
+from bft_megatron.data import chat, masks
 from bft_megatron.data.formats import Conversation
-from bft_megatron.data.readers import Chunk
+from bft_megatron.data.limits import Limits, TemplateFault
+from bft_megatron.data.readers import CHUNK_BYTES, Chunk
 from bft_megatron.data.sources import Source
 from bft_megatron.data.tokenizers import ChatTokenizer
+from bft_megatron.data.workers import unprepared
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
 
@@ -84,6 +86,11 @@ class Encoded:
     refused: list[str]
 
 
+_Text = tuple[Conversation, masks.Rendered]
+
+_SPLIT_TO = 4  # with turns: split, the text of a row's samples grows with the square of its turns
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A function from the chunks of one source to samples."""
@@ -97,10 +104,10 @@ class Encoder:
 
         Raises:
             UserError: at the first row that is not a conversation or that the template refuses, unless
-                `data.on_error` is skip.
+                `data.on_error` is skip; always if the template goes beyond its limits, or memory is not enough.
         """
         counts, refused = Counts(), list[str]()
-        rendered: list[tuple[Conversation, chat.Rendered]] = []
+        kept, rendered = list[_Sample](), list[_Text]()
         for found in self._rendered(chunk):
             if not isinstance(found, UserError):
                 counts.conversations += 1
@@ -109,27 +116,47 @@ class Encoder:
                 refused.append(str(found))
             else:
                 raise found
+            if sum(len(text.text) for _, text in rendered) > CHUNK_BYTES:
+                kept += self._kept(rendered, counts)
+                rendered = []
         counts.refused = len(refused)
-        kept = list(self._kept(rendered, counts))
+        kept += self._kept(rendered, counts)
         return Encoded(_table(kept), np.array([len(s.tokens) - 1 for s in kept], np.int64), counts, refused)
 
-    def _rendered(self, chunk: Chunk) -> Iterator[list[tuple[Conversation, chat.Rendered]] | UserError]:
+    def _rendered(self, chunk: Chunk) -> Iterator[list[_Text] | UserError]:
         """Yield each conversation as the rendered texts of its samples, or the error of its row."""
         for found in self.source.convert(chunk):
             if isinstance(found, UserError):
                 yield found
                 continue
-            split = self.settings.turns == "split"
-            parts = chat.split(found) if split else [found]
+            place = chunk.place(found.line)
             try:
-                yield [(part, chat.render(part, self.tokenizer, self.settings.supervise)) for part in parts]
+                yield self._texts(found)
+            except TemplateFault as e:
+                raise TemplateFault(f"{e}, for the row at {place}", self.tokenizer.origin) from None
             except UserError as e:
-                yield UserError(str(e), chunk.place(found.line))
+                yield UserError(str(e), place)
+            except (MemoryError, RecursionError) as e:
+                raise UserError(unprepared(e), place) from None
 
-    def _kept(self, rendered: list[tuple[Conversation, chat.Rendered]], counts: Counts) -> Iterator[_Sample]:
+    def _texts(self, conversation: Conversation) -> list[_Text]:
+        limits = Limits(self.settings.max_row_bytes)
+        most = _SPLIT_TO * limits.row_bytes
+        made, written = list[_Text](), 0
+        for part in chat.split(conversation) if self.settings.turns == "split" else [conversation]:
+            made.append((part, chat.render(part, self.tokenizer, self.settings.supervise, limits)))
+            written += len(made[-1][1].text)
+            if written > most and len(made) > 1:
+                raise UserError(
+                    f"data.turns: split makes more than {most:,} characters of its answers with all that is before "
+                    f"each, {_SPLIT_TO} times data.max_row_bytes: cut the conversation, or raise that"
+                )
+        return made
+
+    def _kept(self, rendered: list[_Text], all_counts: Counts) -> Iterator[_Sample]:
         """Yield the samples that go into rows, and count the ones that don't."""
-        longest, lengths = self.settings.seq_length, Counter[int]()
-        encoded = chat.tokenise([text for _, text in rendered], self.tokenizer)
+        longest, lengths, counts = self.settings.seq_length, Counter[int](), Counts()
+        encoded = masks.tokenise([text for _, text in rendered], self.tokenizer)
         for (conversation, _), (tokens, supervised) in zip(rendered, encoded, strict=True):
             lengths[max(len(tokens) - 2, 0).bit_length()] += 1
             if len(tokens) - 1 > longest:
@@ -148,6 +175,7 @@ class Encoder:
             counts.highest_token = max(counts.highest_token, int(tokens.max()))
             yield _Sample(tokens, supervised, conversation)
         counts.lengths = [lengths[k] for k in range(max(lengths, default=-1) + 1)]
+        all_counts.add(counts)
 
 
 @dataclass(frozen=True)

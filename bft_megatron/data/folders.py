@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
 
+from bft_megatron import temporary
 from bft_megatron.errors import UserError
 
 
@@ -26,6 +27,7 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
     """
     host = socket.gethostname()
     part = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.{os.getpid()}.{host}"
+    temporary.add(part)
     try:
         part.mkdir(parents=True)
         _sweep(folder.parent, host)
@@ -39,6 +41,7 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
             raise UserError(f"cannot write the prepared data: {e.strerror or e}", str(folder.parent)) from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        temporary.discard(part)
 
 
 def set_aside(folder: Path) -> Path:

@@ -166,7 +166,7 @@ def _key(source: Source, model: str | Path, settings: DataSettings, pad_multiple
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-_MAKE_ROWS = ("seq_length", "packing", "overlong", "supervise", "turns", "on_error")
+_MAKE_ROWS = ("seq_length", "packing", "overlong", "supervise", "turns", "on_error", "max_row_bytes")
 
 
 def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
@@ -176,7 +176,7 @@ def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(f"preparing {source.settings.label}", total=total)
-        for encoded in ordered_map(encoder, source.chunks()):
+        for encoded in ordered_map(encoder, source.chunks(encoder.settings.max_row_bytes)):
             progress.advance(task, encoded.counts.conversations + encoded.counts.refused)
             yield encoded
 

@@ -11,11 +11,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import batched
+from dataclasses import dataclass, replace
+from itertools import batched, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from bft_megatron.data.json_lists import BLOCK, items_of, too_long
 from bft_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 1 << 22  # of text; a chunk that exceeds it ends early
-BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Chunk:
         path: the file's path.
         file: the file's index among the source's files.
         numbers: number of each line or row, from 1.
-        rows: lines as bytes, JSON values, or a table.
+        rows: a table, or a list of lines as bytes, JSON values, and errors of rows that are too long.
         unit: what is numbered: line or row.
     """
 
@@ -70,13 +70,17 @@ def _parse(line: bytes, where: str) -> Any:
         return UserError(f"not JSON that can be read: {e}", where)
 
 
-def read_jsonl(path: str, file: int) -> Iterator[Chunk]:
+def read_jsonl(path: str, file: int, most: int) -> Iterator[Chunk]:
     """Read JSON Lines: one value per line."""
     with open(path, "rb") as lines:
-        first, held, size = 1, [], 0
-        for line in lines:
-            held.append(line)
-            size += len(line)
+        first, held, size = 1, list[Any](), 0
+        while line := lines.readline(most + 2):
+            if len(line.rstrip(b"\r\n")) > most:
+                _pass_line(lines, line)
+                held.append(too_long(most, f"{path}:{first + len(held)}"))
+            else:
+                held.append(line)
+                size += len(line)
             if len(held) == CHUNK_ROWS or size > CHUNK_BYTES:
                 yield Chunk(path, file, range(first, first + len(held)), held)
                 first, held, size = first + len(held), [], 0
@@ -84,90 +88,52 @@ def read_jsonl(path: str, file: int) -> Iterator[Chunk]:
             yield Chunk(path, file, range(first, first + len(held)), held)
 
 
-def read_json(path: str, file: int) -> Iterator[Chunk]:
+def _pass_line(lines: BinaryIO, begun: bytes) -> None:
+    while begun and not begun.endswith(b"\n"):
+        begun = lines.readline(BLOCK)
+
+
+def read_json(path: str, file: int, most: int) -> Iterator[Chunk]:
     """Read a JSON list of values, a block at a time; a file that begins with anything else is read as JSON Lines."""
     with open(path, "rb") as content:
         is_list = re.match(rb"(\xef\xbb\xbf)?\s*\[", content.read(4096)) is not None
     if not is_list:
-        yield from read_jsonl(path, file)
+        yield from read_jsonl(path, file, most)
         return
-    for items in batched(_items(path), CHUNK_ROWS):
+    for items in batched(items_of(path, most), CHUNK_ROWS):
         yield Chunk(path, file, [line for line, _ in items], [value for _, value in items])
 
 
-def _items(path: str) -> Iterator[tuple[int, Any]]:
-    """Yield the values of a JSON list, each with its first line. Holds one block and the value that crosses its end."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[\s]*")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        text, at, line, wanted = "", 0, 1, BLOCK
+def read_csv(path: str, file: int, most: int) -> Iterator[Chunk]:
+    """Read CSV whose first line names the columns. All cells are text; empty ones are left out of the row.
 
-        def skip() -> str:
-            """Skip white space, reading on if the text ends; return the next character, "" at the end of the file."""
-            nonlocal text, at, line
-            while True:
-                passed = space.match(text, at)
-                assert passed is not None, "the pattern matches no characters too"
-                end = passed.end()
-                line += text.count("\n", at, end)
-                at = end
-                if at < len(text) or not (more := _read(file, BLOCK, path, line)):
-                    return text[at : at + 1]
-                text, at = more, 0
-
-        skip()
-        at += 1  # the list's bracket
-        while (found := skip()) != "]":
-            fault: ValueError | None = None
-            try:
-                value, end = decoder.raw_decode(text, at)
-                cut = end == len(text)  # a number may continue in the next block
-            except RecursionError as e:
-                raise UserError(f"not JSON that can be read: {e}", f"{path}:{line}") from None
-            except ValueError as e:
-                cut, fault = True, e
-            if cut:
-                more = _read(file, wanted, path, line)
-                text, at, wanted = text[at:] + more, 0, wanted * 2
-                if more:
-                    continue
-                if fault or not found:
-                    message = getattr(fault, "msg", "the list does not end")
-                    at_line = line + text.count("\n", 0, getattr(fault, "pos", 0))
-                    raise UserError(f"not JSON: {message}", f"{path}:{at_line}")
-            yield line, value
-            line += text.count("\n", at, end)
-            at, wanted = end, BLOCK
-            if skip() == ",":
-                at += 1
-            elif text[at : at + 1] != "]":
-                raise UserError("not JSON: a comma or the list's end is missing", f"{path}:{line}")
-
-
-def _read(file: TextIO, size: int, path: str, line: int) -> str:
-    try:
-        return file.read(size)
-    except UnicodeDecodeError:
-        raise UserError("not UTF-8 on this line or a later one", f"{path}:{line}") from None
-
-
-def read_csv(path: str, file: int) -> Iterator[Chunk]:
-    """Read CSV whose first line names the columns. All cells are text; empty ones are left out of the row."""
+    A row that is too long ends the reading: where it ends depends on its quotes, one of which may be left open.
+    """
     csv.field_size_limit(sys.maxsize)
+    last, size = 0, 0  # the last line of the last whole row; bytes read since
 
     def decoded() -> Iterator[str]:
+        nonlocal size
         with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number in count(1):
+                line = lines.readline(most + 1)
+                size += len(line)
+                if size > most:
+                    raise too_long(most, f"{path}:{last + 1}", ", or close its quote")
+                if not line:
+                    return
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as e:
                     raise UserError(f"not UTF-8 at byte {e.start + 1} of the line", f"{path}:{number}") from None
 
     def rows() -> Iterator[tuple[int, Any]]:
+        nonlocal last, size
         reader = csv.DictReader(decoded(), restkey="\0rest", strict=True)
-        last = 1
         try:
+            last, size = len(reader.fieldnames or ()) and 1, 0
             for row in reader:
-                first, last = last + 1, reader.line_num
+                first, last, size = last + 1, reader.line_num, 0
                 where = f"{path}:{first}"
                 if "\0rest" in row or None in row.values():
                     yield (
@@ -183,15 +149,15 @@ def read_csv(path: str, file: int) -> Iterator[Chunk]:
         yield Chunk(path, file, [line for line, _ in items], [row for _, row in items])
 
 
-def read_parquet(path: str, file: int) -> Iterator[Chunk]:
-    """Read Parquet, a batch of rows at a time."""
+def read_parquet(path: str, file: int, most: int) -> Iterator[Chunk]:
+    """Read Parquet, a batch of rows at a time. A batch is in memory before its rows can be measured."""
     from pyarrow import ArrowException, OSFile, parquet
 
     first = 1
     try:
         with OSFile(path) as source:
             for batch in parquet.ParquetFile(source).iter_batches(CHUNK_ROWS):
-                yield Chunk(path, file, range(first, first + len(batch)), batch, "row")
+                yield from _cut(Chunk(path, file, range(first, first + len(batch)), batch, "row"), most)
                 first += len(batch)
     except (ArrowException, OSError) as e:
         raise UserError(f"not Parquet that can be read: {_first_line(e)}", path) from None
@@ -206,7 +172,7 @@ def _parquet_rows(path: str) -> int:
         return 0
 
 
-def read_arrow(path: str, file: int) -> Iterator[Chunk]:
+def read_arrow(path: str, file: int, most: int) -> Iterator[Chunk]:
     """Read an Arrow stream, as `datasets` saves it."""
     from pyarrow import ArrowException, ipc, memory_map
 
@@ -216,17 +182,49 @@ def read_arrow(path: str, file: int) -> Iterator[Chunk]:
             for batch in ipc.open_stream(source):
                 for start in range(0, len(batch), CHUNK_ROWS):
                     part = batch.slice(start, CHUNK_ROWS)
-                    yield Chunk(path, file, range(first, first + len(part)), part, "row")
+                    yield from _cut(Chunk(path, file, range(first, first + len(part)), part, "row"), most)
                     first += len(part)
     except (ArrowException, OSError) as e:
         raise UserError(f"not an Arrow stream that can be read: {_first_line(e)}", path) from None
+
+
+def _cut(chunk: Chunk, most: int) -> Iterator[Chunk]:
+    """Yield the rows of a table in chunks of not too many bytes, and the error of each row that is too long."""
+    rows, numbers = chunk.rows, chunk.numbers
+    assert not isinstance(rows, list)
+    if rows.nbytes <= min(most, CHUNK_BYTES):
+        yield chunk
+        return
+    start, size = 0, 0
+    for at in range(len(rows)):
+        row = _row_bytes(rows.slice(at, 1))
+        if at > start and (size + row > CHUNK_BYTES or row > most):
+            yield replace(chunk, numbers=numbers[start:at], rows=_copied(rows, start, at))
+            start, size = at, 0
+        size += row
+        if row > most:
+            yield replace(chunk, numbers=numbers[at : at + 1], rows=[too_long(most, chunk.place(numbers[at]))])
+            start, size = at + 1, 0
+    if start < len(rows):
+        yield replace(chunk, numbers=numbers[start:], rows=_copied(rows, start, len(rows)))
+
+
+def _copied(rows: pyarrow.RecordBatch, start: int, end: int) -> pyarrow.RecordBatch:
+    """Return a slice that holds its own bytes alone; another would take the whole batch along to another process."""
+    return rows.take(list(range(start, end)))
+
+
+def _row_bytes(row: pyarrow.RecordBatch) -> int:
+    from pyarrow import DictionaryArray
+
+    return sum((c.dictionary_decode() if isinstance(c, DictionaryArray) else c).nbytes for c in row.columns)
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-READERS: dict[str, Callable[[str, int], Iterator[Chunk]]] = {
+READERS: dict[str, Callable[[str, int, int], Iterator[Chunk]]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,
@@ -237,14 +235,19 @@ READERS: dict[str, Callable[[str, int], Iterator[Chunk]]] = {
 """Reader by file suffix. A file that the recipe names itself and that has another suffix is read as JSON Lines."""
 
 
-def read_file(path: str, file: int) -> Iterator[Chunk]:
+def read_file(path: str, file: int, most: int) -> Iterator[Chunk]:
     """Yield the chunks of a file, read by its suffix.
 
+    Args:
+        file: index of the file among the source's files.
+        most: bytes of the longest row (`data.max_row_bytes`). A longer one is not parsed: its value is a UserError.
+
     Raises:
-        UserError: the content is not what the suffix says; faults in JSON Lines are in the chunks instead.
+        UserError: the content is not what the suffix says, or a CSV row is too long; faults in JSON Lines are in the
+            chunks instead.
         OSError: the file cannot be read.
     """
-    yield from READERS.get(Path(path).suffix.lower(), read_jsonl)(path, file)
+    yield from READERS.get(Path(path).suffix.lower(), read_jsonl)(path, file, most)
 
 
 def count_rows(files: tuple[str, ...]) -> int | None:

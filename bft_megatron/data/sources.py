@@ -19,6 +19,7 @@ from bft_megatron.data.formats import Conversation, conversation
 from bft_megatron.data.portion import portion
 from bft_megatron.data.readers import READERS, Chunk, count_rows, read_file
 from bft_megatron.errors import FieldError, UserError, reading, shortened
+from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import SourceSettings
 from bft_megatron.textfiles import read_object
 
@@ -72,18 +73,18 @@ class Source:
         rows = count_rows(self.files)
         return None if rows is None else len(range(rows)[slice(*self.settings.first_and_end)])
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the rows that are taken, in order, some hundreds at a time.
+    def chunks(self, max_row_bytes: int = DataSettings.max_row_bytes) -> Iterator[Chunk]:
+        """Yield the rows that are taken, in order, some hundreds at a time; a longer row's value is a UserError.
 
         Raises:
             UserError: a file cannot be read, or its content is not what its suffix says.
         """
-        yield from portion(self._all_chunks(), *self.settings.first_and_end)
+        yield from portion(self._all_chunks(max_row_bytes), *self.settings.first_and_end)
 
-    def _all_chunks(self) -> Iterator[Chunk]:
+    def _all_chunks(self, max_row_bytes: int) -> Iterator[Chunk]:
         for number, path in enumerate(self.files):
             with self._readable(path):
-                yield from read_file(path, number)
+                yield from read_file(path, number, max_row_bytes)
 
     def convert(self, chunk: Chunk) -> Iterator[Conversation | UserError]:
         """Yield the conversations of a chunk; a row that is not a conversation yields its error instead."""

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bft_megatron.data.limits import DEFAULT, Limits, TemplateFault
+from bft_megatron.data.templates import Beginnings, Inputs, Span, Template
 from bft_megatron.errors import FieldError, UserError
 
 if TYPE_CHECKING:
@@ -23,6 +27,9 @@ if TYPE_CHECKING:
 BREAK = "\ufdd0"
 """Inserted into control tokens that a message's text spells out: a character that Unicode reserves for internal use.
 Its tokens are dropped after tokenisation, so the text keeps its characters and is not tokenised as a control token."""
+
+DEEPEST = 100
+"""Levels of lists and objects in a conversation: macros that follow them need several of Python's 1,000 calls each."""
 
 _FILES = (
     "tokenizer*",
@@ -45,6 +52,7 @@ class ChatTokenizer:
         template: Jinja source.
         variables: the template's variables besides the messages: `bos_token`, `eos_token`, ...
         control: the control tokens, such as <|im_end|>, as text.
+        origin: the file or the model folder that the template is from, for errors.
     """
 
     backend: tokenizers.Tokenizer
@@ -52,6 +60,12 @@ class ChatTokenizer:
     template: str
     variables: dict[str, str]
     control: tuple[str, ...]
+    origin: str = ""
+
+    @cached_property
+    def program(self) -> Template:
+        """The template, compiled."""
+        return Template(self.template)
 
     @cached_property
     def has_markers(self) -> bool:
@@ -69,7 +83,8 @@ class ChatTokenizer:
         prompt: bool = False,
         tools: list[Any] | None = None,
         variables: dict[str, Any] | None = None,
-    ) -> tuple[str, list[tuple[int, int]]]:
+        limits: Limits = DEFAULT,
+    ) -> tuple[str, list[Span]]:
         """Render a conversation to text.
 
         Args:
@@ -77,38 +92,56 @@ class ChatTokenizer:
             prompt: end with the header of an assistant turn.
             tools: functions that the assistant could call.
             variables: further variables of the template.
+            limits: of the text's length.
 
         Returns:
             The text, and the spans of characters inside {% generation %} (none if the template has no such markers).
 
         Raises:
-            UserError: the template refuses the conversation.
+            UserError: the template refuses the conversation, or it writes more than the limit (TemplateFault).
         """
+        with self._refusing():
+            text, spans = self.program.render(messages, prompt, self._given(tools, variables), limits)
+            text.encode()
+        return text, spans
+
+    def beginnings(
+        self,
+        messages: list[dict[str, Any]],
+        prompt: bool = False,
+        tools: list[Any] | None = None,
+        variables: dict[str, Any] | None = None,
+        limits: Limits = DEFAULT,
+    ) -> Beginnings | None:
+        """Return the texts of a conversation's beginnings, or None if one run does not show them.
+
+        The arguments and errors are those of `render`.
+        """
+        with self._refusing():
+            return self.program.beginnings(messages, prompt, self._given(tools, variables), limits)
+
+    def _given(self, tools: list[Any] | None, variables: dict[str, Any] | None) -> Inputs:
+        return Inputs(tools, self.variables | (variables or {}))
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn what a template raises into an error of the conversation."""
         from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(  # annotated as text, it returns two lists
-                [messages],
-                tools=tools,
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.has_markers,
-                **self.variables | (variables or {}),
-            )
-            texts, spans = rendered
-            texts[0].encode()
+            yield
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(f"the chat template refuses this conversation: {reason}") from None
-        return texts[0], spans[0] if spans else []
 
-    def quote(self, value: Any) -> Any:
+    def quote(self, value: Any, depth: int = 0) -> Any:
         """Return messages, or a part of them, without Nones and with `BREAK` inside the control tokens they spell."""
+        if depth > DEEPEST:
+            raise UserError("is nested too deeply")
         if isinstance(value, dict):
-            return {self.quote(key): self.quote(item) for key, item in value.items() if item is not None}
+            return {self.quote(key): self.quote(item, depth + 1) for key, item in value.items() if item is not None}
         if isinstance(value, list):
-            return [self.quote(item) for item in value]
+            return [self.quote(item, depth + 1) for item in value]
         if not isinstance(value, str):
             return value
         if BREAK in value:
@@ -123,14 +156,15 @@ class ChatTokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
+def load(folder: str | Path, chat_template: str | None = None, limits: Limits = DEFAULT) -> ChatTokenizer:
     """Load the tokenizer and chat template of a Hugging Face model folder, from local files, without running its code.
 
     Args:
         chat_template: Jinja file, or the name of one of the tokenizer's templates; None: the tokenizer's default.
+        limits: what it may take to compile the template.
 
     Raises:
-        UserError: no such folder, no readable tokenizer in it, or no chat template.
+        UserError: no such folder, no readable tokenizer in it, no chat template, or one that cannot be compiled.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -143,12 +177,13 @@ def load(folder: str | Path, chat_template: str | None = None) -> ChatTokenizer:
         raise UserError(
             f"no tokenizer that can be read (tokenizer.json, tokenizer.model): {reason}", str(folder)
         ) from None
-    template = _template(loaded, folder, chat_template)
+    template, origin = _template(loaded, folder, chat_template), chat_template or str(folder)
+    _check_syntax(template, origin, limits)
     backend = loaded.backend_tokenizer
     control = tuple(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
     backend.no_truncation()
     backend.no_padding()
-    return ChatTokenizer(backend, _broken(backend), template, loaded.special_tokens_map, control)
+    return ChatTokenizer(backend, _broken(backend), template, loaded.special_tokens_map, control, origin)
 
 
 def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
@@ -192,18 +227,19 @@ def _template(loaded: PreTrainedTokenizerFast, folder: str | Path, chosen: str |
                 )
             )
             raise UserError(f"the tokenizer has no chat template of its own; {hint}", str(folder)) from None
-    _check_syntax(template, chosen or str(folder))
     return template
 
 
-def _check_syntax(template: str, where: str) -> None:
+def _check_syntax(template: str, origin: str, limits: Limits) -> None:
     from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        render_jinja_template([], chat_template=template)  # renders nothing, but compiles the template
+        with limits.held():
+            Template(template)
     except TemplateSyntaxError as e:
-        raise FieldError("data.chat_template", f"{where}, line {e.lineno} of the template: {e.message}") from None
+        raise FieldError("data.chat_template", f"{origin}, line {e.lineno} of the template: {e.message}") from None
+    except TemplateFault as e:
+        raise TemplateFault(str(e), origin) from None
 
 
 def fingerprint(folder: str | Path, chat_template: str | None = None) -> str:

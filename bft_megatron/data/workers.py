@@ -27,8 +27,22 @@ def ordered_map[Item, Result](function: Callable[[Item], Result], items: Iterato
     is never pickled; items and results are.
 
     Raises:
-        UserError: a process was killed.
+        UserError: a process was killed, or memory or Python's stack was not enough, here or there.
     """
+    try:
+        yield from _mapped(function, items)
+    except (MemoryError, RecursionError) as e:
+        raise UserError(unprepared(e)) from None
+
+
+def unprepared(error: MemoryError | RecursionError) -> str:
+    """Return why rows were not prepared, for an error."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    return "this machine's memory is not enough to prepare the data: lower data.max_row_bytes, or end other programs"
+
+
+def _mapped[Item, Result](function: Callable[[Item], Result], items: Iterator[Item]) -> Iterator[Result]:
     cores = len(os.sched_getaffinity(0))
     first = list(islice(items, 2))
     if len(first) < 2 or cores == 1:
@@ -54,7 +68,7 @@ _function: Callable[[Any], Any] | None = None  # set in a forked process, which 
 
 
 def _begin(function: Callable[[Any], Any], parent: int) -> None:
-    """Initialise a worker: it ends when the parent does, even if that is killed (Linux), and leaves Ctrl-C to it."""
+    """Initialise a worker: it ends when the parent does, even if that is killed (Linux), and leaves signals to it."""
     global _function
     _function = function
     pr_set_pdeathsig = 1
@@ -62,7 +76,8 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     gc.freeze()  # keeps the collector away from the forked objects, so their pages are not copied
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
 

@@ -6,7 +6,9 @@ pickle, from which only the classes of an index are accepted; torch reads its re
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from bft_megatron.errors import UserError
 from bft_megatron.hf import hub
 from bft_megatron.hf.record import crc_fault
+from bft_megatron.hf.seal import SEAL, read_seal, sealed_fault
 from bft_megatron.hf.weights import Weight, part
-
-_BROKEN = (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError)
-"""Errors that torch raises on a damaged file of a checkpoint."""
 
 
 class Checkpoint:
@@ -38,10 +38,9 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._reader, self._whole = FileSystemReader(folder), set[tuple[str, int, int]]()
-        try:
+        _check_seal(folder)
+        with _refusing("not a whole checkpoint, cannot read its .metadata", folder):
             self._metadata = read_index(folder / ".metadata")
-        except _BROKEN as e:
-            raise UserError(f"not a whole checkpoint, cannot read its .metadata: {e}", str(folder)) from e
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     @property
@@ -74,11 +73,9 @@ class Checkpoint:
         out = torch.empty(wanted.sizes, dtype=stored.properties.dtype)
         if sum(torch.Size(item.lengths).numel() for item in items) != out.numel():
             raise UserError(f"a part of {weight.path} is missing", str(self.folder))
-        try:
+        with _refusing(f"cannot read {weight.path}, a file is missing or broken", self.folder):
             self._check(items)
             self._reader.read_data(LoadPlan(items), _Into(out)).wait()
-        except _BROKEN as e:
-            raise UserError(f"cannot read {weight.path}, a file is missing or broken: {e}", str(self.folder)) from e
         return out.view(size)
 
     def _check(self, items: list[ReadItem]) -> None:
@@ -116,6 +113,30 @@ class Checkpoint:
         return weight.layer is not None and key != weight.path
 
 
+def _check_seal(folder: Path) -> None:
+    """Raise UserError if a file that every reader begins with does not have the checksum in the seal, if any."""
+    with _refusing(f"not a whole checkpoint, cannot read its {SEAL}", folder):
+        sealed = read_seal(folder)
+    if sealed is None:
+        return
+    for name in ("metadata.json", ".metadata"):
+        with _refusing(f"not a whole checkpoint, cannot read its {name}", folder):
+            fault = sealed_fault(folder, sealed, name)
+        if fault:
+            raise UserError(f"not a whole checkpoint, {fault}", str(folder))
+
+
+@contextlib.contextmanager
+def _refusing(what: str, folder: Path) -> Iterator[None]:
+    """Turn whatever reading a broken file raises into a UserError; a lack of memory stays what it is."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as e:
+        raise UserError(f"{what}: {e}", str(folder)) from e
+
+
 class _Into(DefaultLoadPlanner):
     """A minimal load planner for torch: every piece is read into one tensor."""
 
@@ -145,12 +166,12 @@ def _newest(checkpoints: Path) -> str:
     """Return the content of Megatron's tracker file: a number, or `release`."""
     tracker = checkpoints / hub.TRACKER
     try:
-        name = tracker.read_text().strip()
+        name = tracker.read_bytes().strip()
     except OSError:
         raise UserError("holds no checkpoint", str(checkpoints)) from None
-    if not name.isdigit() and name != "release":
+    if not (name.isdigit() and len(name) < 20) and name != b"release":
         raise UserError("should hold the number of the newest checkpoint", str(tracker))
-    return name
+    return name.decode()
 
 
 _INDEX = {

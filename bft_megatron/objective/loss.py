@@ -5,10 +5,12 @@ Nothing is divided by N here: the sum and the count go to the caller, which has 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from bft_megatron.errors import FieldError
 from bft_megatron.objective.records import Objective
 from bft_megatron.objective.view import Geometry, View
 
@@ -44,13 +46,10 @@ def objective_sum(objective: Objective, geometry: Geometry, view: View, logp: Te
     Collectives: those of the objective's weights.
 
     Raises:
-        ValueError: the objective's weights do not have the shapes [T] and [B].
+        FieldError: the objective's weights are not two floating-point tensors of the shapes [T] and [B] on the view's
+            device.
     """
-    token_weight, sample_weight = objective.weights(view)
-    if token_weight.shape != view.logp.shape or sample_weight.shape != view.n.shape:
-        shapes = f"{tuple(token_weight.shape)} and {tuple(sample_weight.shape)}"
-        wanted = f"{tuple(view.logp.shape)} and {tuple(view.n.shape)}"
-        raise ValueError(f"objective {objective.name!r}: weights of shapes {shapes}, expected [T] and [B]: {wanted}")
+    token_weight, sample_weight = _weights(objective, view)
     scale = view.weight.double() * sample_weight.double()
     if objective.reduce == "samples":
         scale = scale / view.n.clamp(min=1)
@@ -66,3 +65,24 @@ def _count(objective: Objective, geometry: Geometry, view: View) -> int:
     if objective.reduce == "tokens":
         return len(view.logp)
     return int(geometry.counted.sum()) if geometry.cp_rank == 0 else 0
+
+
+def _weights(objective: Objective, view: View) -> tuple[Tensor, Tensor]:
+    weights: object = objective.weights(view)
+    if not (isinstance(weights, tuple | list) and len(weights) == 2 and all(isinstance(w, Tensor) for w in weights)):
+        raise _wrong(objective, f"returns {type(weights).__name__}, not two tensors, of the tokens and of the samples")
+    for what, weight, like in zip(("tokens", "samples"), weights, (view.logp, view.n), strict=True):
+        if weight.shape != like.shape:
+            raise _wrong(objective, f"{what}' weights have the shape {tuple(weight.shape)}, not {tuple(like.shape)}")
+        if not weight.is_floating_point():
+            raise _wrong(objective, f"{what}' weights are of {weight.dtype}, which is no floating-point type")
+        if weight.device != like.device:
+            raise _wrong(objective, f"{what}' weights are on {weight.device}, the view is on {like.device}")
+    return weights[0], weights[1]
+
+
+def _wrong(objective: Objective, fault: str) -> FieldError:
+    """Return the error of weights that cannot be used, with the place of the function that returned them."""
+    code = getattr(inspect.unwrap(objective.weights), "__code__", None)
+    place = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
+    return FieldError("objective.name", f"{place}objective {objective.name!r}: {fault}")

@@ -8,6 +8,7 @@ where n_b is the number of a sample's supervised tokens. loss.py multiplies, Meg
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bft_megatron.errors import UserError
+from bft_megatron.errors import FieldError
 from bft_megatron.objective.view import View
+from bft_megatron.user_code import blamed, is_missing
 
+FIELD = "objective.name"
 Reduce = Literal["tokens", "samples"]
 Confidence = Literal["geometric", "arithmetic"]
 
@@ -57,14 +60,14 @@ def balanced(group_size: int = 256, gamma: float = 1.0, confidence: Confidence =
         confidence: as in `lowest_confidence`.
 
     Raises:
-        UserError: a setting is out of range; the message names it.
+        FieldError: a setting is out of range; the message names it.
     """
     if group_size < 1:
-        raise UserError(f"must be at least 1, not {group_size}", where="objective.group_size")
+        raise FieldError("objective.group_size", f"must be at least 1, not {group_size}")
     if not gamma > 0:
-        raise UserError(f"must be above 0, not {gamma}", where="objective.gamma")
+        raise FieldError("objective.gamma", f"must be above 0, not {gamma}")
     if confidence not in get_args(Confidence):
-        raise UserError(f"must be one of {get_args(Confidence)}, not {confidence!r}", where="objective.confidence")
+        raise FieldError("objective.confidence", f"must be one of {get_args(Confidence)}, not {confidence!r}")
 
     def weights(view: View) -> tuple[Tensor, Tensor]:
         return view.logp.double().exp(), 1 - lowest_confidence(view, group_size, confidence) ** gamma
@@ -132,30 +135,56 @@ def lookup(
         reduce: replaces the objective's own where given.
 
     Raises:
-        UserError: there is no such objective; the message says what was tried.
+        FieldError: there is no such objective; the message says what was tried.
     """
     settings: dict[str, Any] = {"group_size": group_size, "gamma": gamma, "confidence": confidence}
-    known: dict[str, Any] = {"sft": sft, "dft": dft, "bft": balanced}
-    found = known[name] if name in known else _import(name)
-    if not isinstance(found, Objective) and callable(found):
-        wanted = inspect.signature(found).parameters
-        found = found(**{key: value for key, value in settings.items() if key in wanted})
-    if not isinstance(found, Objective):
-        raise UserError(
-            f"{name!r} is neither an Objective nor a function that returns one: {found!r}", where="objective.name"
-        )
+    builtin: dict[str, Objective] = {"sft": sft, "dft": dft}
+    if name == "bft":
+        found = balanced(**settings)
+    else:
+        found = builtin[name] if name in builtin else _users(name, settings)
     return found if reduce is None else replace(found, reduce=reduce)
 
 
-def _import(name: str) -> Any:
+def _users(name: str, settings: dict[str, Any]) -> Objective:
+    """Return the user's objective; what goes wrong in the user's code, then and in its weights, is a FieldError."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise UserError(
-            f"{name!r} is none of sft, dft, bft and has not the form package.module:attribute", where="objective.name"
-        )
+        raise FieldError(FIELD, f"{name!r} is none of sft, dft, bft and has not the form package.module:attribute")
+    with blamed(FIELD, module):
+        found = _import(name, module, attribute)
+        if not isinstance(found, Objective) and callable(found):
+            wanted = inspect.signature(found).parameters
+            found = found(**{key: value for key, value in settings.items() if key in wanted})
+    if not isinstance(found, Objective):
+        raise FieldError(FIELD, f"{name!r} is neither an Objective nor a function that returns one: {found!r}")
+    if fault := _fault(found):
+        raise FieldError(FIELD, f"the objective of {name!r} has {fault}")
+
+    def weights(view: View) -> tuple[Tensor, Tensor]:
+        with blamed(FIELD, module):
+            return found.weights(view)
+
+    return replace(found, weights=functools.wraps(found.weights)(weights))
+
+
+def _import(name: str, module: str, attribute: str) -> Any:
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise UserError(f"tried to import {module!r} for {name!r}: {error}", where="objective.name") from error
+        imported = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not is_missing(module, error):
+            raise
+        raise FieldError(FIELD, f"tried to import {module!r} for {name!r}: {error}") from error
+    try:
+        return getattr(imported, attribute)
     except AttributeError as error:
-        raise UserError(f"imported {module!r}, which has no {attribute!r}", where="objective.name") from error
+        raise FieldError(FIELD, f"imported {module!r}, which has no {attribute!r}") from error
+
+
+def _fault(record: Any) -> str | None:
+    """Return what is wrong with a record that a user made, or None."""
+    if record.reduce not in get_args(Reduce):
+        return f"reduce {record.reduce!r}, which is none of {get_args(Reduce)}"
+    if not isinstance(record.needs, frozenset | set):
+        return f"needs {record.needs!r}, which is no set of names"
+    return None if callable(record.weights) else f"weights {record.weights!r}, which is no function"

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+from bft_megatron.errors import USER_ERROR
 from bft_megatron.processes import ranks, signals
 from bft_megatron.recipe.schema import Recipe
 
@@ -77,7 +78,7 @@ def _prepare_child() -> None:
 
 @contextlib.contextmanager
 def _signals_passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """Forward SIGINT, SIGTERM and SIGUSR1 to the ranks, which save and stop; a second Ctrl-C kills them."""
+    """Forward the signals that ask to stop to the ranks; a second Ctrl-C kills them."""
     interrupted = False
 
     def forward(number: int, _: object) -> None:
@@ -87,7 +88,7 @@ def _signals_passed_on(children: list[subprocess.Popen[bytes]]) -> Iterator[None
             if rank.poll() is None:
                 rank.send_signal(signal.SIGKILL if twice else number)
 
-    before = {s: signal.signal(s, forward) for s in signals.ASKING}
+    before = {s: signal.signal(s, forward) for s in signals.asking()}
     try:
         yield
     finally:
@@ -101,13 +102,22 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
         failed = [(rank, s) for rank, s in enumerate(states) if s]
         if failed:
             _end(children)
-            rank, status = failed[0]
+            # An error of the user's input is the cause, if a peer has failed in the same moment for want of this rank.
+            rank, status = next((f for f in failed if f[1] == USER_ERROR), failed[0])
             if status < 0:
-                print(f"rank {rank} was killed by {signal.Signals(-status).name}", flush=True)
+                print(f"rank {rank} {_killed(signal.Signals(-status))}", flush=True)
+            elif rank != 0 and children[0].returncode != status == USER_ERROR:  # rank 0 says what all ranks meet
+                print(f"rank {rank} ended first, with status {status}: its log says why", flush=True)
             return status if status > 0 else 128 - status
         if all(s == 0 for s in states):
             return 0
         time.sleep(0.05)
+
+
+def _killed(number: signal.Signals) -> str:
+    if number in signals.ASKING:  # a rank that has something to save remembers these
+        return f"was stopped by {number.name}, before there was anything to save"
+    return f"was killed by {number.name}"
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

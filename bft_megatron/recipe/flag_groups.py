@@ -92,7 +92,7 @@ REFUSED = {
     "Megatron does not support it with distributed checkpoints": "overlap-param-gather-with-optimizer-step",
     "its helper processes die of the signal that asks for a save, and the run would wait for them": """
         async-save async-strategy async-ckpt-* use-persistent-ckpt-worker dist-ckpt-workers""",
-    "SIGUSR1, SIGTERM and SIGINT are all answered": """
+    "SIGUSR1, SIGTERM, SIGINT and SIGHUP are all answered": """
         exit-signal exit-signal-handler-for-training exit-signal-handler-for-dataloader""",
     "status 0 would say that the run is done": "exit-interval adlr-autoresume adlr-autoresume-interval",
     "the launcher starts a run again as a whole": """

@@ -138,7 +138,7 @@ MADE = (
     Made("tensorboard-dir", lambda inputs: inputs.tensorboard, "output"),
     Made("exit-duration-in-mins", _nothing, "train.exit_after"),
     Made(  # `checkpoint.stopping` handles the signals instead
-        "exit-signal-handler", lambda _: True, why="SIGUSR1, SIGTERM and SIGINT are all answered"
+        "exit-signal-handler", lambda _: True, why="SIGUSR1, SIGTERM, SIGINT and SIGHUP are all answered"
     ),
 )
 """Every flag that a run sets, except those for the model's architecture and for the device."""

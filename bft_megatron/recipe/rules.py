@@ -6,13 +6,12 @@ settings that Megatron itself would refuse during start-up or in its first step.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import math
 import os
 from pathlib import Path
 from typing import Protocol
 
+from bft_megatron import user_code
 from bft_megatron.errors import FieldError, reading, shortened
 from bft_megatron.recipe.limits import Range
 from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
@@ -122,10 +121,7 @@ def _check_objective(recipe: Recipe) -> None:
     module, colon, _ = name.partition(":")
     if not colon:
         raise FieldError("objective.name", f"{name!r} is none of sft, dft, bft, and no package.module:attribute")
-    with contextlib.suppress(ImportError, ValueError):
-        if importlib.util.find_spec(module):
-            return
-    raise FieldError("objective.name", f"there is no module {module!r} here or among the installed packages")
+    user_code.check_source("objective.name", module)
 
 
 def _check_schedule(recipe: Recipe) -> None:

@@ -48,6 +48,8 @@ class DataSettings:
     """Held-out sources, written like `train`. Every validation reads all of them. Left out: no validation."""
     on_error: Literal["stop", "skip"] = "stop"
     """A row that is not a conversation stops the run, or is skipped, counted and listed."""
+    max_row_bytes: int = count(8388608)
+    """A longer row is refused unread: its memory is hundreds of times its text. 8 MiB are some two million tokens."""
     seq_length: int = count(4096)
     """Tokens in a row, the unit of a batch."""
     packing: bool = True

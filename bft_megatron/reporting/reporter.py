@@ -57,8 +57,8 @@ class Reporter:
     def begin(self, start: int) -> None:
         """Count steps from `start`; on the last rank, drop the lines of later steps, which will run again."""
         self.iteration = start
-        if _writes():
-            metrics.drop_after(self.path, start)
+        if _writes() and (damaged := metrics.drop_after(self.path, start)):
+            self._print(damaged)
 
     def started(self) -> None:
         """Start the clock of the first step."""

@@ -21,6 +21,9 @@ from bft_megatron.hf.architectures import companions
 from bft_megatron.recipe import flags, reader, rules
 from bft_megatron.recipe.schema import Recipe
 
+RUNNING = "running"
+"""The mark of a run whose process is running, or was killed."""
+
 MAY_CHANGE = {
     "data.valid",
     "objective.head",
@@ -120,6 +123,14 @@ class RunFolder:
         """Write the number of the newest checkpoint atomically."""
         _write(self.tracker, str(iteration))
 
+    def tracked(self) -> int | None:
+        """Return the number in the tracker; None if there is no such file or it holds no number. Raises OSError."""
+        try:
+            content = self.tracker.read_bytes().strip()
+        except (FileNotFoundError, IsADirectoryError):
+            return None
+        return int(content) if content.isdigit() and len(content) < 20 else None
+
     def checkpoint(self, iteration: int) -> Path:
         """Return the folder of the checkpoint of an iteration."""
         return self.checkpoints / f"iter_{iteration:07d}"
@@ -139,9 +150,13 @@ class RunFolder:
         return self.checkpoints / "release"
 
     def iterations(self) -> list[int]:
-        """Return the iterations of all checkpoint folders, complete or not, in no particular order."""
-        names = (path.name.removeprefix("iter_") for path in self.checkpoints.glob("iter_*"))
-        return [int(name) for name in names if name.isdigit()]
+        """Return the iterations of all checkpoint folders, complete or not, in no particular order.
+
+        Other names are left alone: `iter_0000002.bak`, `iter_²`. Raises OSError if the folder cannot be read.
+        """
+        found = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        names = (path.name.removeprefix("iter_") for path in found if path.name.startswith("iter_"))
+        return [i for i in map(int, filter(_is_number, names)) if self.checkpoint(i).is_dir()]
 
     def saved_iteration(self) -> int:
         """Return the iteration of the newest checkpoint whose save completed; 0 if there is none.
@@ -153,6 +168,12 @@ class RunFolder:
     def is_done(self, steps: int) -> bool:
         """Return whether the run is complete and its last checkpoint exists."""
         return (self.root / "done").exists() and self.saved_iteration() >= steps
+
+    def stopped(self) -> str | None:
+        """Return why the last process saved and stopped before the end of the run; None if it did not."""
+        mark = self.root / "unfinished"
+        why = mark.read_text().strip() if mark.exists() else RUNNING
+        return None if why == RUNNING else why
 
     def mark_unfinished(self, why: str) -> None:
         """Mark the run as unfinished.
@@ -236,6 +257,11 @@ class RunFolder:
         self.model.mkdir(exist_ok=True)
         for file in companions(model_folder):
             shutil.copyfile(file, self.model / file.name)
+
+
+def _is_number(name: str) -> bool:
+    """Return whether a name consists of a few ASCII digits: `int` takes others, or refuses what `isdigit` takes."""
+    return name.isascii() and name.isdigit() and len(name) < 20
 
 
 def _write(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from bft_megatron.checkpoint.stopping import Stop
 from bft_megatron.checkpoint.streak import Streak
 from bft_megatron.errors import BlownUp, FieldError
 from bft_megatron.hf import architectures
-from bft_megatron.processes import ranks
+from bft_megatron.processes import ranks, signals
 from bft_megatron.reporting.announce import notes, sentence
 from bft_megatron.reporting.peak import report_peak
 from bft_megatron.reporting.reporter import Reporter
@@ -130,6 +130,7 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     signal_handler.ask(stop.asked)
     # Before the first save, which would start Megatron's helper process.
     checkpoint_writer.without_helper_process()
+    checkpoint_writer.name_causes()
     # Before the first save or load of an optimizer.
     bucket_padding.mend()
     # Before the first event, which writes a line: the lines of steps that run again must be dropped first.
@@ -137,6 +138,7 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     # Before `pretrain`, which looks up the loop's functions as it calls them.
     loop = TrainingLoop(start)
     loop.on_start.append(reporter.started)
+    loop.on_step.append(lambda _: signals.hold())  # from the first step on there is something to save
     loop.on_step += [reporter.stepped, streak.stepped, saving.stepped]
     loop.on_validation += [reporter.validated, streak.validated]
     loop.on_save += [stop.saved, saving.saved, streak.saved]
@@ -186,7 +188,7 @@ def situation(run: Run, reporter: Reporter, step: Step, streak: Streak) -> Itera
     """
     try:
         yield
-    except Exception as e:
+    except BaseException as e:  # torch's CheckpointException is no Exception
         e.add_note(f"after step {reporter.iteration}")
         if step.rows:
             e.add_note(f"rows of its micro-batch: {', '.join(map(str, step.rows))} of {run.recipe.data.train}")

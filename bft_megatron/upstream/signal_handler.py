@@ -9,7 +9,7 @@ from bft_megatron.upstream.change import Change
 
 _WHY = (
     "Megatron's handler handles one signal, with an all-gather of one number and one device read for each rank. Ours "
-    "handles SIGUSR1, SIGTERM, SIGINT and the time limit with one MAX all-reduce."
+    "handles SIGUSR1, SIGTERM, SIGINT, SIGHUP and the time limit with one MAX all-reduce."
 )
 _UNTIL = "Megatron's handler handles several signals with one reduction"
 _TEST = "tests/upstream/test_training_loop.py"

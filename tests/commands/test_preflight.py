@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES
 from bft_megatron.commands.preflight import preflight
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import ModelConfig, read_config
+from bft_megatron.hf.weights import parameter_count
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
 from tests.helpers.commands import ROOT
 
@@ -55,7 +59,28 @@ def test_gpus(recipe: Recipe, config: ModelConfig):
 def test_disk_and_memory(recipe: Recipe, config: ModelConfig, tmp_path: Path):
     """Three checkpoints of 405B are some 17 TB; a hundred thousand ranks of a small model want too much memory."""
     large = replace(config, layers=126, hidden=16384, ffn=53248)
-    with pytest.raises(UserError, match=rf"{tmp_path}.*GiB free; the checkpoints to keep and one more take [\d,]+ GiB"):
+    with pytest.raises(UserError, match=rf"{tmp_path}: has .* GiB free, the run needs [\d,]+ GiB: it keeps up to 2"):
         preflight(recipe, large, world=8, per_node=4)
     with pytest.raises(UserError, match=r"GiB of memory; a save gathers [\d,]+ GiB of optimizer state"):
         preflight(recipe, config, world=8, per_node=100_000_000)
+
+
+def test_room_on_disk_counts_what_is_there(undisturbed: Path, config: ModelConfig, tmp_path: Path):
+    """The disk has room for two checkpoints and a half; the run keeps three and writes one more."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    size = shutil.disk_usage(tmp_path).free / 2.5 / CHECKPOINT_BYTES
+    small, large = (parameter_count(replace(config, ffn=ffn)) for ffn in (1024, 2048))
+    model = replace(config, ffn=1024 + int((size - small) / (large - small) * 1024))
+    recipe = reader.load(
+        out / "config.yaml", [f"output={out}", "device=cpu", "parallel.tensor=4", "parallel.pipeline=4"]
+    )
+    checkpoint = RunFolder(out).checkpoint
+    preflight(recipe, model, world=16, per_node=1)  # it is finished
+    checkpoint(6).rename(tmp_path / "elsewhere")
+    preflight(recipe, model, world=16, per_node=1)
+    checkpoint(4).rename(RunFolder(out).checkpoints / "damaged_iter_0000004")
+    with pytest.raises(
+        UserError, match=rf"{out}: has .* free, .*: it keeps up to 3 .* and writes one more, 1 are ther"
+    ):
+        preflight(recipe, model, world=16, per_node=1)

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from bft_megatron.data import chat, sources, tokenizers
+from bft_megatron.data import chat, masks, sources, tokenizers
 from bft_megatron.data.chat import encode
+from bft_megatron.data.formats import Conversation
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 from tests.helpers.material import CHATML, DEFAULT_SYSTEM, LLAMA, MISTRAL, THINKING, TINY, chat_of, unmarked
@@ -190,3 +191,18 @@ def test_any_text_is_supervised_as_it_stands(
     whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
     assert tiny.backend.decode(tokens, skip_special_tokens=False) == whole
     assert supervised(messages, tiny, "assistant") == [f"{answer}<|im_end|>" for _, answer in turns]
+
+
+@given(st.lists(control | st.text(max_size=3), max_size=9).map("".join), st.integers(0, 30), st.integers(0, 30))
+def test_searching_tokens_finds_what_looking_through_them_does(tiny: ChatTokenizer, text: str, a: int, b: int) -> None:
+    encoding = tiny.backend.encode(text, add_special_tokens=False)
+    assert masks._searching(encoding)(a, b) == masks._token_at(encoding, a, b)
+
+
+def test_a_long_conversations_tokens_are_searched(tiny: ChatTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = [chat.render(Conversation(1, messages, 1.0), tiny, "assistant") for messages in CHATS]
+    scanned = masks.tokenise(rendered, tiny)
+    monkeypatch.setattr(masks, "_SCANNED", 0)
+    monkeypatch.setattr(masks, "_token_at", None)
+    for (_, one), (_, other) in zip(scanned, masks.tokenise(rendered, tiny), strict=True):
+        assert (one == other).all()

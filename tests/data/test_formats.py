@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 from datasets import Dataset, DatasetDict
 
-from bft_megatron.data import readers, sources
+from bft_megatron.data import json_lists, readers, sources
 from bft_megatron.data.formats import Conversation
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe.sources import SourceSettings, source_settings
@@ -164,10 +164,10 @@ def test_a_kind_of_file_gives_the_same_conversations(tmp_path: Path, kind: str) 
 @pytest.mark.parametrize("block", [1, 2, 7, 64])
 def test_json_is_read_across_the_edges_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Numbers too, which may go on in the next block."""
-    monkeypatch.setattr(readers, "BLOCK", block)
+    monkeypatch.setattr(json_lists, "BLOCK", block)
     values = [12345, {"a": [1.5e10, "é]},\n"]}, -17, None, "x", [[]]]
     (tmp_path / "values.json").write_text(" \n" + json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    (chunk,) = readers.read_json(str(tmp_path / "values.json"), 0)
+    (chunk,) = readers.read_json(str(tmp_path / "values.json"), 0, 1 << 20)
     assert [(number, value) for number, _, value in chunk] == list(zip([3, 4, 10, 11, 12, 13], values, strict=True))
 
 

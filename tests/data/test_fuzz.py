@@ -15,7 +15,11 @@ from bft_megatron.data.sources import open_source
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
+from tests.helpers.fuzzing import examples
 from tests.helpers.material import chat_of
+
+LIMIT = 120_000
+"""Bytes of the longest row, `data.max_row_bytes`."""
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<pad>")
 
@@ -68,8 +72,20 @@ good = st.lists(st.tuples(answers, answers), min_size=1, max_size=2).map(
 )
 rows = good | chats | st.fixed_dictionaries({"conversations": st.lists(turns, max_size=3)}) | pairs | trees
 huge = st.just(json.dumps({"prompt": "a " * 50_000, "completion": "b<|im_end|>"}).encode())
+
+
+def padded(row: dict[str, Any], size: int) -> bytes:
+    """A line of `size` bytes, of which most are in a column that nobody reads."""
+    line = json.dumps(row).encode()
+    return json.dumps(row | {"about": "x" * (size - len(line) - len(', "about": ""'))}).encode()
+
+
+near = st.builds(padded, good, st.integers(LIMIT - 2, LIMIT + 2))
+long = st.lists(answers, min_size=10, max_size=40).map(lambda said: json.dumps({"messages": chat_of(*said)}).encode())
 nested = st.just(b'{"messages": ' + b"[" * 50_000)
-lines = st.one_of(*[rows.map(lambda row: json.dumps(row).encode())] * 8, st.binary(max_size=30), huge, nested)
+lines = st.one_of(
+    *[rows.map(lambda row: json.dumps(row).encode())] * 8, st.binary(max_size=30), huge, nested, near, long
+)
 
 
 def spelled(tokens: list[int], tokenizer: ChatTokenizer) -> list[int]:
@@ -96,14 +112,18 @@ def check(line: bytes, tokens: list[int], supervised: list[bool], tokenizer: Cha
     assert 0 < len(ends) <= sum(own.get(role) == "assistant" for role in roles)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example])
+@settings(
+    max_examples=examples(100, a_second=15),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.large_base_example],
+)
 @given(written=st.lists(lines, min_size=10, max_size=10))
 def test_a_thousand_lines(tmp_path_factory: pytest.TempPathFactory, tiny: ChatTokenizer, written: list[bytes]) -> None:
     written = [line.replace(b"\n", b" ").replace(b"\r", b" ") for line in written]
     path = tmp_path_factory.mktemp("fuzz") / "rows.jsonl"
     path.write_bytes(b"\n".join(written))
     source = open_source(path)
-    (chunk,) = source.chunks()
+    (chunk,) = source.chunks(LIMIT)
     skip = Encoder(source, tiny, DataSettings(str(path), seq_length=200_000, on_error="skip"))(chunk)
     lines = skip.samples["line"].to_pylist()
     refused = [int(said.removeprefix(f"{path}:").partition(":")[0]) for said in skip.refused]
@@ -112,6 +132,8 @@ def test_a_thousand_lines(tmp_path_factory: pytest.TempPathFactory, tiny: ChatTo
     assert skip.counts.conversations + len(refused) + len(blank) == len(written)
     assert not {*refused} & {*lines}
     assert refused == sorted(refused)
+    long = [int(said.removeprefix(f"{path}:").partition(":")[0]) for said in skip.refused if "max_row_bytes" in said]
+    assert long == [n for n, line in enumerate(written, start=1) if len(line) > LIMIT]
     for line, sample in zip(lines, skip.samples.to_pylist(), strict=True):
         check(written[line - 1], sample["tokens"], sample["learned"], tiny)
         assert math.isfinite(sample["weight"])

@@ -23,10 +23,10 @@ def arguments(out: Path, *overrides: str) -> list[str]:
 class Run:
     """A run in the background, its output in `said` as it comes."""
 
-    def __init__(self, out: Path, *overrides: str) -> None:
+    def __init__(self, out: Path, *overrides: str, prefix: tuple[str, ...] = ()) -> None:
         self.out = out
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        words = [sys.executable, "-m", "bft_megatron", *arguments(out, *overrides)]
+        words = [*prefix, sys.executable, "-m", "bft_megatron", *arguments(out, *overrides)]
         self.process = subprocess.Popen(
             words, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

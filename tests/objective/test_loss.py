@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bft_megatron.errors import FieldError
 from bft_megatron.objective import records
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import Objective
-from bft_megatron.objective.view import Geometry
+from bft_megatron.objective.view import Geometry, View
 from tests.helpers import objective_reference as reference
 from tests.helpers.objective_reference import Setting
 from tests.helpers.world import run_world
@@ -172,10 +174,19 @@ def test_the_datas_weight_scales_a_sample_and_not_the_count():
         assert result.sample_weight.tolist() == [1.0, 1.0]
 
 
-def test_weights_of_another_shape_are_refused_by_name():
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (lambda view: view.logp, "returns Tensor, not two tensors, of the tokens and of the samples"),
+        (lambda view: (view.logp, 1.0), "returns tuple, not two tensors"),
+        (lambda view: (view.logp[:, None], view.weight), r"tokens' weights have the shape \(3, 1\), not \(3,\)"),
+        (lambda view: (view.logp, view.logp), r"samples' weights have the shape \(3,\), not \(1,\)"),
+        (lambda view: (view.logp, view.n), r"samples' weights are of torch.int64, which is no floating-point type"),
+        (lambda view: (view.logp.to("meta"), view.weight), "tokens' weights are on meta, the view is on cpu"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused_by_name_and_place(weights: Callable[[View], Any], message: str):
     geometry = Geometry(torch.tensor([1, 1, 1]), torch.tensor([0, 3]), torch.tensor([True]), torch.ones(1))
-    wrong = Objective("wrong", "tokens", frozenset(), lambda view: (view.logp[:, None], view.weight))
-    with pytest.raises(
-        ValueError, match=r"'wrong': weights of shapes \(3, 1\) and \(1,\), expected .*\(3,\) and \(1,\)"
-    ):
+    wrong = Objective("wrong", "tokens", frozenset(), weights)
+    with pytest.raises(FieldError, match=rf"objective.name: {__file__}:\d+: objective 'wrong': .*{message}"):
         objective_sum(wrong, geometry, geometry.view(torch.zeros(3)), torch.zeros(3))

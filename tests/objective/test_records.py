@@ -99,7 +99,9 @@ def test_lookup_of_the_table():
 
 
 def test_lookup_of_a_users_own():
-    assert records.lookup(f"{__name__}:mine", **SETTINGS) is mine
+    found = records.lookup(f"{__name__}:mine", **SETTINGS)
+    assert (found.name, found.reduce, found.needs) == ("mine", "samples", {"entropy"})
+    assert [w.tolist() for w in found.weights(_view([[-1.0, -2.0]]))] == [[1.0, 1.0], [0.0]]
     assert records.lookup(f"{__name__}:scaled", **SETTINGS).name == "scaled 2.0"
     assert records.lookup(f"{__name__}:mine", **SETTINGS, reduce="tokens").reduce == "tokens"
 

@@ -105,10 +105,12 @@ def test_time_limit_near(run: Run):
 
 def test_signal_while_the_ranks_import(run: Run):
     job = run.submit(f"steps={LONG}", "import_seconds=3")
-    wait_for(lambda: len(ranks(job)) == 8, SECONDS, "the ranks")
+    wait_for(lambda: (run.folder / "starts").exists() and len(ranks(job)) == 8, SECONDS, "the ranks")
     warn(run.cluster, job)
     finished(run, job, steps=LONG, starts=2)
     assert run.starts[1][2] == 0  # nothing was done before the signal, and nothing was lost
+    assert "unfinished (asked to stop before the first step): requeue" in run.log.read_text()
+    assert not list((run.folder / "launch").glob("failures.*"))
 
 
 def test_signal_before_the_ranks(run: Run):
@@ -127,6 +129,16 @@ def test_preemption(run: Run):
     run.cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
     finished(run, job, steps=LONG, starts=2)
     assert run.starts[1][2] >= 7
+
+
+def test_preemption_while_the_ranks_import(run: Run):
+    """The ranks end at once, and the job comes back; it is no failure of the run."""
+    job = run.submit(f"steps={LONG}", "import_seconds=3")
+    wait_for(lambda: (run.folder / "starts").exists() and len(ranks(job)) == 8, SECONDS, "the ranks")
+    run.cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
+    finished(run, job, steps=LONG, starts=2)
+    assert run.starts[1][2] == 0
+    assert not list((run.folder / "launch").glob("failures.*"))
 
 
 def test_cancelled_and_submitted_again(run: Run):
@@ -176,6 +188,13 @@ def test_a_failure_that_would_come_again(run: Run, status: int):
     said = failed(run, run.submit(f"fault.0={status}@2"), status)
     assert "not tried again" in said
     assert len(run.starts) == 1
+
+
+def test_ranks_that_end_well_without_their_work(run: Run):
+    """A user's code may call exit(0): it is no success, and nothing that a person has seen."""
+    said = failed(run, run.submit(*(f"fault.{rank}=0@2" for rank in range(8))), 1)
+    assert "the ranks ended well and left" in said
+    assert "neither done nor saved" in said
 
 
 def test_requeue_cap(run: Run):

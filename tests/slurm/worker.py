@@ -40,12 +40,14 @@ def train(folder: RunFolder, options: dict[str, str]) -> None:
     start = int(folder.tracker.read_text()) if folder.tracker.exists() else 0
     if rank == 0:
         begin(folder, start)
+    wait_for_all(folder, "start")
     time.sleep(float(options.get("import_seconds", 0)))
     fault = fault_of(folder, options, rank)
     step = start
     while step < steps and not signals.received():
         time.sleep(0.1)
         step += 1
+        signals.hold()
         if fault and step >= int(fault[1]):
             os.kill(os.getpid(), signal.SIGKILL) if fault[0] == "kill" else sys.exit(int(fault[0]))
         if rank == 0:
@@ -53,7 +55,7 @@ def train(folder: RunFolder, options: dict[str, str]) -> None:
                 metrics.write(f"{step}\n")
             if step % SAVE_EVERY == 0:
                 folder.write_tracker(step)
-    wait_for_all(folder)
+    wait_for_all(folder, "end")
     if rank == 0:
         folder.write_tracker(step)
         if step < steps:
@@ -62,9 +64,11 @@ def train(folder: RunFolder, options: dict[str, str]) -> None:
             folder.mark_done()
 
 
-def wait_for_all(folder: RunFolder) -> None:
-    """No save without every rank."""
-    attempt = folder.root / "waiting" / f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+def wait_for_all(folder: RunFolder, where: str) -> None:
+    """No group of all ranks and no save without every rank."""
+    attempt = (
+        folder.root / f"waiting-{where}" / f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+    )
     attempt.mkdir(parents=True, exist_ok=True)
     (attempt / os.environ["RANK"]).touch()
     while len(list(attempt.iterdir())) < int(os.environ["WORLD_SIZE"]):

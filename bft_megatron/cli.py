@@ -171,8 +171,8 @@ def convert(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 def preflight(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    world: Annotated[int, typer.Option(help="Ranks of the job.")] = 1,
-    per_node: Annotated[int, typer.Option(help="Ranks on this node.")] = 1,
+    world: Annotated[int, typer.Option(min=1, help="Ranks of the job.")] = 1,
+    per_node: Annotated[int, typer.Option(min=1, help="Ranks on this node.")] = 1,
 ) -> None:
     """Check this node before the ranks start, for launch/; the first node prints the run's folder."""
     from bft_megatron.commands.preflight import preflight
@@ -187,8 +187,8 @@ def preflight(
 def plan(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    nodes: Annotated[int | None, typer.Option(help="Default: as few as hold the model once.")] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Default: as few as hold the model once.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB of memory.")] = "h100-80g",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the report.")] = False,
     html: Annotated[Path | None, typer.Option(help="File to write: the memory of a step over time.")] = None,
@@ -244,7 +244,7 @@ def export(
 def generate(
     folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face model folder.")],
     prompt: Annotated[str, typer.Argument(help="The user's message.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer, in tokens.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")] = 256,
 ) -> None:
     """Answer a prompt with a model, greedily, through transformers."""
     from bft_megatron.hf.generate import generate

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, replace
 
 from bft_megatron.errors import UserError
+from bft_megatron.recipe.limits import Range
 
 
 @dataclass(frozen=True)
@@ -68,4 +69,6 @@ def lookup(name: str) -> Gpu:
         memory = float(name)
     except ValueError:
         raise UserError(f"no GPU is known by this name; known: {', '.join(GPUS)}, or its memory in GiB", name) from None
+    if fault := Range(above=0).fault(memory, name):
+        raise UserError(f"the GiB of a GPU's memory {fault}", "--gpu")
     return replace(GPUS["h100-80g"], name=f"{memory:g} GiB", memory=memory)

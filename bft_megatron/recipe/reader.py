@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -136,14 +136,16 @@ def _where(layers: list[_Layer], field_name: str) -> str:
 
 
 def _check_resolves(merged: DictConfig, key: str, place: str) -> None:
-    """Raise UserError if a value has a `${...}` that stands for nothing, or for itself."""
+    """Raise UserError if a value has a `${...}` that stands for nothing, for itself, or for text with another."""
     with reading(place):
         try:
             value = OmegaConf.select(merged, key)
             if isinstance(value, Container):
-                OmegaConf.to_container(value, resolve=True)
+                value = OmegaConf.to_container(value, resolve=True)
         except OmegaConfBaseException as e:
             raise UserError(said(e), place) from None
+    if "${" in str(value):  # a later start would read it from config.yaml as a name
+        raise UserError("must not hold `${`, which names an environment variable or a field", place)
 
 
 def _override(text: str) -> DictConfig:
@@ -203,6 +205,9 @@ def _refuse_unknown(given: list[tuple[str, str]]) -> None:
         raise UserError("\n".join(wrong[:MOST_REPORTED]))
 
 
+_types = cache(get_type_hints)
+
+
 def _unknown(key: str) -> str | None:
     """Return why a recipe does not have a field, and which one may be meant; None if it has it."""
     if key in REFUSED_FIELDS:
@@ -214,7 +219,7 @@ def _unknown(key: str) -> str | None:
             if close := difflib.get_close_matches(name, known, n=1):
                 return f"unknown field; did you mean `{'.'.join([*parts[:i], *close])}`?"
             return f"unknown field; known here: {', '.join(sorted(known))}"
-        declared = get_type_hints(schema)[name]
+        declared = _types(schema)[name]
         schema = next((t for t in get_args(declared) if is_dataclass(t)), declared)  # `Group | None` is a group
         if not is_dataclass(schema):
             if schema not in (dict, Any) and i + 1 < len(parts) and name != "megatron":

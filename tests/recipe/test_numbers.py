@@ -138,6 +138,29 @@ def test_a_source_may_be_given_alone_and_is_named(recipe: Path, refused: Refused
     assert refused().startswith(f"{recipe}:4: data.train: `weight`: must be above 0 and")
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "message"),
+    [
+        ("plan", "--nodes=0", "--nodes"),
+        ("plan", "--gpus-per-node=0", "--gpus-per-node"),
+        ("plan", "--gpu=nan", "--gpu: the GiB of a GPU's memory must be finite and above 0, not nan"),
+        ("plan", "--gpu=-3", "--gpu: the GiB of a GPU's memory must be above 0, not -3"),
+        ("preflight", "--world=0", "--world"),
+    ],
+)
+def test_options_of_commands(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    command: str,
+    option: str,
+    message: str,
+):
+    assert run_command(monkeypatch, command, recipe, option) == 2
+    assert message in (said := capfd.readouterr().err)
+    assert "Traceback" not in said
+
+
 def test_the_largest_and_smallest_numbers_that_make_sense_are_taken(recipe: Path):
     taken = ["train.lr=1e30", "train.clip_grad=0", "train.adam_beta1=0", "train.seed=2147483647", "objective.gamma=1e9"]
     assert read(recipe, taken).recipe.train.lr == 1e30

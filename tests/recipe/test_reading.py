@@ -24,6 +24,7 @@ WRONG = [
     ("output: ${oc.env:NOPE_NOT_SET}", "output: the environment variable NOPE_NOT_SET is not set"),
     ("output: ${output}", "output: refers to itself"),
     ("output: ${", "output: "),
+    ("output: \\${x}", "output: must not hold `${`"),
     ("output: ${nope}", "output: "),
     ("null: 3", "a field's name must be text: put null in quotes"),
     ("3: 3", "a field's name must be text: put 3 in quotes"),

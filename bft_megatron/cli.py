@@ -19,7 +19,7 @@ from bft_megatron import __version__
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.commands import files, marked
 from bft_megatron.commands.request import Request, read
-from bft_megatron.errors import USER_ERROR, UserError
+from bft_megatron.errors import USER_ERROR, Unreadable, UserError
 from bft_megatron.processes import launcher, ranks
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe import reader, rules
@@ -294,7 +294,7 @@ def main() -> None:
     sys.path.insert(0, "")  # so that `package.module:record` objectives are found from the working directory
     try:
         app()
-    except (UserError, OSError) as e:
-        if ranks.rank() == 0 or isinstance(e, OSError):
+    except (UserError, Unreadable, OSError) as e:
+        if ranks.rank() == 0 or not isinstance(e, UserError):
             Console(stderr=True).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
         sys.exit(USER_ERROR if isinstance(e, UserError) else 1)

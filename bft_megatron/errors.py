@@ -1,13 +1,14 @@
-"""Errors in the user's input (bad recipe, bad data, missing file), and the error after which a run must not restart.
+"""The errors that end a command in one line: of the user's input, of the file system, of a run that blew up.
 
-For a UserError the command line prints the message without a traceback and exits with status 2. Any other exception is
-a bug and keeps its traceback.
+For a UserError (bad recipe, bad data, missing file) the command line exits with status 2. Any other exception is a bug
+and keeps its traceback.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 USER_ERROR = 2
 """Exit status after an error in the user's input."""
@@ -44,10 +45,15 @@ class BlownUp(Exception):
 
 
 class Unreadable(Exception):
-    """A file of a checkpoint could not be read, for a reason that is not its content. Nothing was changed.
+    """A file of a run could not be read, for a reason that is not its content. Nothing was changed.
 
-    All ranks raise it with the same message.
+    Of a checkpoint, all ranks raise it with the same message.
     """
+
+    @classmethod
+    def of(cls, file: Path, error: OSError) -> Unreadable:
+        """Return the error of a file that the system did not let this process read."""
+        return cls(f"cannot read {file}: {error.strerror or error}; nothing was changed, the same command tries again")
 
 
 @contextmanager

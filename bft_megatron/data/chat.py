@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bft_megatron.data.formats import Conversation
-from bft_megatron.data.limits import DEFAULT, Limits
 from bft_megatron.data.masks import Rendered, tokenise
+from bft_megatron.data.template_limits import DEFAULT, Limits
 from bft_megatron.data.templates import Beginnings, Span
 from bft_megatron.data.tokenizers import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError

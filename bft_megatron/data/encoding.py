@@ -14,9 +14,9 @@ import numpy as np
 
 from bft_megatron.data import chat, masks
 from bft_megatron.data.formats import Conversation
-from bft_megatron.data.limits import Limits, TemplateFault
 from bft_megatron.data.readers import CHUNK_BYTES, Chunk
 from bft_megatron.data.sources import Source
+from bft_megatron.data.template_limits import Limits, TemplateFault
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.data.workers import unprepared
 from bft_megatron.errors import UserError

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bft_megatron.checksums import BLOCK, Checksum, block_fault, checksum
-from bft_megatron.errors import UserError
+from bft_megatron.errors import Unreadable, UserError
 
 RECORD = "prepared.json"
 QUIET_SECONDS = 3
@@ -51,7 +51,7 @@ def read(folder: Path) -> dict[str, Any]:
 
     Raises:
         Damaged: `prepared.json` is missing, or not as it was written.
-        UserError: it cannot be read.
+        Unreadable: the file system does not let it be read.
     """
     with _faults_of(folder, RECORD):
         stored = json.loads((folder / RECORD).read_bytes())
@@ -67,7 +67,7 @@ def check(folders: Iterable[Path]) -> None:
 
     Raises:
         Damaged: a file is missing, or not as it was written.
-        UserError: a file cannot be read. That is no damage.
+        Unreadable: the file system does not let a file be read. That is no damage.
     """
     blocks = [block for folder in folders for block in _blocks(folder)]
     pool = ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0))))
@@ -104,13 +104,13 @@ def _check_block(block: _Block) -> None:
 
 @contextmanager
 def _faults_of(folder: Path, name: str) -> Iterator[None]:
-    """Turn an error of reading a file into Damaged, or into another UserError if it is the file system's."""
+    """Turn an error of reading a file into Damaged, or into Unreadable if it is the file system's."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         raise Damaged(folder, f"{name}: {e.strerror}") from None
     except OSError as e:
-        raise UserError(f"cannot read it: {e.strerror or e}; nothing is changed", str(folder / name)) from None
+        raise Unreadable.of(folder / name, e) from None
     except (RecursionError, ValueError) as e:
         raise Damaged(folder, f"{name}: {e}") from None
 

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bft_megatron.data.limits import DEFAULT, Limits, TemplateFault
+from bft_megatron.data.template_limits import DEFAULT, Limits, TemplateFault
 from bft_megatron.data.templates import Beginnings, Inputs, Span, Template
 from bft_megatron.errors import FieldError, UserError
 

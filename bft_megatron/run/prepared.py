@@ -21,7 +21,7 @@ from typing import Literal
 from bft_megatron.data import intact, prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
-from bft_megatron.errors import FieldError, UserError
+from bft_megatron.errors import FieldError, Unreadable, UserError
 from bft_megatron.processes import ranks
 from bft_megatron.recipe.rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
@@ -162,7 +162,7 @@ def open_rows(recipe: Recipe) -> RunRows:
     Raises:
         NotPrepared: there are no prepared rows, or they belong to another recipe.
         Damaged: what describes prepared rows is damaged; the rows themselves are not read.
-        UserError: a file cannot be read.
+        Unreadable: the file system does not let a file be read.
     """
     folder = RunFolder.of(recipe).data
     names = _read_names(folder / "rows.json", recipe)
@@ -188,7 +188,7 @@ def _read_names(path: Path, recipe: Recipe) -> dict[str, list[str]]:
             "the data are not prepared: run `bft-megatron prepare RECIPE` once, before the job", str(path)
         ) from None
     except OSError as e:
-        raise UserError(f"cannot read it: {e.strerror or e}", str(path)) from None
+        raise Unreadable.of(path, e) from None
     except (KeyError, RecursionError, TypeError, ValueError):
         raise NotPrepared("names no prepared data: run `bft-megatron prepare RECIPE`", str(path)) from None
     return names

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from bft_megatron.data.blend import Blend
-from bft_megatron.errors import FieldError, UserError
+from bft_megatron.errors import FieldError, Unreadable
 from bft_megatron.run.folder import RunFolder
 
 SHOWN = 12
@@ -28,7 +28,7 @@ def check(folder: RunFolder, train: Blend) -> None:
 
     Raises:
         FieldError: the folder holds checkpoints of a run on other training rows.
-        UserError: the record cannot be read.
+        Unreadable: the file system does not let the record be read.
     """
     if not _goes_on(folder):
         return
@@ -77,7 +77,7 @@ def _read(folder: RunFolder, train: Blend) -> list[_Rows]:
     except FileNotFoundError:
         raise _NoRecord("is missing") from None
     except OSError as e:
-        raise UserError(f"cannot read it: {e.strerror or e}", str(folder.trained_on)) from None
+        raise Unreadable.of(folder.trained_on, e) from None
     except (KeyError, RecursionError, TypeError, ValueError):
         raise _NoRecord("is damaged") from None
     if names != list(train.names):

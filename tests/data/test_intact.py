@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from bft_megatron.data import intact, prepare, readers, sources
 from bft_megatron.data.prepare import Prepared, load
-from bft_megatron.errors import FieldError, UserError
+from bft_megatron.errors import FieldError, Unreadable
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers.material import TINY
 
@@ -80,7 +80,7 @@ def test_an_error_of_the_file_system_is_no_damage(tmp_path: Path) -> None:
     folder = prepared(tmp_path).folder
     (folder / "prepared.json").unlink()
     (folder / "prepared.json").symlink_to("/proc/self/mem")
-    with pytest.raises(UserError, match=r"prepared\.json: cannot read it: Input/output error; nothing is changed"):
+    with pytest.raises(Unreadable, match=r"prepared\.json: Input/output error; nothing was changed"):
         prepared(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 

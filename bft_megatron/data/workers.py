@@ -76,8 +76,9 @@ def _begin(function: Callable[[Any], Any], parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     gc.freeze()  # keeps the collector away from the forked objects, so their pages are not copied
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends the others once one is killed
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
 
 

@@ -71,12 +71,18 @@ def end_on_signals() -> None:
 
     The folders that it is writing are removed; its workers end with it.
     """
+    own = os.getpid()
     for number in asking():
-        signal.signal(number, _end)
+        signal.signal(number, lambda number, _: _end(number, own))
 
 
-def _end(number: int, _: FrameType | None) -> NoReturn:
-    """End without an exception: Python drops one that a handler raises within a destructor or a hook of a fork."""
+def _end(number: int, own: int) -> NoReturn:
+    """End without an exception: Python drops one that a handler raises within a destructor or a hook of a fork.
+
+    A worker that is being forked still has this handler; all but the process `own` end without a word.
+    """
+    if os.getpid() != own:
+        os._exit(128 + number)
     temporary.remove()
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -71,7 +71,7 @@ def test_a_run_killed_between_its_last_save_and_its_mark_gets_the_mark(
 
 
 def test_a_first_step_of_days_is_ended_at_once(tmp_path: Path):
-    with Run(tmp_path / "run", "train.global_batch_size=1000000000000", *ALONE) as run:
+    with Run(tmp_path / "run", "train.global_batch_size=2000000000", *ALONE) as run:
         run.until("bft on tiny")
         run.process.send_signal(signal.SIGTERM)
         assert run.end(30) == 128 + signal.SIGTERM

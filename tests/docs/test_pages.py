@@ -72,6 +72,16 @@ def test_json_blocks_are_conversations(name: str):
         assert conversation(json.loads(block), SourceSettings("x.jsonl"), 1, 0, name).messages
 
 
+def test_every_promise_names_its_tests():
+    rows = [line for line in read("docs/reliability.md").text.splitlines() if line.startswith("| ") and "::" in line]
+    assert len(rows) > 50
+    for row in rows:
+        named = re.findall(r"`([^`]+\.py)::(\w+)`", row.split(" | ")[2])
+        assert named, row
+        for file, name in named:
+            assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+
+
 @every_page
 def test_python_blocks_import_what_there_is(name: str):
     for block in read(name).blocks("python"):

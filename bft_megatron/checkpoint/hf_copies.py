@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from bft_megatron import parent
 from bft_megatron.processes import ranks
 from bft_megatron.run.folder import RunFolder
 
@@ -65,7 +66,9 @@ class HFCopies:
         command = [sys.executable, "-m", "bft_megatron", "export", str(self.folder.root)]
         command += [str(self.folder.hf_copy(iteration)), "--iteration", str(iteration)]
         with self._log.open("w") as log:
-            export = subprocess.Popen(command, env=environment, stdout=log, stderr=log, process_group=0)
+            export = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, process_group=0, preexec_fn=parent.end_with_it
+            )
         self._iteration, self._export = iteration, export
         return export
 

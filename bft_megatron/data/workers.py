@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from typing import Any
 
+from bft_megatron import parent
 from bft_megatron.errors import UserError
 
 AHEAD = 3
@@ -67,13 +67,12 @@ def _mapped[Item, Result](function: Callable[[Item], Result], items: Iterator[It
 _function: Callable[[Any], Any] | None = None  # set in a forked process, which serves a single map
 
 
-def _begin(function: Callable[[Any], Any], parent: int) -> None:
-    """Initialise a worker: it ends when the parent does, even if that is killed (Linux), and leaves signals to it."""
+def _begin(function: Callable[[Any], Any], starter: int) -> None:
+    """Initialise a worker: it ends when the parent does, even if that is killed, and leaves signals to it."""
     global _function
     _function = function
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
+    parent.end_with_it()
+    if os.getppid() != starter:
         os._exit(1)
     gc.freeze()  # keeps the collector away from the forked objects, so their pages are not copied
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):

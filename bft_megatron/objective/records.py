@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bft_megatron.errors import FieldError
 from bft_megatron.objective.view import View
+from bft_megatron.recipe import environment
 from bft_megatron.user_code import blamed, is_missing
 
 FIELD = "objective.name"
@@ -62,10 +63,10 @@ def balanced(group_size: int = 256, gamma: float = 1.0, confidence: Confidence =
     Raises:
         FieldError: a setting is out of range; the message names it.
     """
-    if group_size < 1:
-        raise FieldError("objective.group_size", f"must be at least 1, not {group_size}")
-    if not gamma > 0:
-        raise FieldError("objective.gamma", f"must be above 0, not {gamma}")
+    if fault := environment.GROUP_SIZE.fault(group_size):
+        raise FieldError("objective.group_size", fault)
+    if fault := environment.GAMMA.fault(gamma):
+        raise FieldError("objective.gamma", fault)
     if confidence not in get_args(Confidence):
         raise FieldError("objective.confidence", f"must be one of {get_args(Confidence)}, not {confidence!r}")
 

@@ -7,7 +7,6 @@ torch only to count GPUs.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import glob
 import os
 import signal
@@ -18,6 +17,7 @@ import time
 from collections.abc import Iterator
 
 from bft_megatron.errors import USER_ERROR
+from bft_megatron import parent
 from bft_megatron.processes import ranks, signals
 from bft_megatron.recipe.schema import Recipe
 
@@ -70,10 +70,9 @@ def _free_port() -> int:
 
 
 def _prepare_child() -> None:
-    """Block signals in a child before exec, and have the kernel kill it when the launcher ends (Linux)."""
+    """Block signals in a child before exec, and have it end with the launcher."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent.end_with_it()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from bft_megatron.processes.device import current_device
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.resolved import Run
 
+LONG_STEP = 12 * 3600
+"""Seconds of a step from which on its length is more likely a slip than meant."""
 TRAINING_SHARE = 0.35
 """Share of a device's matrix-multiplication speed that training reaches in a sensible layout."""
 
@@ -31,13 +33,15 @@ def sentence(run: Run, done: int) -> str:
     parameters, steps, batch = parameter_count(run.config), run.steps, recipe.train.global_batch_size
     counts = rows.train.counts
     tokens = rows.total * rows.train.tokens / rows.train.rows
-    left = tokens * (steps - done) / steps
+    step_seconds = 6 * parameters * tokens / steps / _speed(run.world)
+    warning = f"; warning: a step takes {_duration(step_seconds)}: is train.global_batch_size meant?"
     go_on = f" from step {done}" if done else ""
     return (
         f"{recipe.objective.name} on {Path(recipe.model).name} ({_short(parameters)} parameters): {steps} steps{go_on} "
         f"of {batch} rows x {recipe.data.seq_length:,} "
         f"({_short(tokens)} tokens, {counts.supervised / counts.tokens:.0%} "
-        f"supervised), {describe_layout(recipe, run.world)}; {_duration(6 * parameters * left / _speed(run.world))}"
+        f"supervised), {describe_layout(recipe, run.world)}; {_duration(step_seconds * (steps - done))}"
+        f"{warning if step_seconds > LONG_STEP else ''}"
     )
 
 

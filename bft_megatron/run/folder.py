@@ -6,6 +6,7 @@ data/            the packed rows                   model/         config, tokeni
 logs/            the output of each rank           hf/            kept checkpoints as Hugging Face models
 trained_on.json  the training rows that the run began with
 unfinished       exists until the run is complete; its line says why the last process stopped
+streak.json      steps that were not finite when the last process stopped (`checkpoint.streak`)
 done             exists once the last step is saved
 """
 

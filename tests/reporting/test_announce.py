@@ -9,11 +9,12 @@ import pytest
 
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.recipe import reader
-from bft_megatron.reporting.announce import notes
+from bft_megatron.reporting.announce import notes, sentence
 from bft_megatron.run.prepared import prepare_rows
 from bft_megatron.run.resolved import Run
 from tests.helpers.commands import run_command
 from tests.helpers.runs import MODEL, RECIPE, read_metrics
+from tests.helpers.world import run_world
 
 OVERRIDES = [
     *(f"model={MODEL}", f"data.train={MODEL / 'train.jsonl'}", f"data.valid={MODEL / 'valid.jsonl'}"),
@@ -50,3 +51,11 @@ def test_nothing_is_said_of_windows_that_are_there(tmp_path: Path, overrides: li
     run = Run(made, read_config(MODEL), MODEL, prepare_rows(made, MODEL, 500), 2)
     found = notes(run)
     assert [note[: len(text)] for note, text in zip(found, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize("rows", [8, 2_000_000_000])
+def test_a_step_of_days_is_said(tmp_path: Path, rows: int) -> None:
+    made = reader.load(RECIPE, [*OVERRIDES, f"train.global_batch_size={rows}", f"output={tmp_path}"])
+    run = Run(made, read_config(MODEL), MODEL, prepare_rows(made, MODEL, 500), 2)
+    (said,) = run_world(1, sentence, run, 0, megatron=True)
+    assert said.endswith("days: is train.global_batch_size meant?") == (rows > 8)

@@ -16,8 +16,8 @@ import sys
 import time
 from collections.abc import Iterator
 
-from bft_megatron.errors import USER_ERROR
 from bft_megatron import parent
+from bft_megatron.errors import USER_ERROR
 from bft_megatron.processes import ranks, signals
 from bft_megatron.recipe.schema import Recipe
 

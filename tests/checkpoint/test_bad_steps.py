@@ -121,7 +121,7 @@ def test_too_many_in_a_row_end_with_65_and_leave_the_last_good_checkpoint(
     assert (folder.root / "unfinished").read_text().startswith("blown up: the gradient of 2 steps in a row was not")
 
 
-@pytest.mark.parametrize(("valid", "status"), [(f"{MODEL / 'valid.jsonl'}", 0), ("null", 65)])
+@pytest.mark.parametrize(("valid", "status"), [(f"{MODEL / 'valid.jsonl'}", 0), ("null", 65)], ids=["vouches", "none"])
 def test_a_validation_vouches_for_the_steps_before_a_bad_last_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, valid: str, status: int
 ):

@@ -13,8 +13,8 @@ import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from bft_megatron.checkpoint.saving import Saving
 from bft_megatron.run.folder import RunFolder
-from bft_megatron.training import loop
 from bft_megatron.upstream import checkpoint_writer
 from tests.helpers.background import arguments
 from tests.helpers.commands import run_command
@@ -23,7 +23,7 @@ from tests.helpers.world import run_world
 
 def test_a_full_disk_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """/dev/full stands in for the place of one rank's file of the second save."""
-    folder, saved = RunFolder(tmp_path / "run"), loop.saved
+    folder, saved = RunFolder(tmp_path / "run"), Saving.saved
     words = arguments(folder.root, "train.iterations=4", "train.save_every=2", "data.valid=null")
 
     def saved_and_filled(*args: Any) -> None:
@@ -33,7 +33,7 @@ def test_a_full_disk_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             (folder.checkpoint(4) / "__1_0.distcp").symlink_to("/dev/full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "saved", saved_and_filled)
+        patch.setattr(Saving, "saved", saved_and_filled)
         assert run_command(monkeypatch, *words) == 1
     (line,) = re.findall(r"^rank .*", capfd.readouterr().out, re.MULTILINE)
     file = folder.checkpoint(4) / "__1_0.distcp"

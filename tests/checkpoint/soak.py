@@ -146,7 +146,9 @@ class Soak:
         return f"the data written anew, unchanged; {self.kill()}"
 
     def change_data(self) -> str:
-        """Change the data: the run must refuse to go on; then put it back."""
+        """Change the data: the run must refuse to go on; then put it back. Before the first save it may begin anew."""
+        if not RunFolder(self.out).saved_iteration():
+            return self.kill()
         before = self.data.read_bytes()
         self.data.write_bytes(before.partition(b"\n")[2])
         with Run(self.out, *self.words) as run:

@@ -102,6 +102,7 @@ def test_a_closed_terminal_saves_and_stops(tmp_path: Path):
     assert RunFolder(out).saved_iteration() == stopped_at
 
 
+@pytest.mark.slow
 def test_what_nohup_has_ignored_stays_ignored_and_ctrl_c_again_ends_a_run_that_cannot_save(tmp_path: Path):
     with Run(tmp_path / "run", "train.iterations=500", prefix=("nohup",)) as run:
         rank, other = run.until("step     1").ranks()

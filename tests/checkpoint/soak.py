@@ -9,6 +9,7 @@ It runs in a mount namespace of its own, with the disturbed run on a small disk 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -158,14 +159,18 @@ class Soak:
         return f"a row less in the data: refused; put back; {self.kill()}"
 
     def fill_disk(self) -> str:
-        """Leave less than a checkpoint takes: the run must fail on its next save; then free it."""
+        """Take all room on the disk while the run goes on: it must fail on a save; then free it."""
         ballast = self.out.parent / "ballast"
-        ballast.write_bytes(bytes(shutil.disk_usage(self.out).free - (3 << 20)))
-        with Run(self.out, *self.words) as run:
+        with Run(self.out, *self.words) as run, ballast.open("wb", buffering=0) as file:
+            run.until("step ")
+            while run.process.poll() is None:  # a deleted checkpoint makes room again
+                with contextlib.suppress(OSError):
+                    file.write(bytes(shutil.disk_usage(self.out).free))
+                time.sleep(0.01)
             assert run.end() == 1, run.said
-        assert "No space left on device" in run.said, run.said
         ballast.unlink()
-        return "the disk full in a save; freed"
+        assert "No space left on device" in run.said, run.said
+        return "the disk full in a step; freed"
 
     def _flip(self, file: Path) -> Path:
         content = bytearray(file.read_bytes())

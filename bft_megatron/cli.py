@@ -109,7 +109,7 @@ def inspect(
     origins = [sources.open_source(source).files for source in data.sources("train")]
     shown = inspection.read(rows.train, origins, tokenizers.load(request.model_folder, data.chat_template), row)
     if html is None:
-        inspection.print_row(shown, Console())
+        inspection.print_row(shown, Console(emoji=False))
         return
     files.write(html, page.page(shown), "the page")
 
@@ -265,7 +265,7 @@ def from_llamafactory(
 
     conversion = convert(config, gpus)
     text = recipe_text(conversion)
-    print_table(conversion, Console(stderr=recipe_file is None))
+    print_table(conversion, Console(stderr=recipe_file is None, emoji=False))
     if recipe_file is None:
         print(text, end="")
         return
@@ -295,6 +295,6 @@ def main() -> None:
     try:
         app()
     except (UserError, Unreadable, OSError) as e:
-        if ranks.rank() == 0 or not isinstance(e, UserError):
-            Console(stderr=True).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
+        if ranks.leads() or not isinstance(e, UserError):
+            Console(stderr=True, emoji=False).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
         sys.exit(USER_ERROR if isinstance(e, UserError) else 1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import FrameType
 
@@ -19,22 +20,34 @@ NO_FAULT_OF_CODE = ("MemoryError", "OutOfMemoryError", "AcceleratorError")
 
 
 def check_source(field: str, module: str) -> None:
-    """Check that a module exists and has no syntax error, without running it: it may import torch, which takes seconds.
+    """Check that a module and the packages that hold it exist and have no syntax error, without running any of it.
+
+    It may import torch, which takes seconds, or end the process.
 
     Raises:
-        FieldError: it does not, or one of the packages that hold it, which Python runs to find it, fails.
+        FieldError: one of them does not exist, or has an error.
     """
     with blamed(field, module):
-        try:
-            spec = importlib.util.find_spec(module)
-        except (ModuleNotFoundError, ValueError) as e:
-            if isinstance(e, ModuleNotFoundError) and not is_missing(module, e):
-                raise
-            spec = None
-        if spec is None:
+        specs = _specs(module)
+        if specs is None:
             raise FieldError(field, f"there is no module {module!r} here or among the installed packages")
-        if spec.origin is not None and spec.origin.endswith(".py"):
-            compile(Path(spec.origin).read_bytes(), spec.origin, "exec", dont_inherit=True)
+        for origin in [spec.origin for spec in specs if spec.origin is not None and spec.origin.endswith(".py")]:
+            compile(Path(origin).read_bytes(), origin, "exec", dont_inherit=True)
+
+
+def _specs(module: str) -> list[ModuleSpec] | None:
+    """Return where Python finds the packages around a module and the module itself; None if one of them is nowhere.
+
+    A part is looked for under its own name, not the full one, for which Python would want its package imported.
+    """
+    top, *parts = module.split(".")
+    found = [next(filter(None, (finder.find_spec(top, None) for finder in sys.meta_path)), None)]
+    for part in parts:
+        package = found[-1]
+        places = None if package is None else package.submodule_search_locations
+        found.append(None if places is None else PathFinder.find_spec(part, list(places)))
+    specs = [spec for spec in found if spec is not None]
+    return specs if len(specs) == len(found) else None
 
 
 def is_missing(module: str, e: ModuleNotFoundError) -> bool:

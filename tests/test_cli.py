@@ -93,6 +93,23 @@ def test_bad_environment_variable(recipe: Path, monkeypatch: pytest.MonkeyPatch)
     assert refused(recipe) == "error: environment variable BFT_GROUP_SIZE: must be a whole number, not 'many'"
 
 
+@pytest.mark.parametrize(("variable", "value"), [("RANK", ""), ("RANK", "x"), ("WORLD_SIZE", "-1")])
+def test_a_rank_that_its_launcher_does_not_number(
+    recipe: Path, variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    for name, number in {"RANK": "0", "WORLD_SIZE": "1", variable: value}.items():
+        monkeypatch.setenv(name, number)
+    assert run_command(monkeypatch, "train", recipe) == 2
+    assert f"error: environment variable {variable}: must be a whole number, not {value!r}" in capfd.readouterr().err
+
+
+def test_what_looks_like_an_emoji_is_printed_as_it_is(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    assert run_command(monkeypatch, "train", recipe, "objective.name=.a:b:c") == 2
+    assert "error: objective.name=.a:b:c: " in capfd.readouterr().err
+
+
 def test_bad_override_is_named_as_it_was_typed(recipe: Path):
     assert "train.lr=fast: Value 'fast'" in refused(recipe, "train.lr=fast")
 

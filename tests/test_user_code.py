@@ -51,11 +51,16 @@ def test_a_syntax_error_is_found_before_anything_starts(
     assert not (folder / "run").exists()
 
 
-def test_a_package_that_fails_when_its_module_is_looked_for(folder: Path):
-    (folder / "package").mkdir()
-    (folder / "package/__init__.py").write_text("\nimport no_such_module\n")
-    with pytest.raises(FieldError, match=r"package/__init__.py:2: ModuleNotFoundError: No module named 'no_such_mod"):
-        user_code.check_source("objective.name", "package.module")
+def test_a_package_is_not_run_when_its_module_is_looked_for(folder: Path):
+    (folder / "package/inner").mkdir(parents=True)
+    (folder / "package/__init__.py").write_text("import os\nos._exit(0)\n")
+    (folder / "package/inner/module.py").write_text("import os\nos._exit(0)\n")
+    user_code.check_source("objective.name", "package.inner.module")
+    with pytest.raises(FieldError, match=r"there is no module 'package\.other' here"):
+        user_code.check_source("objective.name", "package.other")
+    (folder / "package/__init__.py").write_text("\ndef broken(:\n")
+    with pytest.raises(FieldError, match=r"package/__init__.py:2: SyntaxError: invalid syntax"):
+        user_code.check_source("objective.name", "package.inner.module")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ class Request:
     def world(self) -> tuple[bool, int]:
         """Return whether this process is a rank, and the number of processes of the run. Raises UserError."""
         in_rank = ranks.in_rank()
+        if in_rank:
+            ranks.check()
         processes = ranks.world_size() if in_rank else launcher.local_processes(self.recipe)
         self.check(lambda: rules.check_world(self.recipe, processes))
         return in_rank, processes
@@ -73,7 +75,7 @@ class Request:
         from bft_megatron.run.prepared import prepare_rows
 
         rows = self.check(lambda: prepare_rows(self.recipe, self.model_folder, self.config.vocab_size))
-        Console().print(summary_table(rows.named))
+        Console(emoji=False).print(summary_table(rows.named))
         batch, rows_there = self.recipe.train.global_batch_size, rows.train.rows
         if batch > MOST_PASSES * rows_there:
             times = f"{batch // rows_there:,} times the {rows_there:,} of data.train"

@@ -14,6 +14,7 @@ from typing import Any, Literal, TextIO
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
@@ -90,7 +91,7 @@ def run(
         part = out.with_name(f"{out.name}.tmp")
         part.write_text("".join(json.dumps(score) + "\n" for score in scores), encoding="utf-8")
         part.replace(out)
-        _summarise(scores, blend.names, Console(file=console, width=100))
+        _summarise(scores, blend.names, Console(file=console, width=100, emoji=False))
         print(f"wrote {out}", file=console, flush=True)
     dist.destroy_process_group()
 
@@ -153,7 +154,7 @@ def _summarise(scores: list[Score], sources: tuple[str, ...], console: Console) 
         low, middle, high = c.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
         weight = sum(score["weight"] for score in own) / len(own)
         numbers = (f"{x:.4f}" for x in (lm_loss, p, low, middle, high, weight))
-        table.add_row(source, f"{len(own):,}", f"{sum(n):,}", *numbers)
+        table.add_row(escape(source), f"{len(own):,}", f"{sum(n):,}", *numbers)
     console.print(table)
     console.print("least sure of:")
     for score in sorted(scores, key=lambda score: score["confidence"])[:LEAST_SURE]:

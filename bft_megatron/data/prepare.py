@@ -173,7 +173,7 @@ def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:
     """Yield the samples of a source in order, with a progress bar if stderr is a terminal."""
     console = Console(stderr=True)
     total = source.count_rows() if console.is_terminal else None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(f"preparing {source.settings.label}", total=total)
         for encoded in ordered_map(encoder, source.chunks(encoder.settings.max_row_bytes)):

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 import torch
 from rich.console import Console
@@ -92,7 +92,7 @@ def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
     partial = out.absolute().with_name(f".{out.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with (partial / ".content").open("a+") as note:
+        with (partial / ".content").open("a+b") as note:
             _lock(note, out)
             try:
                 _clear_unless(content, partial, note)
@@ -106,20 +106,20 @@ def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
         raise UserError(f"cannot write the model: {e.strerror}", str(out)) from e
 
 
-def _clear_unless(content: str | None, partial: Path, note: TextIO) -> None:
+def _clear_unless(content: str | None, partial: Path, note: BinaryIO) -> None:
     """Remove an earlier call's files unless it had the same content, and note the content."""
     note.seek(0)
-    if content is not None and note.read() == content:
+    if content is not None and note.read() == content.encode():
         return
     for file in partial.iterdir():
         if file.name != ".content":
             file.unlink()
     note.truncate(0)
-    note.write(content or "")
+    note.write((content or "").encode())
     note.flush()
 
 
-def _lock(file: TextIO, out: Path) -> None:
+def _lock(file: BinaryIO, out: Path) -> None:
     """Hold a lock until the file is closed, if the file system supports locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bft_megatron.plan.budget import PARTS, allowances, parts
@@ -50,8 +51,8 @@ def as_json(plan: Plan, changes: list[Alternative]) -> dict[str, Any]:
 
 def console() -> Console:
     """Return the console for reports, wide enough for the tables if the output is no terminal."""
-    found = Console()
-    return found if found.is_terminal else Console(width=120)
+    found = Console(emoji=False)
+    return found if found.is_terminal else Console(width=120, emoji=False)
 
 
 def parameters(plan: Plan) -> int:
@@ -64,7 +65,10 @@ def show(plan: Plan, console: Console) -> None:
     v, e, cluster = plan.verdict, plan.estimate, plan.cluster
     count = parameters(plan)
     held = f"{count / 1e9:.3g} B parameters held" if count >= 1e9 else f"{count / 1e6:.3g} M parameters held"
-    _say(console, f"{plan.recipe.model} ({held}), {describe_layout(plan.recipe, cluster.world)}, {cluster.gpu.name}")
+    _say(
+        console,
+        f"{escape(plan.recipe.model)} ({held}), {describe_layout(plan.recipe, cluster.world)}, {cluster.gpu.name}",
+    )
     console.print(_table(plan))
     beside = ", ".join(
         f"{a.name} {_range(a.least, a.most)}" for a in allowances(v.stage, cluster.gpu, cluster.world) if a.most

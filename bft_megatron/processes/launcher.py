@@ -9,18 +9,22 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from bft_megatron import parent
 from bft_megatron.errors import USER_ERROR
 from bft_megatron.processes import ranks, signals
 from bft_megatron.recipe.schema import Recipe
 
+EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""The first and the last port that the kernel gives to a process that asks for any."""
 GRACE_SECONDS = 3
 """Time for the other ranks to fail by themselves, with a message, before they are killed after one has failed."""
 
@@ -64,9 +68,19 @@ def launch(arguments: list[str], processes: int) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """Return a free port, which no process is given by chance before rank 0, seconds later, takes it.
+
+    It is none of those from which the kernel gives a port to whoever asks for any, unless all others are taken.
+    """
+    first, last = 32_768, 60_999  # Linux's default
+    with contextlib.suppress(OSError):
+        first, last = map(int, EPHEMERAL.read_text().split())
+    others = [port for port in range(10_000, 1 << 16) if not first <= port <= last]
+    for port in [*random.sample(others, len(others)), 0]:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("", port))
+            return int(s.getsockname()[1])
+    raise OSError("no port is free")
 
 
 def _prepare_child() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Any, TextIO, cast
@@ -54,6 +55,23 @@ def discard(stream: TextIO) -> None:
     stream.flush()
 
 
+def open_closed() -> None:
+    """Open /dev/null in place of those of stdin, stdout and stderr that this process was started without.
+
+    The next file that is opened would take the place, and get what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
 def outlive_readers() -> None:
-    """Have stdout and stderr of this process outlive their readers."""
+    """Have stdout and stderr of this process outlive their readers, and print `?` for what their encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)

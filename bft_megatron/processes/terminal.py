@@ -32,7 +32,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     before = [os.dup(1), os.dup(2)]
-    console = streams.lasting(os.fdopen(os.dup(1), "w"))
+    console = streams.lasting(os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace"))
     with log.open("a") as file:
         _redirect([file.fileno(), file.fileno()])
     try:

@@ -46,11 +46,14 @@ def refusals() -> Iterator[None]:
 
     Raises:
         FieldError: Megatron refuses a flag's value, or flags together. Its own words and the traceback go to stderr.
+        OSError, MemoryError: as they are, for no flag is at fault.
     """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             yield
+    except (OSError, MemoryError):
+        raise
     except (Exception, SystemExit) as e:
         traceback.print_exc()
         raise _refusal(e, said.getvalue()) from None

@@ -257,6 +257,13 @@ def test_an_export_that_was_cut_short_goes_on(models: list[SavedModel], checkpoi
     assert not (tmp_path / "out" / ".content").exists()
 
 
+def test_a_note_of_an_export_that_is_no_text_is_one_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/.content").write_bytes(b"\xff\x00")
+    with written_whole(tmp_path / "out", "these weights") as folder:
+        assert (folder / ".content").read_text() == "these weights"
+
+
 def test_what_was_cut_short_is_not_mixed_with_something_else(
     models: list[SavedModel], checkpoints: Path, tmp_path: Path
 ) -> None:

@@ -50,6 +50,12 @@ def test_what_megatron_refuses_is_an_error_of_the_recipe(more: list[str], field:
     assert said.startswith(message)
 
 
+@pytest.mark.parametrize("error", [FileExistsError, MemoryError])
+def test_what_no_flag_is_to_blame_for_is_left_as_it_is(error: type[Exception]):
+    with pytest.raises(error), command_line.refusals():
+        raise error
+
+
 def test_megatrons_parser_takes_no_list():
     from megatron.training import arguments
 

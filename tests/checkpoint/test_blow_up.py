@@ -66,6 +66,16 @@ def test_a_last_step_that_is_not_finite_ends_with_65(run: Started):
     assert f"to go back to step 1, remove {run.folder.checkpoint(2)}" in run.said[-1]
 
 
+def test_a_last_step_that_nothing_tries_costs_no_older_checkpoint(run: Started):
+    words = ("train.iterations=2", "train.warmup_iterations=1", "train.keep_last=1", "data.valid=null")
+    assert run.start("train.lr=1e30", *words) == 65
+    assert run.why.startswith("blown up: norms of the parameters are not finite after step 2")
+    assert run.folder.iterations() == [1]
+    run.folder = RunFolder(run.folder.root.with_name("good"))
+    assert run.start(*words) == 0
+    assert sorted(run.folder.iterations()) == [1, 2]
+
+
 def test_the_same_command_again_ends_with_65_again(run: Started):
     for _ in range(2):
         assert run.start("train.lr=1e30", "train.iterations=19", "train.max_skipped=4") == 65

@@ -24,7 +24,7 @@ class Gate:
     Args:
         streak: the steps and validations in a row that were not finite.
         steps: the steps of the whole run.
-        console: gets a line for each step that is not saved, on rank 0.
+        console: gets a line for each step that is not saved, or is saved within a streak, on rank 0.
     """
 
     def __init__(self, streak: Streak, steps: int, console: TextIO) -> None:
@@ -51,9 +51,11 @@ class Gate:
         if bad.item():
             what = "norms of the parameters" if untried else "parameters"
             raise BlownUp(f"{what} are not finite after step {iteration}; {ADVICE}")
-        self.refused = None if last and vouched else self.streak.why
-        if self.refused and dist.get_rank() == 0:
-            print(f"step {iteration} is not saved: {self.refused}", file=self.console, flush=True)
+        why = self.streak.why
+        self.refused = None if last and vouched else why
+        if why and dist.get_rank() == 0:
+            saved = "not saved" if self.refused else "saved, for a validation of its parameters was finite"
+            print(f"step {iteration} is {saved}: {why}", file=self.console, flush=True)
         return self.refused is None
 
     def check_end(self, iteration: int) -> None:

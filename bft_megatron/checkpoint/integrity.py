@@ -194,7 +194,10 @@ def _check_record(file: Path, offset: int, length: int, sealed: bool) -> None:
     if fault:
         raise _Damage(fault)
     with _reading(file, f"record at {offset}: "):
-        load(file, offset, length)
+        content = load(file, offset, length)
+    match content:  # of the common state
+        case [{"checkpoint_version": _, "iteration": int(step)}] if file.parent.name != f"iter_{step:07d}":
+            raise _Damage(f"{file.name}: it is that of step {step}")
 
 
 @contextlib.contextmanager

@@ -115,6 +115,7 @@ UNSEALED: list[tuple[Harm, str]] = [
     (_flip_in_a_tensor, "__._0.distcp: record at .* does not match its CRC-32"),
     (_flip_in_a_zip_directory, "__._0.distcp: record at .*data"),
     (lambda c: _shard(c).write_bytes(bytes(_shard(c).stat().st_size)), "__0_0.distcp: record at .* not a zip file"),
+    (_become_another_step, "__._0.distcp: it is that of step 2"),
     (lambda c: _cut(c / ".metadata"), "^.metadata: "),
     (lambda c: _flip((c / ".metadata"), (c / ".metadata").read_bytes().index(b"common_state")), "^.metadata: "),
 ]

@@ -88,6 +88,7 @@ FOUND_WITHOUT_SEAL: list[tuple[Harm, str]] = [
     (lambda c: _shard(c).unlink(), "__0_0.distcp: No such file"),
     (lambda c: (_shard(c).unlink(), _shard(c).mkdir()), "__0_0.distcp: "),
     (lambda c: (c / ".metadata").unlink(), "^.metadata: No such file"),
+    (lambda c: _become_fifo(c / ".metadata"), "^.metadata: is no regular file"),
     (lambda c: (c / "metadata.json").unlink(), "metadata.json: No such file"),
     (lambda c: (c / "metadata.json").write_text(""), "metadata.json: JSONDecodeError"),
     (lambda c: _flip(c / "metadata.json", 5, mask=1), "metadata.json: TypeError: .*sharded_backend"),
@@ -106,7 +107,6 @@ DAMAGES: list[tuple[Harm, str]] = [
     (lambda c: _flip(c / SEAL, 3, mask=1), "seal.json: KeyError"),
     (_rename_in_seal, "seal.json: .* does not match its own CRC-32"),
     (lambda c: _become_fifo(c / SEAL), "^seal.json: is no regular file"),
-    (lambda c: _become_fifo(c / ".metadata"), "^.metadata: is no regular file"),
     (_become_another_step, "seal.json: .*it is that of iter_0000002"),
 ]
 

@@ -18,12 +18,13 @@ class Gate:
     """The decision before every save.
 
     The run's last step is saved within a streak too if a validation vouches for its parameters: they are those of the
-    last step that was not skipped.
+    last step that was not skipped. No step follows to try it, so that without a validation its parameters must at least
+    have a norm in fp32.
 
     Args:
         streak: the steps and validations in a row that were not finite.
         steps: the steps of the whole run.
-        console: gets a line for each step that is not saved, on rank 0.
+        console: gets a line for each step that is not saved, or is saved within a streak, on rank 0.
     """
 
     def __init__(self, streak: Streak, steps: int, console: TextIO) -> None:
@@ -39,16 +40,22 @@ class Gate:
             model: this rank's chunks.
 
         Raises:
-            BlownUp: a parameter on some rank is not finite, from which no step recovers.
+            BlownUp: a parameter on some rank is not finite, from which no step recovers; or, after the last step and
+                without a validation, the norm of one is not finite in fp32.
         """
-        bad = (~finite(p for chunk in model for p in chunk.parameters())).int()
+        parameters = [p for chunk in model for p in chunk.parameters()]
+        last, vouched = iteration == self.steps, self.streak.is_vouched_for
+        untried = last and not vouched and not self.streak.why
+        bad = (~(have_norms(parameters) if untried else finite(parameters))).int()
         dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad.item():
-            raise BlownUp(f"parameters are not finite after step {iteration}; {ADVICE}")
-        good = iteration == self.steps and self.streak.is_vouched_for
-        self.refused = None if good else self.streak.why
-        if self.refused and dist.get_rank() == 0:
-            print(f"step {iteration} is not saved: {self.refused}", file=self.console, flush=True)
+            what = "norms of the parameters" if untried else "parameters"
+            raise BlownUp(f"{what} are not finite after step {iteration}; {ADVICE}")
+        why = self.streak.why
+        self.refused = None if last and vouched else why
+        if why and dist.get_rank() == 0:
+            saved = "not saved" if self.refused else "saved, for a validation of its parameters was finite"
+            print(f"step {iteration} is {saved}: {why}", file=self.console, flush=True)
         return self.refused is None
 
     def check_end(self, iteration: int) -> None:
@@ -65,3 +72,10 @@ def finite(parameters: Iterable[Tensor]) -> Tensor:
     """
     extremes = [extreme for p in parameters if p.numel() for extreme in torch.aminmax(p)]
     return torch.stack(extremes).isfinite().all() if extremes else torch.ones((), device=current_device()).bool()
+
+
+@torch.no_grad()
+def have_norms(parameters: Iterable[Tensor]) -> Tensor:
+    """Return whether the norm of each is finite in fp32, as a bool on their device. Does not wait for the device."""
+    norms = [torch.linalg.vector_norm(p, dtype=torch.float32) for p in parameters if p.numel()]
+    return torch.stack(norms).isfinite().all() if norms else torch.ones((), device=current_device()).bool()

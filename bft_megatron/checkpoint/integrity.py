@@ -113,9 +113,10 @@ def _check_outline(path: Path) -> None:
 
 
 def _seal(path: Path) -> dict[str, Checksum] | None:
-    """Return the seal of a checkpoint whose save Megatron has finished."""
+    """Return the seal of a checkpoint whose save Megatron has finished, all of whose files can be opened."""
     from megatron.core.dist_checkpointing.core import maybe_load_config
 
+    _check_kinds(path)
     with _reading(path / "metadata.json"):
         config = maybe_load_config(str(path))
     if config is None:
@@ -124,6 +125,14 @@ def _seal(path: Path) -> dict[str, Checksum] | None:
         raise _Damage(f"metadata.json: sharded_backend is {config.sharded_backend!r}, should be 'torch_dist'")
     with _reading(path / SEAL):
         return read_seal(path)
+
+
+def _check_kinds(path: Path) -> None:
+    """Find what is neither a file nor a folder, by one listing: opening a FIFO waits for ever."""
+    with _reading(path), os.scandir(path) as entries:
+        odd = [entry.name for entry in entries if not (entry.is_file() or entry.is_dir())]
+    if odd:
+        raise _Damage(f"{min(odd)}: is no regular file")
 
 
 def _check_sizes(path: Path, sizes: dict[str, int]) -> None:
@@ -185,7 +194,10 @@ def _check_record(file: Path, offset: int, length: int, sealed: bool) -> None:
     if fault:
         raise _Damage(fault)
     with _reading(file, f"record at {offset}: "):
-        load(file, offset, length)
+        content = load(file, offset, length)
+    match content:  # of the common state
+        case [{"checkpoint_version": _, "iteration": int(step)}] if file.parent.name != f"iter_{step:07d}":
+            raise _Damage(f"{file.name}: it is that of step {step}")
 
 
 @contextlib.contextmanager

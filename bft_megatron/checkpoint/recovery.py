@@ -76,7 +76,7 @@ def newest_whole(folder: RunFolder, console: TextIO) -> int:
 
 def _look(folder: RunFolder) -> _Found:
     iterations = sorted(folder.iterations(), reverse=True)
-    ever = folder.tracker.exists() or any((folder.checkpoint(i) / "metadata.json").exists() for i in iterations)
+    ever = folder.tracker.exists() or any(map(folder.was_finished, iterations))
     return _Found(iterations, folder.tracked(), ever)
 
 
@@ -138,7 +138,7 @@ def _set_aside(folder: RunFolder, found: _Found, faults: dict[int, str], newest:
     """Rename or remove damaged checkpoints (rank 0): a save into such a folder would mix old and new files."""
     for iteration, fault in faults.items():
         path = folder.checkpoint(iteration)
-        cut_short = not (path / "metadata.json").exists() and (found.tracker or 0) < iteration
+        cut_short = not folder.was_finished(iteration) and (found.tracker or 0) < iteration
         if cut_short and (found.tracker is not None or not found.ever):
             shutil.rmtree(path)
             print(f"removed what an unfinished save of step {iteration} left behind", file=console, flush=True)

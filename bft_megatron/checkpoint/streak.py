@@ -24,6 +24,9 @@ from bft_megatron.upstream.training_loop import StepEnd
 MAX_VALIDATIONS = 2
 """Validations in a row that may fail to be finite before a run gives up."""
 
+_LIMIT = 1 << 31
+"""No run has as many steps, and a larger number may not fit into a tensor."""
+
 ADVICE = "lower train.lr (in another output folder), or look at the rows and at the objective"
 
 
@@ -76,7 +79,7 @@ class Streak:
             return
         self.skipped += 1
         if self.skipped + self.before.skipped >= self.max_skipped:
-            raise BlownUp(f"{self.why}; {ADVICE}")
+            raise BlownUp(f"{self._why_skipped}; {ADVICE}")
 
     def validated(self, iteration: int) -> None:
         """Count a validation. Collective over all ranks: a MAX all-reduce of one number.
@@ -93,16 +96,22 @@ class Streak:
             if iteration >= self.before.stopped:
                 self.before = replace(self.before, validations=0)
         if self.validations and (iteration == 0 or self.validations + self.before.validations >= MAX_VALIDATIONS):
-            raise BlownUp(f"{self.why}; {ADVICE}")
+            raise BlownUp(f"{self._why_validations}; {ADVICE}")
 
     @property
     def why(self) -> str | None:
         """Why no step may be saved, or None."""
         if self.skipped:
-            return f"the gradient of {_in_a_row('step', self.skipped, self.before.skipped)} was not finite"
-        if self.validations:
-            return f"the loss of {_in_a_row('validation', self.validations, self.before.validations)} was not finite"
-        return None
+            return self._why_skipped
+        return self._why_validations if self.validations else None
+
+    @property
+    def _why_skipped(self) -> str:
+        return f"the gradient of {_in_a_row('step', self.skipped, self.before.skipped)} was not finite"
+
+    @property
+    def _why_validations(self) -> str:
+        return f"the loss of {_in_a_row('validation', self.validations, self.before.validations)} was not finite"
 
     @property
     def is_vouched_for(self) -> bool:
@@ -137,9 +146,10 @@ def _read(file: Path, start: int) -> Record:
     """Return the record for a start from this step; one of nothing if there is none."""
     try:
         found = Record(**{name: int(value) for name, value in json.loads(file.read_text()).items()})
-    except (OSError, ValueError, TypeError, AttributeError):  # a damaged record loses the counts and nothing else
-        return Record(start, start)
-    return found if found.start == start else Record(start, start)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return Record(start, start)  # a damaged record loses the counts and nothing else
+    sound = found.start == start and all(0 <= value < _LIMIT for value in asdict(found).values())
+    return found if sound else Record(start, start)
 
 
 def _broadcast(record: Record) -> Record:

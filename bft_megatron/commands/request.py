@@ -16,6 +16,7 @@ from bft_megatron.hf.hub import find_model
 from bft_megatron.processes import launcher, ranks
 from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run import obstacles
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.training import arguments
 
@@ -148,6 +149,7 @@ def read(file: Path, overrides: list[str] | None) -> Request:
         raise UserError(e.message, reader.where(file, overrides or [], e.field)) from None
     request = Request(file, overrides or [], recipe, read_config(model))
     request.check(lambda: rules.check_output(recipe))
+    obstacles.check(request.folder)
     request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
     request.check_fields()
     request.check(lambda: request.folder.check_continues(request.recipe))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bft_megatron.errors import FieldError
-from bft_megatron.hf import hub
+from bft_megatron.hf import hub, seal
 from bft_megatron.hf.architectures import companions
 from bft_megatron.recipe import flags, reader, rules
 from bft_megatron.recipe.schema import Recipe
@@ -164,11 +164,15 @@ class RunFolder:
 
         Does not check that its files are still intact; a training rank does (`checkpoint.recovery`).
         """
-        return max((i for i in self.iterations() if (self.checkpoint(i) / "metadata.json").exists()), default=0)
+        return max(filter(self.was_finished, self.iterations()), default=0)
+
+    def was_finished(self, iteration: int) -> bool:
+        """Return whether the save of a checkpoint completed: Megatron writes `metadata.json` last, then we the seal."""
+        return any((self.checkpoint(iteration) / name).exists() for name in ("metadata.json", seal.SEAL))
 
     def is_done(self, steps: int) -> bool:
-        """Return whether the run is complete and its last checkpoint exists."""
-        return (self.root / "done").exists() and self.saved_iteration() >= steps
+        """Return whether the run is complete and its last checkpoint has all its files."""
+        return (self.root / "done").exists() and seal.is_complete(self.checkpoint(steps))
 
     def stopped(self) -> str | None:
         """Return why the last process saved and stopped before the end of the run; None if it did not."""

@@ -62,7 +62,7 @@ def train(run: Run, console: TextIO) -> None:
     keep = Retention(recipe.train.keep_last, recipe.train.keep_best, run.best_metric)
     start = newest_whole(folder, console)
     if start >= run.steps:  # the run was killed after its last save, before it was marked as done
-        return finish(folder, keep, None)
+        return finish(folder, None, None)
     if ranks.rank() == 0:
         announce(run, start, on_cpu, console)
     meter = Meter(recipe.data.most_sources)
@@ -97,7 +97,7 @@ def train(run: Run, console: TextIO) -> None:
     if gate.refused:
         streak.record()
     stopped = f"{stop.reason}, not saved: {gate.refused}" if gate.refused else stop.reason
-    finish(folder, keep, stopped)
+    finish(folder, keep if streak.is_vouched_for else None, stopped)
     if stopped and dist.get_rank() == 0:
         how = f"; the same command goes on {next_start(folder)}"
         saved = ": saved, not finished; the same command goes on"
@@ -146,8 +146,13 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     loop.install()
 
 
-def finish(folder: RunFolder, keep: Retention, stopped: str | None) -> None:
-    """Mark the run as done, or as unfinished with the reason, once all ranks have arrived. Collective: a barrier."""
+def finish(folder: RunFolder, keep: Retention | None, stopped: str | None) -> None:
+    """Mark the run as done, or as unfinished with the reason, once all ranks have arrived. Collective: a barrier.
+
+    Args:
+        keep: the checkpoints to keep of a run that is done; None keeps all, as nothing shows that the last one is good.
+        stopped: why it stopped early, or None.
+    """
     dist.barrier()
     if dist.get_rank() != 0:
         return
@@ -155,7 +160,8 @@ def finish(folder: RunFolder, keep: Retention, stopped: str | None) -> None:
         folder.mark_unfinished(stopped)
     else:
         folder.mark_done()
-        keep.apply(folder, wait=True)  # the last validation decides which checkpoints to delete
+        if keep:
+            keep.apply(folder, wait=True)  # the last validation decides which checkpoints to delete
 
 
 def next_start(folder: RunFolder) -> str:

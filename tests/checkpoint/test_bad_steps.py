@@ -123,10 +123,12 @@ def test_too_many_in_a_row_end_with_65_and_leave_the_last_good_checkpoint(
 
 @pytest.mark.parametrize(("valid", "status"), [(f"{MODEL / 'valid.jsonl'}", 0), ("null", 65)], ids=["vouches", "none"])
 def test_a_validation_vouches_for_the_steps_before_a_bad_last_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, valid: str, status: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], valid: str, status: int
 ):
     words = [*_overrides(tmp_path, _rows_of(tmp_path, STEPS)), "train.save_every=null", f"data.valid={valid}"]
     assert run_command(monkeypatch, "train", RECIPE, *words) == status
+    how = "not saved" if status else "saved, for a validation of its parameters was finite"
+    assert f"step {STEPS} is {how}: the gradient of the last step was not finite\n" in capfd.readouterr().out
     folder = RunFolder(tmp_path / "run")
     assert (folder.root / "done").exists() == (status == 0)
     assert folder.iterations() == ([STEPS] if status == 0 else [])

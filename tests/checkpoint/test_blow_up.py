@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bft_megatron.checkpoint.gate import Gate, finite
-from bft_megatron.checkpoint.streak import Streak
+from bft_megatron.checkpoint.streak import ADVICE, Streak
 from bft_megatron.errors import BlownUp
 from bft_megatron.reporting.totals import SUMS, Totals
 from bft_megatron.run.folder import RunFolder
@@ -64,6 +64,16 @@ def test_a_last_step_that_is_not_finite_ends_with_65(run: Started):
         "blown up: the last step, 5, is not saved: the gradient of 3 steps in a row was not finite"
     )
     assert f"to go back to step 1, remove {run.folder.checkpoint(2)}" in run.said[-1]
+
+
+def test_a_last_step_that_nothing_tries_costs_no_older_checkpoint(run: Started):
+    words = ("train.iterations=2", "train.warmup_iterations=1", "train.keep_last=1", "data.valid=null")
+    assert run.start("train.lr=1e30", *words) == 65
+    assert run.why.startswith("blown up: norms of the parameters are not finite after step 2")
+    assert run.folder.iterations() == [1]
+    run.folder = RunFolder(run.folder.root.with_name("good"))
+    assert run.start(*words) == 0
+    assert sorted(run.folder.iterations()) == [1, 2]
 
 
 def test_the_same_command_again_ends_with_65_again(run: Started):
@@ -130,8 +140,21 @@ def test_parameters_that_are_not_finite_end_with_65_at_once(run: Started):
     assert not any(line.startswith("step     3") for line in run.said)
 
 
+DAMAGED_RECORDS = (
+    "[1",
+    "[" * 9**5,
+    '{"start": 4, "stopped": 1e400}',
+    f'{{"start": 4, "stopped": 6, "skipped": {10**30}}}',
+    f'{{"start": 4, "stopped": 6, "skipped": {"9" * 5000}}}',
+    '{"start": 4, "stopped": 6, "validations": -1}',
+    '{"start": 4, "stopped": 6, "skipped": NaN}',
+)
+
+
 def test_a_start_past_the_streak_of_the_one_before_forgets_it(tmp_path: Path):
-    assert run_world(1, _stop_and_go, tmp_path, megatron=True) == [[(2, 0), (2, 1), (0, 1), (0, 0), (0, 0)]]
+    assert run_world(1, _stop_and_go, tmp_path, megatron=True) == [
+        [(2, 0), (2, 1), (0, 1), (0, 0), *[(0, 0)] * len(DAMAGED_RECORDS)]
+    ]
 
 
 def _stop_and_go(folder: Path) -> list[tuple[int, int]]:
@@ -161,9 +184,25 @@ def _stop_and_go(folder: Path) -> list[tuple[int, int]]:
     sums["p"] = 1.0
     again.validated(7)
     counts.append(steps(again))
-    (folder / "streak.json").write_text("[1")
-    counts.append(steps(start_from(4)))
+    for damaged in DAMAGED_RECORDS:
+        (folder / "streak.json").write_text(damaged)
+        counts.append(steps(start_from(4)))
     return counts
+
+
+def test_a_run_that_validations_end_says_so(tmp_path: Path):
+    assert run_world(1, _skip_and_validate, tmp_path, megatron=True) == [
+        f"the loss of 2 validations in a row was not finite; {ADVICE}"
+    ]
+
+
+def _skip_and_validate(folder: Path) -> str:
+    streak = Streak(RunFolder(folder), 1, 9, lambda: Totals(dict.fromkeys(SUMS, math.nan), 0.0))
+    streak.validated(2)
+    streak.stepped(StepEnd(3, True, None, None, 0.0))
+    with pytest.raises(BlownUp) as blown_up:
+        streak.validated(3)
+    return str(blown_up.value)
 
 
 def test_all_ranks_refuse_what_one_has(tmp_path: Path):

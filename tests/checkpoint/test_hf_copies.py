@@ -26,7 +26,6 @@ def test_every_kept_checkpoint_has_its_copy(
         "train.save_every=1",
         "train.keep_last=1",
         "train.save_hf=true",
-        "data.valid=null",
     )
     folder = RunFolder(tmp_path / "run")
     assert run_command(monkeypatch, "train", "recipes/tiny.yaml", "device=cpu", f"output={folder.root}", *words) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import zipfile
@@ -70,6 +71,16 @@ def _rename_in_seal(checkpoint: Path) -> None:
     (checkpoint / SEAL).write_text((checkpoint / SEAL).read_text().replace("__0_0.distcp", "__0_1.distcp"))
 
 
+def _become_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def _become_another_step(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.with_name("iter_0000002").rename(checkpoint)
+
+
 Harm = Callable[[Path], object]
 
 FOUND_WITHOUT_SEAL: list[tuple[Harm, str]] = [
@@ -77,6 +88,7 @@ FOUND_WITHOUT_SEAL: list[tuple[Harm, str]] = [
     (lambda c: _shard(c).unlink(), "__0_0.distcp: No such file"),
     (lambda c: (_shard(c).unlink(), _shard(c).mkdir()), "__0_0.distcp: "),
     (lambda c: (c / ".metadata").unlink(), "^.metadata: No such file"),
+    (lambda c: _become_fifo(c / ".metadata"), "^.metadata: is no regular file"),
     (lambda c: (c / "metadata.json").unlink(), "metadata.json: No such file"),
     (lambda c: (c / "metadata.json").write_text(""), "metadata.json: JSONDecodeError"),
     (lambda c: _flip(c / "metadata.json", 5, mask=1), "metadata.json: TypeError: .*sharded_backend"),
@@ -94,6 +106,8 @@ DAMAGES: list[tuple[Harm, str]] = [
     (lambda c: _cut(c / SEAL), "seal.json: JSONDecodeError"),
     (lambda c: _flip(c / SEAL, 3, mask=1), "seal.json: KeyError"),
     (_rename_in_seal, "seal.json: .* does not match its own CRC-32"),
+    (lambda c: _become_fifo(c / SEAL), "^seal.json: is no regular file"),
+    (_become_another_step, "seal.json: .*it is that of iter_0000002"),
 ]
 
 UNSEALED: list[tuple[Harm, str]] = [
@@ -101,6 +115,7 @@ UNSEALED: list[tuple[Harm, str]] = [
     (_flip_in_a_tensor, "__._0.distcp: record at .* does not match its CRC-32"),
     (_flip_in_a_zip_directory, "__._0.distcp: record at .*data"),
     (lambda c: _shard(c).write_bytes(bytes(_shard(c).stat().st_size)), "__0_0.distcp: record at .* not a zip file"),
+    (_become_another_step, "__._0.distcp: it is that of step 2"),
     (lambda c: _cut(c / ".metadata"), "^.metadata: "),
     (lambda c: _flip((c / ".metadata"), (c / ".metadata").read_bytes().index(b"common_state")), "^.metadata: "),
 ]
@@ -230,10 +245,24 @@ def test_a_missing_tracker_and_one_that_lags_behind_are_mended(folder: RunFolder
 
 
 def test_what_an_unfinished_save_left_is_removed_not_kept_as_damaged(folder: RunFolder):
-    (folder.checkpoint(6) / "metadata.json").unlink()
+    for name in ("metadata.json", SEAL):
+        (folder.checkpoint(6) / name).unlink()
     folder.tracker.write_text("4")
     assert run_world(2, _choose, folder.root, megatron=True) == [4, 4]
     assert _names(folder) == {"iter_0000002", "iter_0000004"}
+
+
+def test_a_sealed_checkpoint_is_never_taken_for_an_unfinished_save(folder: RunFolder):
+    folder.tracker.write_text("2")
+    for iteration in (4, 6):
+        (folder.checkpoint(iteration) / "metadata.json").unlink()
+    assert run_world(2, _choose, folder.root, megatron=True) == [2, 2]
+    names = {"iter_0000002", "damaged_iter_0000004", "damaged_iter_0000006"}
+    assert _names(folder) == names
+    folder.tracker.unlink()
+    (folder.checkpoint(2) / "metadata.json").unlink()
+    assert all("holds no whole checkpoint" in message for message in run_world(2, _choose, folder.root, megatron=True))
+    assert _names(folder) == names
 
 
 def test_with_no_whole_one_left_it_refuses_and_touches_nothing(folder: RunFolder):
@@ -253,20 +282,38 @@ def test_with_no_whole_one_left_it_refuses_and_touches_nothing(folder: RunFolder
 def test_a_first_save_that_was_cut_short_means_starting_from_the_beginning(folder: RunFolder):
     for iteration in (2, 4):
         shutil.rmtree(folder.checkpoint(iteration))
-    (folder.checkpoint(6) / "metadata.json").unlink()
+    for name in ("metadata.json", SEAL):
+        (folder.checkpoint(6) / name).unlink()
     folder.tracker.unlink()
     assert run_world(2, _choose, folder.root, megatron=True) == [0, 0]
     assert _names(folder) == set()
 
 
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda c: (c / ".metadata").unlink(),
+        lambda c: _shard(c).write_bytes(b""),
+        lambda c: _become_fifo(_shard(c)),
+        lambda c: _cut(c / SEAL),
+        lambda c: ((c / SEAL).unlink(), (c / ".metadata").unlink()),
+        _become_another_step,
+        shutil.rmtree,
+    ],
+)
+def test_a_run_is_not_done_without_all_of_its_last_checkpoint(folder: RunFolder, harm: Harm):
+    assert folder.is_done(6)
+    harm(folder.checkpoint(6))
+    assert not folder.is_done(6)
+
+
 def test_a_run_with_damage_goes_on_to_the_same_end(
     folder: RunFolder, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    """The metrics have a strange line too, and the folder a strange name."""
-    _flip_in_a_tensor(folder.checkpoint(6))
+    """It was done. The metrics have a strange line too, and the folder a strange name."""
+    _cut(_shard(folder.checkpoint(6)))
     (folder.checkpoints / "iter_²").mkdir()
     folder.metrics.write_bytes(b"\xb0\n" + folder.metrics.read_bytes())
-    (folder.root / "done").unlink()
     assert run_command(monkeypatch, *arguments(folder.root, "train.save_every=2", "train.keep_last=3")) == 0
     said = capfd.readouterr().out
     assert "6 steps from step 4" in said

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from bft_megatron.errors import FieldError
+from bft_megatron.commands import request
+from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe import flag_groups, reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import MAY_CHANGE, RunFolder
@@ -43,6 +46,18 @@ def refusal(folder: RunFolder, made: Recipe) -> FieldError | None:
     except FieldError as e:
         return e
     return None
+
+
+@pytest.mark.parametrize("name", ["unfinished", "streak.json", "metrics.jsonl", "trained_on.json", "config.yaml"])
+@pytest.mark.parametrize(("make", "kind"), [(Path.mkdir, "a folder"), (os.mkfifo, "no regular file")])
+def test_what_stands_in_the_way_of_a_file_is_named(
+    begun: RunFolder, recipe: Path, name: str, make: Callable[[Path], None], kind: str
+):
+    path = begun.root / name
+    path.unlink(missing_ok=True)
+    make(path)
+    with pytest.raises(UserError, match=f"^{path}: is {kind}: move it away$"):
+        request.read(recipe, [f"output={begun.root}", f"model={TINY}"])
 
 
 def test_a_run_with_underscored_flags_resumes(begun: RunFolder, recipe: Path):

@@ -153,7 +153,15 @@ def test_anything_that_changes_the_rows_changes_the_folder(tmp_path: Path, model
 def test_the_same_content_elsewhere_is_the_same(tmp_path: Path) -> None:
     row = {"messages": chat_of("a", "b")}
     first = prepared(tmp_path, source(tmp_path, row))
-    assert prepared(tmp_path, source(tmp_path, row, name="copy.jsonl")) == first
+    for name in ("copy.jsonl", "copy.ndjson", "copy.JSONL", "copy"):
+        assert prepared(tmp_path, source(tmp_path, row, name=name)) == first
+
+
+def test_the_same_content_read_otherwise_is_another(tmp_path: Path) -> None:
+    row = {"messages": chat_of("a", "b")}
+    prepared(tmp_path, source(tmp_path, row))
+    with pytest.raises(UserError, match=r"copy\.csv"):
+        prepared(tmp_path, source(tmp_path, row, name="copy.csv"))
 
 
 def test_a_bad_line_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -246,6 +254,9 @@ def test_another_template_is_another_folder(tmp_path: Path) -> None:
     assert own.counts.tokens < plain.counts.tokens
     file.write_text("{% for m in messages %}!{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
     assert len({r.folder for r in (plain, own, prepared(tmp_path, replace(settings, chat_template=str(file))))}) == 3
+    file.write_text("")  # it writes nothing, so nothing is left to learn from
+    with pytest.raises(UserError):
+        prepared(tmp_path, replace(settings, chat_template=str(file)))
     file.write_text("{% for m in messages %}\n{% nothing %}")
     with pytest.raises(FieldError, match=r"template\.jinja, line 2 of the template: Encountered unknown tag 'nothing'"):
         prepared(tmp_path, replace(settings, chat_template=str(file)))

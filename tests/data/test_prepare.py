@@ -121,8 +121,11 @@ def test_samples_without_a_supervised_label_are_dropped_and_counted(tmp_path: Pa
     settings = replace(source(tmp_path, {"messages": short}, {"messages": long}), seq_length=16, overlong="truncate")
     counts = prepared(tmp_path, settings).counts
     assert (counts.conversations, counts.overlong, counts.unsupervised, counts.samples) == (2, 1, 1, 1)
-    with pytest.raises(UserError, match=r"rows\.jsonl: nothing is left to learn from.*overlong=1"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: nothing is left .*: of 1 rows, 1 samples are too long$"):
         prepared(tmp_path, replace(source(tmp_path, {"messages": long}), seq_length=16))
+    said = r"of 1 rows, 1 samples are too long and truncated, 1 samples have nothing to learn$"
+    with pytest.raises(UserError, match=said):
+        prepared(tmp_path, replace(settings, train=source(tmp_path, {"messages": long}).train))
 
 
 def test_is_found_again_and_is_the_same(tmp_path: Path) -> None:
@@ -229,7 +232,8 @@ def test_rows_that_are_no_conversation_are_skipped_counted_and_listed(tmp_path: 
     assert "... and 3 more" in said
     assert not (prepared(tmp_path / "cache").folder / "refused.txt").exists()
     with pytest.raises(
-        UserError, match=r"nothing is left .*bad\.jsonl:1: messages\[1\]\.content: an assistant's message"
+        UserError,
+        match=r"nothing is left .*: of 1 rows, 1 are no conversations; .*bad\.jsonl:1: messages\[1\]\.content: an assistant's message",
     ):
         prepared(tmp_path / "cache", replace(source(tmp_path, rows[1], name="bad.jsonl"), on_error="skip"))
 

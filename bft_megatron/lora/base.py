@@ -49,7 +49,7 @@ def record_base(run: RunFolder, recipe: Recipe, config: ModelConfig, folder: Pat
     """
     if recipe.lora is None or run.base.exists():
         return
-    if run.goes_on():
+    if run.has_checkpoints():
         print(
             f"{run.base} is missing: nothing tells whether {recipe.model} has the weights that the adapters were "
             "trained on; from here on it is compared with these",

@@ -212,9 +212,13 @@ class RunFolder:
                 )
         return replace(recipe, data=replace(recipe.data, pad_multiple=multiple))
 
+    def has_checkpoints(self) -> bool:
+        """Return whether a run has left checkpoints here."""
+        return self.tracker.exists() or self.saved_iteration() > 0
+
     def goes_on(self) -> bool:
         """Return whether a run has left checkpoints here. Raises FieldError if their recipe is gone."""
-        if not (self.tracker.exists() or self.saved_iteration()):
+        if not self.has_checkpoints():
             return False
         if not self.config.exists():
             message = f"{self.root} holds checkpoints without config.yaml: put it back, or choose another output folder"

@@ -31,7 +31,7 @@ def check(folder: RunFolder, train: Blend) -> None:
         FieldError: the folder holds checkpoints of a run on other training rows.
         Unreadable: the file system does not let the record be read.
     """
-    if not folder.goes_on():
+    if not folder.has_checkpoints():
         return
     try:
         recorded = _read(folder, train)
@@ -52,7 +52,7 @@ def record(folder: RunFolder, train: Blend) -> None:
 
     Prints a line where a run goes on and has no record that tells what it began with.
     """
-    if folder.goes_on():
+    if folder.has_checkpoints():
         try:
             _read(folder, train)
             return

@@ -16,7 +16,7 @@ from bft_megatron.hf.hub import find_model
 from bft_megatron.processes import launcher, ranks
 from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
-from bft_megatron.run import obstacles
+from bft_megatron.run import obstacles, same_model
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.training import arguments
 
@@ -153,4 +153,5 @@ def read(file: Path, overrides: list[str] | None) -> Request:
     request = replace(request, recipe=request.check(lambda: request.folder.with_pack(recipe)))
     request.check_fields()
     request.check(lambda: request.folder.check_continues(request.recipe))
+    request.check(lambda: same_model.check(request.folder, request.config))
     return request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -14,6 +15,9 @@ from pathlib import Path
 from bft_megatron import temporary
 from bft_megatron.errors import UserError
 
+_USERS = {errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+"""Errors that the user must mend; another try may succeed after the others, as where a disk was full."""
+
 
 @contextmanager
 def appearing_whole(folder: Path) -> Iterator[Path]:
@@ -23,7 +27,8 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
     `folder` in the meantime, that one stays: it has the same content.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written: no permission, or no such place.
+        OSError: it cannot be written because the disk or a quota is full, or the file system fails.
     """
     host = socket.gethostname()
     part = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.{os.getpid()}.{host}"
@@ -38,7 +43,10 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
         part.rename(folder)
     except OSError as e:
         if not folder.exists():
-            raise UserError(f"cannot write the prepared data: {e.strerror or e}", str(folder.parent)) from None
+            message = f"cannot write the prepared data: {e.strerror or e}"
+            if e.errno in _USERS:
+                raise UserError(message, str(folder.parent)) from None
+            raise OSError(f"{folder.parent}: {message}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
         temporary.discard(part)

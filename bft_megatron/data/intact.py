@@ -42,8 +42,7 @@ class Damaged(UserError):
 def record(folder: Path, facts: dict[str, Any]) -> None:
     """Write `prepared.json`: the facts, and the checksums of all files in the folder."""
     files = {file.name: checksum(file).as_json() for file in sorted(folder.iterdir())}
-    stored = facts | {"files": files}
-    (folder / RECORD).write_text(json.dumps(stored | {"crc32": _own_crc(stored)}, indent=2))
+    (folder / RECORD).write_text(with_own_crc(facts | {"files": files}))
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -54,9 +53,18 @@ def read(folder: Path) -> dict[str, Any]:
         Unreadable: the file system does not let it be read.
     """
     with _faults_of(folder, RECORD):
-        stored = json.loads((folder / RECORD).read_bytes())
-        if not isinstance(stored, dict) or stored.pop("crc32", None) != _own_crc(stored):
-            raise ValueError("not as it was written")
+        return checked(json.loads((folder / RECORD).read_bytes()))
+
+
+def with_own_crc(facts: dict[str, Any]) -> str:
+    """Return facts as JSON with a checksum of their own, which `checked` compares."""
+    return json.dumps(facts | {"crc32": _own_crc(facts)}, indent=2)
+
+
+def checked(stored: Any) -> dict[str, Any]:
+    """Return the facts that `with_own_crc` was given. Raises ValueError if they are not as they were written."""
+    if not isinstance(stored, dict) or stored.pop("crc32", None) != _own_crc(stored):
+        raise ValueError("not as it was written")
     return stored
 
 

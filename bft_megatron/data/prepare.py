@@ -120,7 +120,7 @@ def prepare(
         if not counts.conversations and not counts.refused:
             raise UserError("holds no conversation", opened.settings.path)
         if not lengths:
-            raise UserError(f"nothing is left to learn from: {counts}{_first_refused(part)}", opened.settings.path)
+            raise UserError(_nothing_left(counts, settings.overlong, part), opened.settings.path)
         rows = pack(lengths, settings.seq_length, pad_multiple) if settings.packing else _one_each(lengths)
         _write_rows(part, rows, content)
         counts.rows = len(rows)
@@ -197,9 +197,17 @@ def _write_samples(folder: Path, batches: Iterator[Encoded], content: ContentHas
     return lengths, counts
 
 
-def _first_refused(folder: Path) -> str:
+def _nothing_left(counts: Counts, overlong: str, folder: Path) -> str:
+    """Return in a sentence what became of a source's rows, and the first refused one."""
+    fates = {
+        "are no conversations": counts.refused,
+        "samples are too long" if overlong == "drop" else "samples are too long and truncated": counts.overlong,
+        "samples have nothing to learn": counts.unsupervised,
+    }
+    said = ", ".join(f"{number:,} {fate}" for fate, number in fates.items() if number)
     refused = folder / "refused.txt"
-    return f"; {refused.read_text(encoding='utf-8').splitlines()[0]}" if refused.exists() else ""
+    first = f"; {refused.read_text(encoding='utf-8').splitlines()[0]}" if refused.exists() else ""
+    return f"nothing is left to learn from: of {counts.conversations + counts.refused:,} rows, {said}{first}"
 
 
 def _one_each(lengths: array[int]) -> list[list[int]]:

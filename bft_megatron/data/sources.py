@@ -40,7 +40,7 @@ class Source:
 
     @cached_property
     def content(self) -> str:
-        """A hash of the files' content, independent of their names, and of how a row becomes a conversation.
+        """A hash of the files' content and readers, independent of their names, and of how rows become conversations.
 
         Raises:
             FieldError: a file cannot be read.
@@ -48,8 +48,9 @@ class Source:
         digest = hashlib.sha256(
             repr((self.settings.format, self.settings.columns, self.settings.roles, self.settings.rows)).encode()
         )
-        for found in self._digests:
-            digest.update(found)
+        for path, found in zip(self.files, self._digests, strict=True):
+            reader = READERS.get(Path(path).suffix.lower(), READERS[".jsonl"])
+            digest.update(reader.__name__.encode() + found)
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:

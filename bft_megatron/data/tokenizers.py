@@ -250,5 +250,6 @@ def fingerprint(folder: str | Path, chat_template: str | None = None) -> str:
         digest.update(f"{path.name}:{path.stat().st_size}:".encode() + path.read_bytes())
     if chat_template is not None:
         file = Path(chat_template)
-        digest.update(file.read_bytes() if file.is_file() else chat_template.encode())
+        kind, chosen = ("file", file.read_bytes()) if file.is_file() else ("name", chat_template.encode())
+        digest.update(f"{kind}:{len(chosen)}:".encode() + chosen)
     return digest.hexdigest()

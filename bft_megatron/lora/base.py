@@ -11,7 +11,9 @@ from bft_megatron.hf import hub, shards
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.torch_dist import newest_checkpoint
 from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run import atomic
 from bft_megatron.run.folder import RunFolder
+from bft_megatron.textfiles import read_object
 
 SAMPLES, SAMPLE_BYTES = 32, 4096
 """Number of places sampled in each file of weights, including the first and the last, and bytes at each."""
@@ -41,20 +43,37 @@ def fingerprint(folder: Path | None, config: ModelConfig, seed: int) -> str:
 
 
 def record_base(run: RunFolder, recipe: Recipe, config: ModelConfig, folder: Path) -> None:
-    """Record a LoRA run's base model in its folder, unless one is recorded already. Call it on one rank."""
+    """Record a LoRA run's base model in its folder, unless one is recorded already. Call it on one rank.
+
+    Prints a line where a run goes on and has no record of the base that it began with.
+    """
     if recipe.lora is None or run.base.exists():
         return
+    if run.has_checkpoints():
+        print(
+            f"{run.base} is missing: nothing tells whether {recipe.model} has the weights that the adapters were "
+            "trained on; from here on it is compared with these",
+            flush=True,
+        )
     noted = {"model": recipe.model, "fingerprint": fingerprint(_source(recipe, folder), config, recipe.train.seed)}
-    temporary = run.base.with_suffix(".tmp")
-    temporary.write_text(json.dumps(noted, indent=2) + "\n")
-    temporary.replace(run.base)
+    atomic.write(run.base, json.dumps(noted, indent=2) + "\n")
 
 
 def check_base(run: RunFolder, recipe: Recipe, config: ModelConfig, folder: Path | None) -> None:
-    """Raise UserError if the run's checkpoints have adapters of another base model than the recipe now names."""
+    """Check that a run's checkpoints have adapters of the base model that the recipe names; without a record it passes.
+
+    Raises:
+        UserError: they have adapters of another base, or the record is damaged.
+    """
     if recipe.lora is None or not run.saved_iteration() or not run.base.exists():
         return
-    noted = json.loads(run.base.read_text())["fingerprint"]
+    noted = read_object(run.base).get("fingerprint")
+    if not isinstance(noted, str):
+        raise UserError(
+            "is damaged and does not tell which base this run's adapters were trained on; put it back, or delete it to "
+            "go on without that check",
+            str(run.base),
+        )
     if noted != fingerprint(_source(recipe, folder), config, recipe.train.seed):
         raise UserError(
             f"the weights of {recipe.model} are not those that this run's adapters were trained on; put them back, or "

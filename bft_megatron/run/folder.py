@@ -12,7 +12,6 @@ done             exists once the last step is saved
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from bft_megatron.hf import hub, seal
 from bft_megatron.hf.architectures import companions
 from bft_megatron.recipe import flags, reader, rules
 from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run import atomic
 
 RUNNING = "running"
 """The mark of a run whose process is running, or was killed."""
@@ -122,7 +122,7 @@ class RunFolder:
 
     def write_tracker(self, iteration: int) -> None:
         """Write the number of the newest checkpoint atomically."""
-        _write(self.tracker, str(iteration))
+        atomic.write(self.tracker, str(iteration))
 
     def tracked(self) -> int | None:
         """Return the number in the tracker; None if there is no such file or it holds no number. Raises OSError."""
@@ -186,12 +186,12 @@ class RunFolder:
         Args:
             why: why the last process stopped; `running` if it is running or was killed.
         """
-        _write(self.root / "unfinished", f"{why}\n")
+        atomic.write(self.root / "unfinished", f"{why}\n")
         (self.root / "done").unlink(missing_ok=True)
 
     def mark_done(self) -> None:
         """Mark the run as done: its last step is saved."""
-        _write(self.root / "done", "")
+        atomic.write(self.root / "done", "")
         (self.root / "unfinished").unlink(missing_ok=True)
 
     def with_pack(self, recipe: Recipe) -> Recipe:
@@ -205,7 +205,7 @@ class RunFolder:
         if recipe.data.pad_multiple is not None:
             return recipe
         multiple = rules.pad_multiple(recipe)
-        if self._continues():
+        if self.goes_on():
             multiple, chunks = reader.load(self.config).data.pad_multiple or multiple, multiple
             if multiple % chunks:
                 raise FieldError(
@@ -216,8 +216,18 @@ class RunFolder:
                 )
         return replace(recipe, data=replace(recipe.data, pad_multiple=multiple))
 
-    def _continues(self) -> bool:
-        return self.config.exists() and (self.tracker.exists() or self.saved_iteration() > 0)
+    def has_checkpoints(self) -> bool:
+        """Return whether a run has left checkpoints here."""
+        return self.tracker.exists() or self.saved_iteration() > 0
+
+    def goes_on(self) -> bool:
+        """Return whether a run has left checkpoints here. Raises FieldError if their recipe is gone."""
+        if not self.has_checkpoints():
+            return False
+        if not self.config.exists():
+            message = f"{self.root} holds checkpoints without config.yaml: put it back, or choose another output folder"
+            raise FieldError("output", message)
+        return True
 
     def check_continues(self, recipe: Recipe) -> None:
         """Raise FieldError if this folder holds a converted model, or a run whose results the recipe would change."""
@@ -227,7 +237,7 @@ class RunFolder:
                 f"{self.root} holds a converted model and no run: choose another folder (a recipe's `model` may be "
                 "this one)",
             )
-        if not self._continues():
+        if not self.goes_on():
             return
         before, now = _flat(reader.load(self.config)), _flat(recipe)
         for field in sorted(before.keys() | now.keys()):
@@ -256,24 +266,17 @@ class RunFolder:
             raise FieldError("lora", "a conversion writes the model's own weights: leave it out (lora=null)")
 
     def write_config(self, recipe: Recipe, model_folder: Path) -> None:
-        """Write the resolved recipe, and copy the config, tokenizer and template, which an export needs."""
+        """Write the resolved recipe, and copy the config, tokenizer and template, which an export needs, atomically."""
         self.root.mkdir(parents=True, exist_ok=True)
-        _write(self.config, reader.dump(recipe))  # atomically, because other ranks may be reading it
+        atomic.write(self.config, reader.dump(recipe))
         self.model.mkdir(exist_ok=True)
         for file in companions(model_folder):
-            shutil.copyfile(file, self.model / file.name)
+            atomic.copy(file, self.model / file.name)
 
 
 def _is_number(name: str) -> bool:
     """Return whether a name consists of a few ASCII digits: `int` takes others, or refuses what `isdigit` takes."""
     return name.isascii() and name.isdigit() and len(name) < 20
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _may_change(field: str) -> bool:

@@ -110,7 +110,7 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
     temporary = (
         folder.data / f"rows.{socket.gethostname()}.{os.getpid()}.tmp"
     )  # another `prepare` may run at the same time
-    temporary.write_text(json.dumps(names, indent=2))
+    temporary.write_text(intact.with_own_crc(names))
     temporary.replace(folder.data / "rows.json")
     os.environ[CHECKED_BY] = str(os.getpid())
     return rows
@@ -180,7 +180,7 @@ def _read_names(path: Path, recipe: Recipe) -> dict[str, list[str]]:
         return [str(name) for name, _ in zip(stored[field] or (), recipe.data.sources(field), strict=True)]
 
     try:
-        stored = json.loads(path.read_bytes())
+        stored = intact.checked(json.loads(path.read_bytes()))
         names = {"train": of("train"), "valid": of("valid")}
         _check_settings(path, stored, _wanted(recipe))
     except FileNotFoundError:

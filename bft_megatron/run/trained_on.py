@@ -11,6 +11,7 @@ from typing import Any
 
 from bft_megatron.data.blend import Blend
 from bft_megatron.errors import FieldError, Unreadable
+from bft_megatron.run import atomic
 from bft_megatron.run.folder import RunFolder
 
 SHOWN = 12
@@ -30,7 +31,7 @@ def check(folder: RunFolder, train: Blend) -> None:
         FieldError: the folder holds checkpoints of a run on other training rows.
         Unreadable: the file system does not let the record be read.
     """
-    if not _goes_on(folder):
+    if not folder.has_checkpoints():
         return
     try:
         recorded = _read(folder, train)
@@ -51,7 +52,7 @@ def record(folder: RunFolder, train: Blend) -> None:
 
     Prints a line where a run goes on and has no record that tells what it began with.
     """
-    if _goes_on(folder):
+    if folder.has_checkpoints():
         try:
             _read(folder, train)
             return
@@ -61,25 +62,22 @@ def record(folder: RunFolder, train: Blend) -> None:
                 "from here on it is compared with these",
                 flush=True,
             )
-    temporary = folder.trained_on.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"train": _rows(train)}, indent=2))
-    temporary.replace(folder.trained_on)
-
-
-def _goes_on(folder: RunFolder) -> bool:
-    return folder.tracker.exists() or folder.saved_iteration() > 0
+    atomic.write(folder.trained_on, json.dumps({"train": _rows(train)}, indent=2))
 
 
 def _read(folder: RunFolder, train: Blend) -> list[_Rows]:
     try:
         recorded = json.loads(folder.trained_on.read_bytes())["train"]
-        names = [str(source["name"]) for source in recorded if source["rows"] + 0 and str(source["content"])]
+        whole = all(isinstance(s["rows"], int) and isinstance(s["content"], str) for s in recorded)
+        names = [s["name"] for s in recorded]
     except FileNotFoundError:
         raise _NoRecord("is missing") from None
     except OSError as e:
         raise Unreadable.of(folder.trained_on, e) from None
     except (KeyError, RecursionError, TypeError, ValueError):
         raise _NoRecord("is damaged") from None
+    if not whole:
+        raise _NoRecord("is damaged")
     if names != list(train.names):
         raise _NoRecord("names other sources")
     return list(recorded)

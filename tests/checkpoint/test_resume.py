@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import time
@@ -70,6 +71,21 @@ def test_another_schedule_objective_or_data_is_refused(undisturbed: Path, change
     said = " ".join(done.stderr.split())
     assert f"{change}: {undisturbed} holds checkpoints of a run with {change.partition('=')[0]}" in said
     assert "set it back to go on with that run, or choose another output folder" in said
+
+
+def test_another_config_in_the_models_folder_is_refused(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    folder, model = RunFolder(tmp_path / "run"), tmp_path / "model"
+    shutil.copytree(undisturbed, folder.root)
+    shutil.copytree(TINY, model)
+    folder.config.write_text(folder.config.read_text().replace("recipes/tiny\n", f"{model}\n"))
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"rope_theta": 50}))
+    assert run_command(monkeypatch, *arguments(folder.root, f"model={model}")) == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert f"model={model}: its config.json has changed" in said
+    assert "checkpoints of a run with rope_theta 10000.0, not 50.0" in said
 
 
 @pytest.fixture(scope="module")

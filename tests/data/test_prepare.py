@@ -21,6 +21,7 @@ from rich.console import Console
 
 from bft_megatron.data import chat, readers, sources, tokenizers
 from bft_megatron.data.encoding import Counts
+from bft_megatron.data.folders import appearing_whole
 from bft_megatron.data.prepare import Prepared, load, prepare
 from bft_megatron.data.summary import summary_table
 from bft_megatron.data.workers import ordered_map
@@ -43,6 +44,7 @@ def source(folder: Path, *rows: dict, name: str = "rows.jsonl") -> DataSettings:
 
 PROGRAM = """
 import resource, sys
+from bft_megatron.data.folders import appearing_whole
 from bft_megatron.data.prepare import prepare
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
@@ -51,8 +53,8 @@ source, model, cache, file_size = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_size), -1))
 try:
     prepare(source, model, DataSettings(source, seq_length=256), 4, cache)
-except UserError as e:
-    sys.exit(str(e))
+except (UserError, OSError) as e:
+    sys.exit(f"{type(e).__name__}: {e}")
 assert "torch" not in sys.modules
 """
 
@@ -121,8 +123,11 @@ def test_samples_without_a_supervised_label_are_dropped_and_counted(tmp_path: Pa
     settings = replace(source(tmp_path, {"messages": short}, {"messages": long}), seq_length=16, overlong="truncate")
     counts = prepared(tmp_path, settings).counts
     assert (counts.conversations, counts.overlong, counts.unsupervised, counts.samples) == (2, 1, 1, 1)
-    with pytest.raises(UserError, match=r"rows\.jsonl: nothing is left to learn from.*overlong=1"):
+    with pytest.raises(UserError, match=r"rows\.jsonl: nothing is left .*: of 1 rows, 1 samples are too long$"):
         prepared(tmp_path, replace(source(tmp_path, {"messages": long}), seq_length=16))
+    said = r"of 1 rows, 1 samples are too long and truncated, 1 samples have nothing to learn$"
+    with pytest.raises(UserError, match=said):
+        prepared(tmp_path, replace(settings, train=source(tmp_path, {"messages": long}).train))
 
 
 def test_is_found_again_and_is_the_same(tmp_path: Path) -> None:
@@ -153,7 +158,15 @@ def test_anything_that_changes_the_rows_changes_the_folder(tmp_path: Path, model
 def test_the_same_content_elsewhere_is_the_same(tmp_path: Path) -> None:
     row = {"messages": chat_of("a", "b")}
     first = prepared(tmp_path, source(tmp_path, row))
-    assert prepared(tmp_path, source(tmp_path, row, name="copy.jsonl")) == first
+    for name in ("copy.jsonl", "copy.ndjson", "copy.JSONL", "copy"):
+        assert prepared(tmp_path, source(tmp_path, row, name=name)) == first
+
+
+def test_the_same_content_read_otherwise_is_another(tmp_path: Path) -> None:
+    row = {"messages": chat_of("a", "b")}
+    prepared(tmp_path, source(tmp_path, row))
+    with pytest.raises(UserError, match=r"copy\.csv"):
+        prepared(tmp_path, source(tmp_path, row, name="copy.csv"))
 
 
 def test_a_bad_line_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -220,9 +233,8 @@ def test_rows_that_are_no_conversation_are_skipped_counted_and_listed(tmp_path: 
     assert said.count("an assistant's message must not be empty") == 5
     assert "... and 3 more" in said
     assert not (prepared(tmp_path / "cache").folder / "refused.txt").exists()
-    with pytest.raises(
-        UserError, match=r"nothing is left .*bad\.jsonl:1: messages\[1\]\.content: an assistant's message"
-    ):
+    said = r"of 1 rows, 1 are no conversations; .*bad\.jsonl:1: messages\[1\]\.content: an assistant's message"
+    with pytest.raises(UserError, match=f"nothing is left to learn from: {said}"):
         prepared(tmp_path / "cache", replace(source(tmp_path, rows[1], name="bad.jsonl"), on_error="skip"))
 
 
@@ -246,6 +258,9 @@ def test_another_template_is_another_folder(tmp_path: Path) -> None:
     assert own.counts.tokens < plain.counts.tokens
     file.write_text("{% for m in messages %}!{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
     assert len({r.folder for r in (plain, own, prepared(tmp_path, replace(settings, chat_template=str(file))))}) == 3
+    file.write_text("")  # it writes nothing, so nothing is left to learn from
+    with pytest.raises(UserError):
+        prepared(tmp_path, replace(settings, chat_template=str(file)))
     file.write_text("{% for m in messages %}\n{% nothing %}")
     with pytest.raises(FieldError, match=r"template\.jinja, line 2 of the template: Encountered unknown tag 'nothing'"):
         prepared(tmp_path, replace(settings, chat_template=str(file)))
@@ -294,11 +309,23 @@ def test_two_at_once_end_with_one_folder(tmp_path: Path) -> None:
     assert load(folder).counts.samples == 40
 
 
-def test_a_full_disk_is_the_users_error_and_leaves_nothing(tmp_path: Path) -> None:
-    """The kernel refuses to let a file grow, as where a disk or a quota is full."""
+def test_a_full_disk_is_no_error_of_the_users_and_leaves_nothing(tmp_path: Path) -> None:
+    """The kernel refuses to let a file grow, as where a disk or a quota is full; a job that is tried again goes on."""
     process = started(tmp_path, file_size=4096)
     _, errors = process.communicate(timeout=60)
-    assert errors == f"{tmp_path}: cannot write the prepared data: File too large\n"
+    assert errors == f"OSError: {tmp_path}: cannot write the prepared data: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def write_to_a_full_disk(folder: Path) -> None:
+    with appearing_whole(folder) as part:
+        (part / "samples.arrow").symlink_to("/dev/full")
+        (part / "samples.arrow").write_text("full")
+
+
+def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"{tmp_path}: cannot write the prepared data: No space left on device"):
+        write_to_a_full_disk(tmp_path / "made")
     assert list(tmp_path.iterdir()) == []
 
 

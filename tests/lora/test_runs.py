@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import _Random
+from bft_megatron.lora.base import check_base, record_base
 from bft_megatron.lora.peft import export_adapter, export_merged
+from bft_megatron.recipe import reader
 from bft_megatron.run.folder import RunFolder
 from tests.helpers.commands import command, run_command
 from tests.helpers.runs import MODEL, read_metrics
@@ -45,8 +50,6 @@ def test_the_checkpoint_holds_the_adapters_alone(runs: dict[str, RunFolder]):
 
 
 def test_merging_adds_b_times_a(runs: dict[str, RunFolder], tmp_path: Path):
-    from bft_megatron.recipe import reader
-
     made = reader.load(runs["two"].config)
     export_adapter(runs["two"], made, tmp_path / "adapter")
     export_merged(runs["two"], made, tmp_path / "merged")
@@ -78,3 +81,22 @@ def test_a_finished_run_asked_for_more_steps_says_the_way_on(runs: dict[str, Run
     assert (begun["iteration"], ended["iteration"]) == (0, 3)
     for name in ("loss", "lm_loss", "mean_p", "mean_confidence", "tokens"):
         assert begun[name] == pytest.approx(ended[name], rel=1e-5), name
+
+
+def test_a_base_without_its_record_is_said_and_a_damaged_record_is_refused(
+    runs: dict[str, RunFolder], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(runs["one"].root, run.root)
+    recipe, config, record = reader.load(run.config), read_config(MODEL), run.base.read_text()
+    for damage in ("", "{", "{}", "[]", '{"fingerprint": null}'):
+        run.base.write_text(damage)
+        with pytest.raises(UserError, match=str(run.base)):
+            check_base(run, recipe, config, MODEL)
+    run.base.unlink()
+    check_base(run, recipe, config, MODEL)
+    record_base(run, recipe, config, MODEL)
+    assert capsys.readouterr().out.startswith(f"{run.base} is missing: nothing tells whether")
+    assert run.base.read_text() == record
+    with pytest.raises(UserError, match="are not those that this run's adapters were trained on"):
+        check_base(run, replace(recipe, train=replace(recipe.train, seed=2)), config, MODEL)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bft_megatron.commands import request
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.hf.architectures import read_config
 from bft_megatron.recipe import flag_groups, reader
 from bft_megatron.recipe.schema import Recipe
+from bft_megatron.run import same_model
 from bft_megatron.run.folder import MAY_CHANGE, RunFolder
 from tests.helpers.material import TINY
 
@@ -144,6 +149,29 @@ def test_a_finished_run_says_the_way_on(begun: RunFolder, recipe: Path, changed:
     other = refusal(begun, load(recipe, "train.lr=1"))
     assert other is not None
     assert "further" not in other.message
+
+
+def test_checkpoints_without_their_recipe_are_refused(begun: RunFolder, recipe: Path):
+    begun.config.unlink()
+    said = "holds checkpoints without config.yaml: put it back, or choose another output folder"
+    for check in (begun.check_continues, begun.with_pack):
+        with pytest.raises(FieldError, match=said):
+            check(replace(load(recipe), data=replace(load(recipe).data, pad_multiple=None)))
+
+
+def test_another_config_of_the_same_model_is_refused(begun: RunFolder, recipe: Path, tmp_path: Path):
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | {"rope_theta": 50, "rms_norm_eps": 0.1}))
+    with pytest.raises(FieldError, match=r"has changed: .*with rope_theta 10000\.0, not 50\.0: put it back") as error:
+        same_model.check(begun, read_config(model))
+    assert error.value.field == "model"
+    (model / "config.json").write_text(json.dumps(dict(reversed(values.items())) | {"comment": 1}))
+    same_model.check(begun, read_config(model))
+    (begun.model / "config.json").unlink()
+    with pytest.raises(FieldError, match=r"no config of their model \(.*: copy there the config\.json"):
+        same_model.check(begun, read_config(model))
 
 
 def test_fields_that_may_change_are_fields():

@@ -146,6 +146,16 @@ def test_a_strange_file_of_names_is_one_error(tmp_path: Path, source: Path, rank
         asked.rows_of_rank()
 
 
+def test_names_that_are_exchanged_are_refused(tmp_path: Path, source: Path, rank: None) -> None:
+    asked = request.read(RECIPE, overrides(tmp_path))
+    asked.prepare()
+    names = json.loads((asked.folder.data / "rows.json").read_text())
+    names["train"], names["valid"] = names["valid"], names["train"]
+    (asked.folder.data / "rows.json").write_text(json.dumps(names))
+    with pytest.raises(UserError, match=r"rows\.json: names no prepared data: run `bft-megatron prepare RECIPE`"):
+        asked.rows_of_rank()
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"train": [{}]}', '{"train": [{"name": "x", "rows": 1, "content": "y"}]}'])
 def test_a_strange_record_is_said_and_written_anew(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], text: str

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
 from bft_megatron.recipe import flag_groups, flags, limits, schema, sources
-from bft_megatron.run import folder
+from bft_megatron.run import changes
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bft_megatron"
@@ -137,7 +137,7 @@ def flag_tables() -> dict[str, str]:
         "flags refused": _name_table("reason", refused),
         "flags free": _name_table("subject", free),
         "flags kept": _name_table("subject", kept),
-        "fields free": ", ".join(f"`{field}`" for field in sorted(folder.MAY_CHANGE)),
+        "fields free": ", ".join(f"`{field}`" for field in sorted(changes.MAY_CHANGE)),
     }
 
 

@@ -18,41 +18,13 @@ from pathlib import Path
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import hub, seal
 from bft_megatron.hf.architectures import companions
-from bft_megatron.recipe import flags, reader, rules
+from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run import atomic
+from bft_megatron.run.changes import changed
 
 RUNNING = "running"
 """The mark of a run whose process is running, or was killed."""
-
-MAY_CHANGE = {
-    "data.valid",
-    "objective.head",
-    "objective.chunk_size",
-    "objective.kernels",
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.virtual_pipeline",
-    "parallel.context",
-    "parallel.data",
-    "parallel.sequence",
-    "train.micro_batch_size",
-    "train.save_every",
-    "train.validate_every",
-    "train.exit_after",
-    "train.keep_last",
-    "train.keep_best",
-    "train.best_metric",
-    "train.max_skipped",
-    "train.save_hf",
-    "device",
-    "output",
-}
-"""Fields that may change when a run resumes, because they affect its numbers by no more than rounding.
-
-The model, the rows and their order, the objective, the schedule, the optimizer and the precision must stay the same.
-`recipe.flags.may_change` covers the flags under `megatron`.
-"""
 
 
 @dataclass(frozen=True)
@@ -239,15 +211,12 @@ class RunFolder:
             )
         if not self.goes_on():
             return
-        before, now = _flat(reader.load(self.config)), _flat(recipe)
-        for field in sorted(before.keys() | now.keys()):
-            if before.get(field) != now.get(field) and not _may_change(field):
-                was, wanted = (_shown(field, values.get(field)) for values in (before, now))
-                raise FieldError(
-                    field,
-                    f"{self.root} holds checkpoints of a run with {field} {was}, not {wanted}: set it back to go on "
-                    f"with that run, or choose another output folder{self._way_on(field, recipe)}",
-                )
+        for field, was, wanted in changed(reader.load(self.config), recipe):
+            raise FieldError(
+                field,
+                f"{self.root} holds checkpoints of a run with {field} {was}, not {wanted}: set it back to go on with "
+                f"that run, or choose another output folder{self._way_on(field, recipe)}",
+            )
 
     def _way_on(self, field: str, recipe: Recipe) -> str:
         """Return advice on training a finished run further: its schedule has ended, so it takes a new run."""
@@ -277,25 +246,3 @@ class RunFolder:
 def _is_number(name: str) -> bool:
     """Return whether a name consists of a few ASCII digits: `int` takes others, or refuses what `isdigit` takes."""
     return name.isascii() and name.isdigit() and len(name) < 20
-
-
-def _may_change(field: str) -> bool:
-    group, _, flag = field.partition(".")
-    return flags.may_change(flag) if group == "megatron" else field in MAY_CHANGE
-
-
-def _shown(field: str, value: object) -> object:
-    return "left out" if value is None and field.startswith("megatron.") else value
-
-
-def _flat(recipe: Recipe) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name, value in vars(recipe).items():
-        if name == "megatron":
-            known = {flag: v for flag, v in value.items() if flags.passes(flag)}  # others are refused by their name
-            flat |= {f"{name}.{flag}": v for flag, v in known.items() if not flags.is_left_out(flag, v)}
-        elif hasattr(value, "__dict__"):
-            flat |= {f"{name}.{k}": v for k, v in vars(value).items()}
-        else:
-            flat[name] = value
-    return flat

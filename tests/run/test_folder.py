@@ -17,7 +17,8 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.recipe import flag_groups, reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run import same_model
-from bft_megatron.run.folder import MAY_CHANGE, RunFolder
+from bft_megatron.run.changes import MAY_CHANGE
+from bft_megatron.run.folder import RunFolder
 from tests.helpers.material import TINY
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from bft_megatron.errors import BlownUp
 from bft_megatron.processes.device import current_device
 from bft_megatron.reporting.totals import Totals
+from bft_megatron.run import atomic
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.upstream.training_loop import StepEnd
 
@@ -130,9 +131,7 @@ class Streak:
             return
         skipped, validations = self.skipped + self.before.skipped, self.validations + self.before.validations
         record = Record(self.start, self.last + self.skipped, skipped, validations)
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(record)))
-        temporary.replace(self.file)
+        atomic.write(self.file, json.dumps(asdict(record)))
 
 
 def _in_a_row(what: str, here: int, before: int) -> str:

@@ -24,6 +24,8 @@ from tests.helpers.runs import read_metrics
 
 ALONE = ("parallel.tensor=1", "train.validate_every=null")
 """One rank."""
+HEEDS_HUP = ("env", "--default-signal=HUP")
+"""Before a command: the tests may run under `nohup`, and a process that ignores a signal hands that on."""
 
 
 def _unfinished(out: Path) -> str:
@@ -84,7 +86,7 @@ def test_a_closed_terminal_saves_and_stops(tmp_path: Path):
     out = tmp_path / "run"
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "bft_megatron", *arguments(out, "train.iterations=100000", *ALONE)],
+        [*HEEDS_HUP, sys.executable, "-m", "bft_megatron", *arguments(out, "train.iterations=100000", *ALONE)],
         cwd=ROOT,
         stdin=theirs,
         stdout=theirs,
@@ -131,7 +133,7 @@ def test_a_signal_while_the_data_are_prepared_leaves_nothing(tmp_path: Path, num
     (tmp_path / "data.jsonl").write_text(lines * 2000)
     words = ["prepare", "recipes/tiny.yaml", f"output={tmp_path / 'run'}", f"data.train={tmp_path / 'data.jsonl'}"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bft_megatron", *words],
+        [*HEEDS_HUP, sys.executable, "-m", "bft_megatron", *words],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,

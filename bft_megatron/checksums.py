@@ -13,7 +13,7 @@ BLOCK = 1 << 26
 
 @dataclass(frozen=True)
 class Checksum:
-    """What is recorded of a file.
+    """The checksum of a file.
 
     Attributes:
         size: bytes of the file.

@@ -1,4 +1,4 @@
-"""What follows a save: its seal, and once the next step shows that it is good, the deletion of older checkpoints."""
+"""The work after a save: sealing it and, once the next step shows that it is good, deleting older checkpoints."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Streak:
         self.validations = 0
         """Non-finite validations in a row of this process."""
         self.before = _broadcast(_read(self.file, start) if dist.get_rank() == 0 else Record(start, start))
-        """What the process before recorded, if its last checkpoint is the one that this process starts from."""
+        """The record of the process before, if its last checkpoint is the one that this process starts from."""
         self.last = start
         """The step before the streak: the last that was not skipped."""
         self._began, self._validated = start, -1

@@ -18,7 +18,7 @@ from bft_megatron.recipe.sources import COLUMNS, COMMON_COLUMNS, SourceSettings
 Messages = list[dict[str, Any]]
 
 WEIGHT = Range(at_least=0, at_most=1_000_000)
-"""Of a row. The sums over a batch stay far within the range of fp32."""
+"""The largest weight of a row. The sums over a batch stay far within the range of fp32."""
 
 ROLES = ("system", "user", "assistant", "tool")
 CALL = "function_call"

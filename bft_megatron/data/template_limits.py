@@ -32,7 +32,7 @@ class _TimeIsUp(BaseException):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one rendering of a conversation may take.
+    """The limits of one rendering of a conversation.
 
     Attributes:
         row_bytes: text of the longest row.

@@ -38,7 +38,7 @@ _WATCH = "bft_watch"  # the variable under which a template finds what it report
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a template is given besides the messages: functions that the assistant could call, and variables."""
+    """The inputs of a template besides the messages: functions that the assistant could call, and variables."""
 
     tools: list[Any] | None
     variables: dict[str, Any]
@@ -46,7 +46,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Beginnings:
-    """What a template writes for the beginnings of a conversation.
+    """The texts that a template writes for the beginnings of a conversation.
 
     Attributes:
         text: what it writes for the whole conversation.
@@ -162,7 +162,7 @@ class _Unclear(Exception):
 
 
 class _Watch:
-    """What a run has been told of the messages, and what it had written each time it asked for the next one.
+    """The record of what a run was told of the messages, and of what it had written when it asked for the next one.
 
     Attributes:
         told: the run has been told nothing of messages[told:].

@@ -1,4 +1,4 @@
-"""What stands where a run has its files, such as a folder of that name, which could neither be read nor replaced."""
+"""Checking that nothing but a regular file, such as a folder, stands where a run has its own files."""
 
 from __future__ import annotations
 

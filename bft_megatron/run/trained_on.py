@@ -1,4 +1,4 @@
-"""What a run learns from: its training rows, recorded when it first starts and compared when it goes on.
+"""The record of the training rows of a run: written when it first starts and compared when it goes on.
 
 The recipe only names files, and their content may have changed since. Validation rows may change when a run resumes, so
 they are not recorded.

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from bft_megatron.checkpoint import integrity
+from bft_megatron.data.folders import damaged_name
 from bft_megatron.errors import Unreadable, UserError
 from bft_megatron.hf.seal import SEAL
 from bft_megatron.processes.device import current_device
@@ -143,8 +144,7 @@ def _set_aside(folder: RunFolder, found: _Found, faults: dict[int, str], newest:
             shutil.rmtree(path)
             print(f"removed what an unfinished save of step {iteration} left behind", file=console, flush=True)
             continue
-        aside = _free(path.with_name(f"damaged_{path.name}"))
-        path.rename(aside)
+        aside = path.rename(damaged_name(path))
         print(
             f"checkpoint of step {iteration} is damaged ({fault}): renamed to {aside.name}, using step {newest}",
             file=console,
@@ -158,11 +158,6 @@ def _set_aside(folder: RunFolder, found: _Found, faults: dict[int, str], newest:
             file=console,
             flush=True,
         )
-
-
-def _free(path: Path) -> Path:
-    numbered = (path.with_name(f"{path.name}.{i}") for i in range(2, 1 << 16))
-    return next(p for p in (path, *numbered) if not p.exists()) if path.exists() else path
 
 
 def _list(faults: dict[int, str]) -> str:

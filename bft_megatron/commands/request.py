@@ -48,13 +48,7 @@ class Request:
 
     def check[T](self, check: Callable[[], T]) -> T:
         """Call a function; add to a FieldError the file and line, or the override, that set the field."""
-        try:
-            return check()
-        except FieldError as e:
-            placed = UserError(e.message, reader.where(self.file, self.overrides, e.field))
-            for note in getattr(e, "__notes__", ()):
-                placed.add_note(note)
-            raise placed from e
+        return _placing(self.file, self.overrides, check)
 
     def check_fields(self) -> None:
         """Raise UserError, with file and line, for a recipe that cannot run on any machine."""
@@ -136,6 +130,17 @@ class Request:
             (self.folder.model / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
+def _placing[T](file: Path, overrides: list[str], check: Callable[[], T]) -> T:
+    """Call a function; add to a FieldError where its field was set. See `Request.check`."""
+    try:
+        return check()
+    except FieldError as e:
+        placed = UserError(e.message, reader.where(file, overrides, e.field))
+        for note in getattr(e, "__notes__", ()):
+            placed.add_note(note)
+        raise placed from e
+
+
 def read(file: Path, overrides: list[str] | None) -> Request:
     """Read and check the recipe of a run.
 
@@ -143,10 +148,7 @@ def read(file: Path, overrides: list[str] | None) -> Request:
         UserError: the first thing that is wrong, with its file, line and field.
     """
     recipe = reader.load(file, overrides or [])
-    try:
-        model = find_model(recipe.model)
-    except FieldError as e:
-        raise UserError(e.message, reader.where(file, overrides or [], e.field)) from None
+    model = _placing(file, overrides or [], lambda: find_model(recipe.model))
     request = Request(file, overrides or [], recipe, read_config(model))
     request.check(lambda: rules.check_output(recipe))
     obstacles.check(request.folder)

@@ -52,17 +52,21 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
         temporary.discard(part)
 
 
+def damaged_name(folder: Path) -> Path:
+    """Return the first free of `damaged_NAME`, `damaged_NAME.2`, ... beside a folder."""
+    wanted = folder.with_name(f"damaged_{folder.name}")
+    numbered = (wanted.with_name(f"{wanted.name}.{number}") for number in count(2))
+    return next(path for path in chain([wanted], numbered) if not path.exists())
+
+
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged folder to the first free `damaged_NAME`, `damaged_NAME.2`, ..., and return that.
+    """Rename a damaged folder to its `damaged_name`, and return that.
 
     Raises:
         UserError: it cannot be renamed.
     """
-    wanted = folder.with_name(f"damaged_{folder.name}")
-    numbered = (wanted.with_name(f"{wanted.name}.{number}") for number in count(2))
-    aside = next(path for path in chain([wanted], numbered) if not path.exists())
     try:
-        return folder.rename(aside)
+        return folder.rename(damaged_name(folder))
     except OSError as e:
         raise UserError(f"is damaged, and cannot be renamed: {e.strerror or e}", str(folder)) from None
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from bft_megatron.data import calls
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.masks import Rendered, tokenise
 from bft_megatron.data.template_limits import DEFAULT, Limits
@@ -92,7 +93,8 @@ class _Renderer:
     """Finds where the turns of a conversation lie in its text."""
 
     def __init__(self, conversation: Conversation, tokenizer: ChatTokenizer, limits: Limits) -> None:
-        self.messages = tokenizer.quote(conversation.messages)
+        messages = [m | {"content": ""} if m.get("content") is None else m for m in conversation.messages]
+        self.messages = tokenizer.quote(calls.with_arguments(messages, dict))
         self.given = (tokenizer.quote(conversation.tools), tokenizer.quote(conversation.template))
         self.tokenizer, self.limits = tokenizer, limits
         self.known: dict[bool, Beginnings | None] = {False: None, True: None}

@@ -42,6 +42,7 @@ class Counts:
         weightless: kept samples of weight 0, which are not learned from.
         highest_token: the largest token id of the kept samples, which must be inside the model's vocabulary.
         lengths: histogram of samples by length, before any is dropped: entry k counts 2^(k-1) < tokens <= 2^k.
+        notes: sentence about some of the samples -> how many of them, before any is dropped.
     """
 
     conversations: int = 0
@@ -55,6 +56,7 @@ class Counts:
     weightless: int = 0
     highest_token: int = 0
     lengths: list[int] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:
         """Add another chunk's or source's counts to these."""
@@ -63,6 +65,8 @@ class Counts:
             if name == "lengths":
                 longer, shorter = sorted((mine, its), key=len, reverse=True)
                 self.lengths = [n + (shorter[k] if k < len(shorter) else 0) for k, n in enumerate(longer)]
+            elif name == "notes":
+                self.notes = dict(Counter(mine) + Counter(its))
             else:
                 setattr(self, name, max(mine, its) if name == "highest_token" else mine + its)
 
@@ -156,8 +160,10 @@ class Encoder:
     def _kept(self, rendered: list[_Text], all_counts: Counts) -> Iterator[_Sample]:
         """Yield the samples that go into rows, and count the ones that don't."""
         longest, lengths, counts = self.settings.seq_length, Counter[int](), Counts()
+        notes = Counter[str]()
         encoded = masks.tokenise([text for _, text in rendered], self.tokenizer)
-        for (conversation, _), (tokens, supervised) in zip(rendered, encoded, strict=True):
+        for (conversation, text), (tokens, supervised) in zip(rendered, encoded, strict=True):
+            notes.update(conversation.notes + text.notes)
             lengths[max(len(tokens) - 2, 0).bit_length()] += 1
             if len(tokens) - 1 > longest:
                 counts.overlong += 1
@@ -175,6 +181,7 @@ class Encoder:
             counts.highest_token = max(counts.highest_token, int(tokens.max()))
             yield _Sample(tokens, supervised, conversation)
         counts.lengths = [lengths[k] for k in range(max(lengths, default=-1) + 1)]
+        counts.notes = dict(notes)
         all_counts.add(counts)
 
 

@@ -26,10 +26,11 @@ _SCANNED = 10_000_000
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, with its supervised spans of characters in order."""
+    """A conversation as text, with its supervised spans of characters in order, and notes as a `Conversation` has."""
 
     text: str
     spans: list[Span]
+    notes: tuple[str, ...] = ()
 
 
 def tokenise(rendered: list[Rendered], tokenizer: ChatTokenizer) -> list[tuple[np.ndarray, np.ndarray]]:

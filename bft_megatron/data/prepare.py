@@ -34,7 +34,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import SourceSettings
 
-FORMAT = 3
+FORMAT = 4
 """Part of the hash in the folder's name; raised whenever the same input is written differently."""
 
 SAMPLES = Features(

@@ -10,11 +10,11 @@ import glob
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from bft_megatron.data import dataset_info
+from bft_megatron.data import dataset_info, tables
 from bft_megatron.data.formats import Conversation, conversation
 from bft_megatron.data.portion import portion
 from bft_megatron.data.readers import READERS, Chunk, count_rows, read_file
@@ -93,8 +93,10 @@ class Source:
             if isinstance(row, UserError):
                 yield row
                 continue
+            row, dropped = tables.without_nulls(row) if chunk.unit == "row" else (row, False)
             try:
-                yield conversation(row, self.settings, number, chunk.file, where)
+                found = conversation(row, self.settings, number, chunk.file, where)
+                yield replace(found, notes=(tables.NULLS_DROPPED,)) if dropped else found
             except UserError as e:
                 yield e
 

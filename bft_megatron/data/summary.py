@@ -17,7 +17,7 @@ SHOWN = 5
 
 
 def summary_table(sources: Mapping[str, Prepared]) -> RenderableType:
-    """Return a table with one column per source, followed by the first refused rows.
+    """Return a table with one column per source, followed by the first refused rows and the notes.
 
     Args:
         sources: prepared sources by their names in reports.
@@ -26,11 +26,12 @@ def summary_table(sources: Mapping[str, Prepared]) -> RenderableType:
     table.add_column("")
     for name in sources:
         table.add_column(Text(name), justify="right")
-    lines = [_numbers(prepared) for prepared in sources.values()]
-    for what in lines[0]:
-        if what not in OPTIONAL or any(line[what] != "0" for line in lines):
-            table.add_row(what, *(line[what] for line in lines))
-    return Group(table, *(Text(line) for prepared in sources.values() for line in _refused(prepared)))
+    columns = [_numbers(prepared) for prepared in sources.values()]
+    for what in columns[0]:
+        if what not in OPTIONAL or any(column[what] != "0" for column in columns):
+            table.add_row(what, *(column[what] for column in columns))
+    lines = [line for name, prepared in sources.items() for line in (*_refused(prepared), *_notes(name, prepared))]
+    return Group(table, *map(Text, lines))
 
 
 OPTIONAL = {"rows refused", "too long, dropped", "too long, truncated", "nothing to learn, dropped"}
@@ -71,3 +72,7 @@ def _refused(prepared: Prepared) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     more = [f"... and {len(lines) - SHOWN:,} more, in {path}"] if len(lines) > SHOWN else []
     return [*(f"refused: {line}" for line in lines[:SHOWN]), *more]
+
+
+def _notes(name: str, prepared: Prepared) -> list[str]:
+    return [f"{name}, {number:,} samples: {note}" for note, number in prepared.counts.notes.items()]

@@ -135,11 +135,11 @@ class ChatTokenizer:
             raise UserError(f"the chat template refuses this conversation: {reason}") from None
 
     def quote(self, value: Any, depth: int = 0) -> Any:
-        """Return messages, or a part of them, without Nones and with `BREAK` inside the control tokens they spell."""
+        """Return messages, or a part of them, with `BREAK` inside the control tokens they spell."""
         if depth > DEEPEST:
             raise UserError("is nested too deeply")
         if isinstance(value, dict):
-            return {self.quote(key): self.quote(item, depth + 1) for key, item in value.items() if item is not None}
+            return {self.quote(key): self.quote(item, depth + 1) for key, item in value.items()}
         if isinstance(value, list):
             return [self.quote(item, depth + 1) for item in value]
         if not isinstance(value, str):

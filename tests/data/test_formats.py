@@ -19,7 +19,7 @@ from bft_megatron.recipe.sources import SourceSettings, source_settings
 PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SYSTEM = {"role": "system", "content": "Be kind."}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": 1}}}]
-CALLING = {"role": "assistant", "content": ""}
+CALLING = {"role": "assistant", "content": None}
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
 
 PARTS = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
@@ -77,7 +77,7 @@ def test_columns_and_roles_by_name(tmp_path: Path) -> None:
 
 
 def test_tools_and_calls(tmp_path: Path) -> None:
-    """OpenAI's arguments are JSON as text; ShareGPT's calls a turn of their own."""
+    """OpenAI's arguments are JSON as text, and stay it; ShareGPT's calls a turn of their own."""
     text = [{"id": "x", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
     answer = {"role": "tool", "content": "2"}
     rows = [
@@ -92,7 +92,7 @@ def test_tools_and_calls(tmp_path: Path) -> None:
         },
     ]
     openai, sharegpt = read(jsonl(tmp_path, *rows))
-    assert openai.messages == [PLAIN[0], CALLING | {"tool_calls": [CALLS[0] | {"id": "x"}]}, answer]
+    assert openai.messages == [PLAIN[0], CALLING | {"tool_calls": text}, answer]
     assert sharegpt.messages == [PLAIN[0], CALLING | {"tool_calls": CALLS}, answer]
     assert openai.tools == sharegpt.tools == TOOLS
 

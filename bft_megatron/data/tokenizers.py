@@ -16,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bft_megatron.data import habits
+from bft_megatron.data.habits import Habits
 from bft_megatron.data.template_limits import DEFAULT, Limits, TemplateFault
 from bft_megatron.data.templates import Beginnings, Inputs, Span, Template
 from bft_megatron.errors import FieldError, UserError
@@ -76,6 +78,18 @@ class ChatTokenizer:
     def asks(self) -> bool:
         """Whether the template has `add_generation_prompt`."""
         return "add_generation_prompt" in self.template
+
+    @cached_property
+    def habits(self) -> Habits:
+        """How the template wants tool calls."""
+
+        def write(messages: list[dict[str, Any]], tools: list[Any] | None) -> str | None:
+            try:
+                return self.render(messages, tools=tools)[0]
+            except UserError:
+                return None
+
+        return habits.of_template(write)
 
     def render(
         self,

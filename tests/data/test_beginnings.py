@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bft_megatron.data import chat, templates
+from bft_megatron.data import chat, templates, turns
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
@@ -126,7 +126,7 @@ def test_one_run_finds_what_each_beginning_gives(
     with pytest.MonkeyPatch.context() as patch:
         found = []
         for many in (1, 10**9):
-            patch.setattr(chat, "MANY", many)
+            patch.setattr(turns, "MANY", many)
             found.append(outcome(talk, tokenizer, supervise))
     assert found[0] == found[1]
     for prompt in (False, True):
@@ -173,19 +173,19 @@ def test_work_grows_with_the_turns_alone(tiny: ChatTokenizer, monkeypatch: pytes
         return made
 
     monkeypatch.setattr(templates._Run, "text", counting)
-    for turns in (40, 4000):
+    for count in (40, 4000):
         written.append(0)
-        messages = chat_of(*["Say it again, please."] * turns)
+        messages = chat_of(*["Say it again, please."] * count)
         rendered = chat.render(Conversation(1, messages, 1.0), tiny, "assistant")
         assert {rendered.text[a:b] for a, b in rendered.spans} == {"Say it again, please.<|im_end|>"}
-        assert len(rendered.spans) == turns / 2
+        assert len(rendered.spans) == count / 2
     assert written[1] < 101 * written[0]
 
 
 def test_turns_that_cannot_be_found_in_one_run_are_bounded(
     tiny: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "MOST", 1000)
+    monkeypatch.setattr(turns, "MOST", 1000)
     tokenizer = replace(tiny, template=KNOWN["mistral"])
     messages = chat_of(*["a"] * 60)
     with pytest.raises(UserError, match=r"has 60 messages.*data\.supervise: last"):

@@ -27,6 +27,9 @@ COLUMNS = {
 COMMON_COLUMNS = {"system": "system", "tools": "tools", "weight": "weight", "template": "chat_template_kwargs"}
 """Column of each optional part, which a row of any format may have."""
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""How a file is compressed, by its last suffix."""
+
 
 @dataclass(frozen=True)
 class SourceSettings:
@@ -60,7 +63,8 @@ class SourceSettings:
     @property
     def label(self) -> str:
         """Name of the source in reports."""
-        return self.name or Path(self.path).stem or self.path
+        path = Path(self.path)
+        return self.name or (path.with_suffix("") if path.suffix in COMPRESSIONS else path).stem or self.path
 
 
 def source_settings(value: Any, where: str) -> tuple[SourceSettings, ...]:

@@ -95,7 +95,9 @@ def _is_false(value: Any, name: str) -> bool:
 
 def _way_to_learn(row: dict[str, Any]) -> str:
     """Return how to learn the chosen answers of such rows."""
-    prompt = next((name for name in ("prompt", "instruction", "conversations", "messages") if _holds(row.get(name))), "")
+    prompt = next(
+        (name for name in ("prompt", "instruction", "conversations", "messages") if _holds(row.get(name))), ""
+    )
     chosen = row["chosen"]
     if isinstance(chosen, list) and len(chosen) > 1:  # with the question
         columns = "{messages: chosen}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bft_megatron.errors import FieldError, shortened
-from bft_megatron.recipe.limits import PATH, limit_of, number
+from bft_megatron.recipe.limits import PATH, home_path, limit_of, number
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "pairs"]
 
@@ -89,6 +89,15 @@ def source_settings(value: Any, where: str) -> tuple[SourceSettings, ...]:
     if len(found) > 1 and (taken := {"train", "valid"} & set(names)) and where == "data.valid":
         raise FieldError(where, f"{min(taken)} is what the reports call the whole set: choose another `name`")
     return found
+
+
+def at_home(value: Any) -> Any:
+    """Return the value of a recipe's field with `home_path` of every source's path."""
+    if isinstance(value, str):
+        return home_path(value)
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": at_home(value["path"])}
+    return [at_home(item) for item in value] if isinstance(value, list) else value
 
 
 def _item(value: Any, where: str, place: str) -> SourceSettings:

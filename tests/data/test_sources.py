@@ -70,7 +70,11 @@ FAULTS: list[tuple[Any, str, str]] = [
     (with_message(role="user", content="a\ud800"), ": messages[2].content", "surrogate pair at character 2"),
     (with_message(role="assistant", content="x", weight=0.5), ": messages[2].weight", "must be 0 or 1"),
     (with_message(role="assistant", content="x", loss=0), ": messages[2].loss", "must be true or false"),
-    (with_message(role="user", content=[{"type": "image_url"}]), ": messages[2].content[0]", "of the type image_url, which a text model cannot see"),
+    (
+        with_message(role="user", content=[{"type": "image_url"}]),
+        ": messages[2].content[0]",
+        "of the type image_url, which a text model cannot see",
+    ),
     (with_message(role="assistant", tool_calls="x"), ": messages[2].tool_calls", "must be a list of calls"),
     (with_message(role="assistant", tool_calls=[{"function": {}}]), ": messages[2].tool_calls[0]", '"name"'),
     (GOOD | {"weight": "two"}, ": weight", "must be a number"),

@@ -83,7 +83,7 @@ def _tools(row: dict[str, Any], column: str, where: str) -> list[Any] | None:
 
 
 def _old_functions(row: dict[str, Any]) -> list[Any] | None:
-    """Return the value of a column `functions` if it holds OpenAI's older schemas, and not something of another kind."""
+    """Return the value of a column `functions` if it holds OpenAI's older schemas and nothing of another kind."""
     try:
         found = values.parsed(row.get("functions"), list, "functions")
     except UserError:
@@ -158,6 +158,8 @@ def _pair(row: dict[str, Any], columns: dict[str, str], roles: dict[str, str], w
 
 def _listed(value: list[Any], roles: dict[str, str], where: str) -> Messages:
     """Read a prompt or a response that is a list of messages, OpenAI's or ShareGPT's."""
+    if value and all(isinstance(item, str) for item in value):
+        raise UserError("must be text, or messages: of several texts to choose from, write one", where)
     if _has_field(value, "from"):
         return reading.read(value, COLUMNS["sharegpt"], ALIASES | roles, where)
     return reading.read(value, COLUMNS["messages"], ROLES | roles, where)

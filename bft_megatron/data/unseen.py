@@ -1,4 +1,4 @@
-"""Rows that a text model must not learn from as they are: images, video and audio, which it cannot see, and preferences.
+"""Rows that a text model must not learn from as they are: with images, video or audio, or with a bad answer.
 
 `formats` asks before it reads a row, so that nothing of such a row is learned as if it were all.
 """
@@ -13,6 +13,7 @@ from bft_megatron.errors import UserError
 _MEDIUM = re.compile(r"(image|video|audio)s?(_(url|path|file)s?)?", re.IGNORECASE)
 """Names of fields that hold a medium."""
 
+_PAIR = ("chosen", "rejected")
 _OTHERWISE = "or leave such rows out with data.on_error: skip"
 
 
@@ -30,19 +31,20 @@ def check(row: dict[str, Any], named: set[str], learns: bool, where: str) -> Non
     for name in ("label", "kto_tag"):
         if name in row and name not in named and _is_false(row[name], name):
             raise UserError(
-                "false marks an answer that is not to be learned (KTO): a fine-tune learns every answer; leave such rows "
-                "out with data.on_error: skip, or take the column out of the file if it means something else",
+                "false marks an answer that is not to be learned (KTO): take the column out of the file if it means "
+                f"something else, {_OTHERWISE}",
                 f"{where}: {name}",
             )
-    if not learns and _holds(row.get("chosen")) and _holds(row.get("rejected")):
+    if not learns and all(isinstance(row.get(name), str | list | dict) and _holds(row[name]) for name in _PAIR):
+        way = _way_to_learn(row)
         raise UserError(
-            f"a preference, `chosen` over `rejected`: a fine-tune learns answers, not preferences; {_way_to_learn(row)}",
+            f"a preference, `chosen` over `rejected`: a fine-tune learns answers, not preferences; {way}",
             f"{where}: chosen",
         )
 
 
 def check_media(fields: dict[str, Any], where: str) -> None:
-    """Raise UserError for a field of a row or a message that holds an image, video or audio; an empty one holds none."""
+    """Raise UserError for a field of a row or a message that holds an image, video or audio."""
     for name, value in fields.items():
         if (medium := _MEDIUM.fullmatch(name)) and _holds(value):
             raise UserError(
@@ -88,7 +90,7 @@ def _holds(value: Any) -> bool:
 
 
 def _is_false(value: Any, name: str) -> bool:
-    """Return whether a tag of KTO says no: false, in CSV as text. 0 may be the number of a class, but not in its own."""
+    """Return whether a tag of KTO says no: false, in CSV as text; 0 in `kto_tag`, as a `label` it may be a class."""
     is_zero = name == "kto_tag" and value in (0, "0")
     return value is False or is_zero or (isinstance(value, str) and value.strip().lower() == "false")
 
@@ -99,12 +101,14 @@ def _way_to_learn(row: dict[str, Any]) -> str:
         (name for name in ("prompt", "instruction", "conversations", "messages") if _holds(row.get(name))), ""
     )
     chosen = row["chosen"]
-    if isinstance(chosen, list) and len(chosen) > 1:  # with the question
+    first = chosen[0] if isinstance(chosen, list) else None
+    speaker = (first.get("role") or first.get("from")) if isinstance(first, dict) else None
+    if speaker not in (None, "assistant", "gpt"):  # it begins with the question
         columns = "{messages: chosen}"
     elif prompt in ("conversations", "messages"):
         columns = f"{{prompt: {prompt}, response: chosen}}"
-    elif prompt or isinstance(chosen, list):
-        columns = "{response: chosen}" if prompt else "{messages: chosen}"
+    elif prompt:
+        columns = "{response: chosen}"
     else:
         return f"write the chosen ones to a file as messages, {_OTHERWISE}"
     return f"to learn the chosen ones, set the source's `columns: {columns}`, {_OTHERWISE}"

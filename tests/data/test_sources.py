@@ -53,6 +53,7 @@ FAULTS: list[tuple[Any, str, str]] = [
     ({"conversations": [{"from": "function_call", "value": "f("}]}, ": conversations[0].value", "a call as JSON"),
     ({"instruction": "Hi", "output": ""}, ": output", "must not be empty"),
     ({"instruction": "Hi", "output": "x", "history": [["a"]]}, ": history[0]", "must be a pair"),
+    ({"instruction": "Hi", "output": ["x", "y"]}, ": output", "of several texts to choose from, write one"),
     ({"prompt": "Hi", "completion": None}, ": messages", "no such field"),
     (GOOD | {"tools": "{"}, ": tools", "must be a JSON list"),
     (GOOD | {"chat_template_kwargs": []}, ": chat_template_kwargs", "must be a JSON object"),

@@ -139,6 +139,13 @@ def test_a_path_may_begin_at_home(recipe: Path, monkeypatch: pytest.MonkeyPatch,
     assert load(recipe, ["output=~root/x", "data.train={path: '~root/y'}"]).output == f"{root}/x"
 
 
+def test_so_may_the_paths_of_the_command_line(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_command(monkeypatch, "inspect", "~/recipe.yaml", "output=~/here", "--html=~/row.html") == 0
+    assert (tmp_path / "row.html").is_file()
+    assert (tmp_path / "here").is_dir()
+
+
 def test_a_file_that_is_called_as_the_home_folder(
     recipe: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -10,6 +10,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.recipe.sources import COMPRESSIONS
 
 if TYPE_CHECKING:
+    import pyarrow
     from _typeshed import WriteableBuffer
 
 _BLOCK = 1 << 16
@@ -29,19 +30,21 @@ def suffix(path: str) -> str:
 
 def open_plain(path: str) -> BinaryIO:
     """Open a file to read what it holds, decompressed. Reading raises UserError where the file is damaged or cut."""
-    name = compression(path)
-    return open(path, "rb") if name is None else io.BufferedReader(_Decompressed(path, name), _BLOCK)
+    if (name := compression(path)) is None:
+        return open(path, "rb")
+    import pyarrow
+
+    return io.BufferedReader(_Decompressed(pyarrow.OSFile(path), path, name), _BLOCK)
 
 
 class _Decompressed(io.RawIOBase):
     """The decompressed bytes of a file; `line` is the number of the line that they have come to."""
 
-    def __init__(self, path: str, name: str) -> None:
-        import pyarrow
+    def __init__(self, file: pyarrow.NativeFile, path: str, name: str) -> None:
+        from pyarrow import CompressedInputStream
 
-        self._file = pyarrow.OSFile(path)
-        self._path, self._name, self.line = path, name, 1
-        self._plain = pyarrow.CompressedInputStream(self._file, name)
+        self._file, self._path, self._name, self.line = file, path, name, 1
+        self._plain = CompressedInputStream(file, name)
 
     def readable(self) -> bool:
         return True

@@ -54,10 +54,11 @@ def _message(message: Any, columns: dict[str, str], roles: dict[str, str], where
     role, content = roles[role], message.get(content_name)
     made = {k: v for k, v in message.items() if v is not None and k not in (role_name, content_name, "weight", "loss")}
     unseen.check_media(made, where)
-    if CALL in made and "tool_calls" not in made:
-        made["tool_calls"] = calls.read([made.pop(CALL)], f"{where}.{CALL}")
-    elif role == CALL:
+    old_call = parsed(made.pop(CALL, None), dict, f"{where}.{CALL}")
+    if role == CALL:
         made["tool_calls"], role, content = calls.from_text(content, f"{where}.{content_name}"), "assistant", None
+    elif old_call and "tool_calls" not in made:
+        made["tool_calls"] = calls.read([old_call], f"{where}.{CALL}")
     elif "tool_calls" in made:
         made["tool_calls"] = calls.read(made["tool_calls"], f"{where}.tool_calls")
     supervised = _is_supervised(message, where)

@@ -10,7 +10,7 @@ from typing import Any
 
 from bft_megatron.errors import UserError
 
-_MEDIUM = re.compile(r"(image|video|audio)s?(_(url|path|file)s?)?", re.IGNORECASE)
+_MEDIUM = re.compile(r"(image|video|audio)s?(_?[0-9]+|_(url|path|file)s?)?", re.IGNORECASE)
 """Names of fields that hold a medium."""
 
 _PAIR = ("chosen", "rejected")
@@ -81,12 +81,12 @@ def _some(medium: str) -> str:
 
 
 def _holds(value: Any) -> bool:
-    """Return whether a value has anything in it: not null, empty or false, nor only such values."""
+    """Return whether a value has anything in it: not null, empty, false or 0, nor only such values."""
     if isinstance(value, dict):
         return any(map(_holds, value.values()))
     if isinstance(value, list | tuple):
         return any(map(_holds, value))
-    return value is not None and value is not False and value != ""
+    return bool(value)
 
 
 def _is_false(value: Any, name: str) -> bool:

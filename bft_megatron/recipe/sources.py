@@ -64,7 +64,7 @@ class SourceSettings:
     def label(self) -> str:
         """Name of the source in reports."""
         path = Path(self.path)
-        return self.name or (path.with_suffix("") if path.suffix in COMPRESSIONS else path).stem or self.path
+        return self.name or (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).stem or self.path
 
 
 def source_settings(value: Any, where: str) -> tuple[SourceSettings, ...]:

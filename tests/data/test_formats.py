@@ -107,6 +107,7 @@ def test_calls_and_tools_as_openai_wrote_them_first(tmp_path: Path) -> None:
         {"messages": talk, "functions": [function]},
         {"messages": json.dumps(talk), "functions": json.dumps([function])},
         {"messages": talk, "tools": [function]},
+        {"messages": [PLAIN[0], CALLING | {"function_call": json.dumps(call)}, *talk[2:]], "tools": TOOLS},
         {"messages": plain, "functions": "def add(a): ..."},
         {"messages": plain, "functions": [{"name": "add"}, "x"]},
     ]
@@ -119,10 +120,11 @@ def test_calls_and_tools_as_openai_wrote_them_first(tmp_path: Path) -> None:
             PLAIN[1],
         ]
         assert found.tools == TOOLS
-    assert text == Conversation(4, PLAIN, 1.0)
-    assert names == Conversation(5, PLAIN, 1.0)
-    with pytest.raises(UserError, match=r"messages\[0\]\.function_call\[0\]: must be"):
-        read(jsonl(tmp_path, {"messages": [CALLING | {"function_call": {"arguments": "{}"}}]}))
+    assert text == Conversation(5, PLAIN, 1.0)
+    assert names == Conversation(6, PLAIN, 1.0)
+    for wrong in ({"arguments": "{}"}, "add", [call]):
+        with pytest.raises(UserError, match=r"messages\[0\]\.function_call(\[0\])?: must be"):
+            read(jsonl(tmp_path, {"messages": [CALLING | {"function_call": wrong}]}))
 
 
 def test_a_developer_instructs_as_a_system_does(tmp_path: Path) -> None:

@@ -119,7 +119,10 @@ trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dic
 messages = st.fixed_dictionaries(
     {}, optional={"role": st.sampled_from(["user", "assistant", "x"]) | trees, "content": st.text() | trees}
 )
-rows = st.fixed_dictionaries({}, optional={"messages": st.lists(messages, max_size=3) | trees, "weight": trees})
+columns = ("weight", "image", "label", "chosen", "rejected", "tools", "functions", "prompt", "completion")
+rows = st.fixed_dictionaries(
+    {}, optional={"messages": st.lists(messages, max_size=3) | trees} | dict.fromkeys(columns, trees)
+)
 
 
 @given(st.binary(max_size=60) | (trees | rows).map(lambda row: json.dumps(row).encode()))

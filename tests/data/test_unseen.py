@@ -37,6 +37,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (TALK | {"image": "a.png"}, "image", "holds an image"),
     (PAIR | {"image": {"bytes": "iVBO", "path": None}}, "image", "holds an image"),
     (PAIR | {"image_url": "https://example.org/a.png"}, "image_url", "holds an image"),
+    (CHAT | {"image_1": "a.png", "image_2": None}, "image_1", "holds an image"),
     (CHAT | {"videos": [["a.mp4"]]}, "videos", "holds a video"),
     (ALPACA | {"video": "a.mp4"}, "video", "holds a video"),
     (TALK | {"audios": ["a.wav"]}, "audios", "holds audio"),
@@ -115,7 +116,7 @@ def test_prepare_leaves_them_out_and_lists_them(tmp_path: Path, monkeypatch: pyt
 
 
 LEARNED: list[tuple[dict[str, Any], dict[str, str]]] = [
-    (CHAT | {"images": [], "image": None, "video": "", "audios": [None], "image_path": [""]}, {}),
+    (CHAT | {"images": [], "image": None, "video": "", "audios": [None], "image_path": [""], "image_2": 0}, {}),
     (CHAT | {"image": {"bytes": None, "path": None}, "audio": {}}, {}),
     (CHAT | {"imagery": "x", "video_title": "x", "audience": ["x"]}, {}),
     (CHAT | {"label": "sports"}, {}),

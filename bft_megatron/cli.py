@@ -32,7 +32,7 @@ app = typer.Typer(
     help="Balanced Fine-Tuning (BFT) of large language models on Megatron-Core.",
 )
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The run's recipe.")]
+RecipeFile = Annotated[Path, files.Argument(metavar="RECIPE.yaml", help="The run's recipe.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Fields to set, for example train.lr=1e-5")
 ]
@@ -97,7 +97,7 @@ def inspect(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     row: Annotated[int, typer.Option(help="Number of the row, from 0.")] = 0,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page instead.")] = None,
+    html: Annotated[Path | None, files.Option(metavar="FILE", help="Write an HTML page instead.")] = None,
 ) -> None:
     """Show a row of the training data: the text of its samples, and which tokens are learned."""
     request = read(recipe_file, overrides)
@@ -139,7 +139,7 @@ def score(
     trained: Annotated[
         bool, typer.Option("--trained", help="Use the run's newest checkpoint, not the model it began with.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Default: scores.jsonl in the run's folder.")] = None,
+    out: Annotated[Path | None, files.Option(metavar="FILE", help="Default: scores.jsonl in the run's folder.")] = None,
 ) -> None:
     """Write the model's confidence in every sample and the objective's weight of it, one line of JSON a sample."""
     request = read(recipe_file, overrides)
@@ -191,7 +191,7 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
     gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB of memory.")] = "h100-80g",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the report.")] = False,
-    html: Annotated[Path | None, typer.Option(help="File to write: the memory of a step over time.")] = None,
+    html: Annotated[Path | None, files.Option(metavar="FILE", help="Page to write: a step's memory over time.")] = None,
     search: Annotated[bool, typer.Option("--search", help="Rank the layouts of this many GPUs instead.")] = False,
 ) -> None:
     """Report whether the recipe fits a cluster and how fast it may run, without using one. Exit status 1: no fit."""
@@ -209,8 +209,8 @@ def plan(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output folder.")],
-    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Folder to write, for transformers or vLLM.")],
+    run: Annotated[Path, files.Argument(metavar="RUN", help="The run's output folder.")],
+    folder: Annotated[Path, files.Argument(metavar="HF_DIR", help="Folder to write, for transformers or vLLM.")],
     merge: Annotated[bool, typer.Option("--merge", help="For a LoRA run: base and adapters as one model.")] = False,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -242,7 +242,7 @@ def export(
 
 @app.command()
 def generate(
-    folder: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A Hugging Face model folder.")],
+    folder: Annotated[Path, files.Argument(metavar="HF_DIR", help="A Hugging Face model folder.")],
     prompt: Annotated[str, typer.Argument(help="The user's message.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of the answer, in tokens.")] = 256,
 ) -> None:
@@ -254,8 +254,8 @@ def generate(
 
 @app.command("from-llamafactory")
 def from_llamafactory(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A config of `llamafactory-cli train`.")],
-    recipe_file: Annotated[Path | None, typer.Argument(metavar="[OUT.yaml]", help="Recipe to write.")] = None,
+    config: Annotated[Path, files.Argument(metavar="CONFIG.yaml", help="A config of `llamafactory-cli train`.")],
+    recipe_file: Annotated[Path | None, files.Argument(metavar="[OUT.yaml]", help="Recipe to write.")] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="GPUs that the config runs on; its batch counts them.")
     ] = None,

@@ -1,11 +1,23 @@
-"""Writing of the files that a user names on the command line; a failure becomes a UserError."""
+"""The files that a user names on the command line: their paths, and writing them; a failure becomes a UserError."""
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
+import typer
+
 from bft_megatron.errors import UserError
+from bft_megatron.recipe.limits import home_path
+
+
+def _path(text: str) -> Path:
+    return Path(home_path(text))
+
+
+Argument, Option = partial(typer.Argument, parser=_path), partial(typer.Option, parser=_path)
+"""Typer's for a path, in which `~` is the home folder."""
 
 
 def write(file: Path, text: str, what: str, *, new: bool = False) -> None:

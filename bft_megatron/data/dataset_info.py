@@ -22,9 +22,9 @@ _ROLES = {
     "system_tag": ("system", "system"),
 }
 _REFUSED = {
-    "ranking": "holds preferences, not answers",
+    "ranking": "holds preferences, not answers: to learn the chosen ones, make its file the source, with `columns`",
     "num_samples": "draws samples: write them to a file of their own, or set the source's `weight`",
-    "kto_tag": "holds preferences, not answers",
+    "kto_tag": "holds good and bad answers: make its file the source, with `data.on_error: skip` for the bad ones",
     "images": "holds images",
     "videos": "holds videos",
     "audios": "holds audio",

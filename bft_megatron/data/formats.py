@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bft_megatron.data import messages as reading
-from bft_megatron.data import values
-from bft_megatron.data.messages import CALL, ROLES, SUPERVISED, Messages
+from bft_megatron.data import unseen, values
+from bft_megatron.data.messages import ALIASES, ROLES, SUPERVISED, SYSTEMS, Messages
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.sources import COLUMNS, COMMON_COLUMNS, SourceSettings
-
-_ALIASES = {role: role for role in (*ROLES, CALL)} | {"human": "user", "gpt": "assistant", "observation": "tool"}
 
 
 @dataclass(frozen=True)
@@ -55,19 +53,43 @@ def conversation(row: Any, source: SourceSettings, line: int, file: int, where: 
     """
     if not isinstance(row, dict):
         raise UserError('must be an object such as {"messages": [...]}', where)
+    named = set(source.columns.values())
+    unseen.check(row, named, bool(source.columns.keys() & {"messages", "response"}), where)
     name, columns = _format(row, source, where)
     messages = _READERS[name](row, columns, source.roles, where)
+    unseen.check_placeholders(row, [m["content"] for m in messages if m["content"]], named, where)
     system = row.get(columns["system"])
-    if system is not None and system != "" and (not messages or messages[0]["role"] != "system"):
+    if system is not None and system != "" and (not messages or messages[0]["role"] not in SYSTEMS):
         messages.insert(0, {"role": "system", "content": values.text(system, f"{where}: {columns['system']}")})
     if all(message["role"] != "assistant" for message in messages):
         place = columns.get("messages", columns.get("response"))
         raise UserError("no message is the assistant's, so there is nothing to learn", f"{where}: {place}")
     masked = frozenset(i for i, message in enumerate(messages) if not message.pop(SUPERVISED, True))
     template = values.parsed(row.get(columns["template"]), dict, f"{where}: {columns['template']}") or {}
-    tools = values.parsed(row.get(columns["tools"]), list, f"{where}: {columns['tools']}") or None
+    tools = _tools(row, columns["tools"], where)
     weight = values.weight(row.get(columns["weight"], 1.0), f"{where}: {columns['weight']}")
     return Conversation(line, messages, weight, masked, tools, template, file)
+
+
+def _tools(row: dict[str, Any], column: str, where: str) -> list[Any] | None:
+    """Return the tools in OpenAI's form, also those of its older `functions` and those that are functions alone."""
+    tools = values.parsed(row.get(column), list, f"{where}: {column}") or _old_functions(row) or []
+    return [
+        {"type": "function", "function": tool}
+        if isinstance(tool, dict) and "name" in tool and not tool.keys() & {"type", "function"}
+        else tool
+        for tool in tools
+    ] or None
+
+
+def _old_functions(row: dict[str, Any]) -> list[Any] | None:
+    """Return the value of a column `functions` if it holds OpenAI's older schemas and nothing of another kind."""
+    try:
+        found = values.parsed(row.get("functions"), list, "functions")
+    except UserError:
+        return None
+    schemas = all(isinstance(function, dict) and {"name", "parameters"} <= function.keys() for function in found or [])
+    return found if schemas else None
 
 
 def _format(row: dict[str, Any], source: SourceSettings, where: str) -> tuple[str, dict[str, str]]:
@@ -103,12 +125,11 @@ def _has_field(messages: Any, name: str) -> bool:
 
 
 def _messages(row: dict[str, Any], columns: dict[str, str], roles: dict[str, str], where: str) -> Messages:
-    known = {role: role for role in ROLES} | roles
-    return reading.read(row[columns["messages"]], columns, known, f"{where}: {columns['messages']}")
+    return reading.read(row[columns["messages"]], columns, ROLES | roles, f"{where}: {columns['messages']}")
 
 
 def _sharegpt(row: dict[str, Any], columns: dict[str, str], roles: dict[str, str], where: str) -> Messages:
-    return reading.read(row[columns["messages"]], columns, _ALIASES | roles, f"{where}: {columns['messages']}")
+    return reading.read(row[columns["messages"]], columns, ALIASES | roles, f"{where}: {columns['messages']}")
 
 
 def _pair(row: dict[str, Any], columns: dict[str, str], roles: dict[str, str], where: str) -> Messages:
@@ -124,9 +145,8 @@ def _pair(row: dict[str, Any], columns: dict[str, str], roles: dict[str, str], w
         ]
     for key, role in (("prompt", "user"), ("response", "assistant")):
         value, place = row[columns[key]], f"{where}: {columns[key]}"
-        if isinstance(value, list):
-            names = {"role": "role", "content": "content"}
-            messages += reading.read(value, names, {r: r for r in ROLES} | roles, place)
+        if isinstance(value, list | dict):
+            messages += _listed(value if isinstance(value, list) else [value], roles, place)
             continue
         content = values.text(value, place, answer=key == "response")
         query = row.get(columns["query"]) if key == "prompt" else None
@@ -134,6 +154,15 @@ def _pair(row: dict[str, Any], columns: dict[str, str], roles: dict[str, str], w
             content = "\n".join(filter(None, (content, values.text(query, f"{where}: {columns['query']}"))))
         messages.append({"role": role, "content": content})
     return messages
+
+
+def _listed(value: list[Any], roles: dict[str, str], where: str) -> Messages:
+    """Read a prompt or a response that is a list of messages, OpenAI's or ShareGPT's."""
+    if value and all(isinstance(item, str) for item in value):
+        raise UserError("must be text, or messages: of several texts to choose from, write one", where)
+    if _has_field(value, "from"):
+        return reading.read(value, COLUMNS["sharegpt"], ALIASES | roles, where)
+    return reading.read(value, COLUMNS["messages"], ROLES | roles, where)
 
 
 _READERS: dict[str, Callable[[dict[str, Any], dict[str, str], dict[str, str], str], Messages]]

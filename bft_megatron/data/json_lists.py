@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import Any, TextIO
 
+from bft_megatron.data.compression import open_plain
 from bft_megatron.errors import UserError
 
 BLOCK = 1 << 20
@@ -27,7 +29,7 @@ def items_of(path: str, most: int) -> Iterator[tuple[int, Any]]:
     Raises:
         UserError: the file is not a JSON list in UTF-8.
     """
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with TextIOWrapper(open_plain(path), encoding="utf-8-sig", newline="") as file:
         window = _Window(file, path)
         window.pass_space()
         window.pass_to(window.at + 1)  # the list's bracket

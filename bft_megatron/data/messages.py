@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from bft_megatron.data import calls
+from bft_megatron.data import calls, unseen
 from bft_megatron.data.values import parsed, shown, text
 from bft_megatron.errors import UserError
 
 Messages = list[dict[str, Any]]
 
-ROLES = ("system", "user", "assistant", "tool")
 CALL = "function_call"
-"""ShareGPT's role for an assistant turn whose text is a function call as JSON."""
+"""ShareGPT's role of an assistant turn whose text is a function call as JSON, and the field of OpenAI's old calls."""
+
+SYSTEMS = ("system", "developer")
+"""Roles of a message that instructs the model before the conversation."""
+
+ROLES = {role: role for role in (*SYSTEMS, "user", "assistant", "tool")} | {"function": "tool"}
+"""Roles of OpenAI's messages -> those of a chat template; `function` is the older name of `tool`."""
+
+ALIASES = ROLES | {CALL: CALL, "human": "user", "gpt": "assistant", "observation": "tool"}
+"""Roles of ShareGPT's messages -> those of a chat template."""
 
 SUPERVISED = "\0supervised"
 """Marks a message that is not supervised, until the conversation is built."""
@@ -45,8 +53,12 @@ def _message(message: Any, columns: dict[str, str], roles: dict[str, str], where
         raise UserError(f"must be one of {names}, not {shown(role)}", f"{where}.{role_name}")
     role, content = roles[role], message.get(content_name)
     made = {k: v for k, v in message.items() if v is not None and k not in (role_name, content_name, "weight", "loss")}
+    unseen.check_media(made, where)
+    old_call = parsed(made.pop(CALL, None), dict, f"{where}.{CALL}")
     if role == CALL:
         made["tool_calls"], role, content = calls.from_text(content, f"{where}.{content_name}"), "assistant", None
+    elif old_call and "tool_calls" not in made:
+        made["tool_calls"] = calls.read([old_call], f"{where}.{CALL}")
     elif "tool_calls" in made:
         made["tool_calls"] = calls.read(made["tool_calls"], f"{where}.tool_calls")
     supervised = _is_supervised(message, where)
@@ -71,6 +83,8 @@ def _is_supervised(message: dict[str, Any], where: str) -> bool:
 
 def _part(part: Any, where: str) -> str:
     """Return the text of one of OpenAI's content parts; other kinds of parts are refused."""
+    if isinstance(part, dict) and (fault := unseen.unseen_part(part)):
+        raise UserError(fault, where)
     if not isinstance(part, dict) or part.get("type") != "text":
         kind = part.get("type") if isinstance(part, dict) else part
         raise UserError(f'must be {{"type": "text", "text": "..."}}, not {shown(kind)}', where)

@@ -1,7 +1,7 @@
 """Reading a file's rows in chunks, small enough to hold in memory and large enough to hand to another process.
 
-JSON Lines, JSON and CSV are parsed here, so that an error can name the line; Parquet and Arrow are read through
-pyarrow, as in `datasets`. Converting a row to a conversation is in `formats`.
+JSON Lines, JSON, CSV and TSV are parsed here, compressed or not, so that an error can name the line; Parquet and Arrow
+are read through pyarrow, as in `datasets`. Converting a row to a conversation is in `formats`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import batched, count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from bft_megatron.data.compression import compression, open_plain, suffix
 from bft_megatron.data.json_lists import BLOCK, items_of, too_long
 from bft_megatron.errors import UserError
 
@@ -72,7 +72,7 @@ def _parse(line: bytes, where: str) -> Any:
 
 def read_jsonl(path: str, file: int, most: int) -> Iterator[Chunk]:
     """Read JSON Lines: one value per line."""
-    with open(path, "rb") as lines:
+    with open_plain(path) as lines:
         first, held, size = 1, list[Any](), 0
         while line := lines.readline(most + 2):
             if len(line.rstrip(b"\r\n")) > most:
@@ -95,7 +95,7 @@ def _pass_line(lines: BinaryIO, begun: bytes) -> None:
 
 def read_json(path: str, file: int, most: int) -> Iterator[Chunk]:
     """Read a JSON list of values, a block at a time; a file that begins with anything else is read as JSON Lines."""
-    with open(path, "rb") as content:
+    with open_plain(path) as content:
         is_list = re.match(rb"(\xef\xbb\xbf)?\s*\[", content.read(4096)) is not None
     if not is_list:
         yield from read_jsonl(path, file, most)
@@ -104,7 +104,7 @@ def read_json(path: str, file: int, most: int) -> Iterator[Chunk]:
         yield Chunk(path, file, [line for line, _ in items], [value for _, value in items])
 
 
-def read_csv(path: str, file: int, most: int) -> Iterator[Chunk]:
+def read_csv(path: str, file: int, most: int, delimiter: str = ",") -> Iterator[Chunk]:
     """Read CSV whose first line names the columns. All cells are text; empty ones are left out of the row.
 
     A row that is too long ends the reading: where it ends depends on its quotes, one of which may be left open.
@@ -114,7 +114,7 @@ def read_csv(path: str, file: int, most: int) -> Iterator[Chunk]:
 
     def decoded() -> Iterator[str]:
         nonlocal size
-        with open(path, "rb") as lines:
+        with open_plain(path) as lines:
             for number in count(1):
                 line = lines.readline(most + 1)
                 size += len(line)
@@ -129,7 +129,7 @@ def read_csv(path: str, file: int, most: int) -> Iterator[Chunk]:
 
     def rows() -> Iterator[tuple[int, Any]]:
         nonlocal last, size
-        reader = csv.DictReader(decoded(), restkey="\0rest", strict=True)
+        reader = csv.DictReader(decoded(), restkey="\0rest", strict=True, delimiter=delimiter)
         try:
             last, size = len(reader.fieldnames or ()) and 1, 0
             for row in reader:
@@ -147,6 +147,11 @@ def read_csv(path: str, file: int, most: int) -> Iterator[Chunk]:
 
     for items in batched(rows(), CHUNK_ROWS):
         yield Chunk(path, file, [line for line, _ in items], [row for _, row in items])
+
+
+def read_tsv(path: str, file: int, most: int) -> Iterator[Chunk]:
+    """Read TSV: CSV with tabs between the cells."""
+    yield from read_csv(path, file, most, "\t")
 
 
 def read_parquet(path: str, file: int, most: int) -> Iterator[Chunk]:
@@ -229,10 +234,16 @@ READERS: dict[str, Callable[[str, int, int], Iterator[Chunk]]] = {
     ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
+    ".tsv": read_tsv,
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
-"""Reader by file suffix. A file that the recipe names itself and that has another suffix is read as JSON Lines."""
+"""Reader by the suffix of what a file holds."""
+
+
+def reader_of(path: str) -> Callable[[str, int, int], Iterator[Chunk]]:
+    """Return a file's reader. A file that the recipe names itself may have another suffix: it is JSON Lines."""
+    return READERS.get(suffix(path), read_jsonl)
 
 
 def read_file(path: str, file: int, most: int) -> Iterator[Chunk]:
@@ -247,17 +258,16 @@ def read_file(path: str, file: int, most: int) -> Iterator[Chunk]:
             chunks instead.
         OSError: the file cannot be read.
     """
-    yield from READERS.get(Path(path).suffix.lower(), read_jsonl)(path, file, most)
+    yield from reader_of(path)(path, file, most)
 
 
 def count_rows(files: tuple[str, ...]) -> int | None:
     """Return about how many rows the files hold, for a progress bar, or None if that takes reading them."""
     total = 0
     for path in files:
-        suffix = Path(path).suffix.lower()
-        if suffix == ".parquet":
+        if suffix(path) == ".parquet":
             total += _parquet_rows(path)
-        elif suffix in (".json", ".arrow"):
+        elif suffix(path) in (".json", ".arrow") or compression(path):
             return None
         else:
             with open(path, "rb") as file:

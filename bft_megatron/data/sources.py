@@ -15,12 +15,13 @@ from functools import cached_property
 from pathlib import Path
 
 from bft_megatron.data import dataset_info, tables
+from bft_megatron.data.compression import compression, suffix
 from bft_megatron.data.formats import Conversation, conversation
 from bft_megatron.data.portion import portion
-from bft_megatron.data.readers import READERS, Chunk, count_rows, read_file
+from bft_megatron.data.readers import READERS, Chunk, count_rows, read_file, reader_of
 from bft_megatron.errors import FieldError, UserError, reading, shortened
 from bft_megatron.recipe.schema import DataSettings
-from bft_megatron.recipe.sources import SourceSettings
+from bft_megatron.recipe.sources import COMPRESSIONS, SourceSettings
 from bft_megatron.textfiles import read_object
 
 
@@ -49,8 +50,7 @@ class Source:
             repr((self.settings.format, self.settings.columns, self.settings.roles, self.settings.rows)).encode()
         )
         for path, found in zip(self.files, self._digests, strict=True):
-            reader = READERS.get(Path(path).suffix.lower(), READERS[".jsonl"])
-            digest.update(reader.__name__.encode() + found)
+            digest.update(f"{compression(path) or ''}{reader_of(path).__name__}".encode() + found)
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:
@@ -165,7 +165,7 @@ def _files(settings: SourceSettings, field: str) -> list[str]:
         if not found:
             raise FieldError(field, f"no file matches {path}")
         return found
-    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and Path(path).suffix not in READERS:
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")) and suffix(path) not in READERS:
         return _folder(_cached(path, field), settings, field)
     raise FieldError(field, f"cannot read {path}: No such file or directory")
 
@@ -216,6 +216,6 @@ def _split_files(folder: Path, settings: SourceSettings, field: str) -> list[str
     if settings.split not in found:
         raise FieldError(field, f"{folder} has no split {settings.split}; it has {', '.join(map(str, found))}")
     files = [str(path) for path in found[settings.split]]
-    if unknown := [path for path in files if Path(path).suffix.lower() not in READERS]:
-        raise FieldError(field, f"{unknown[0]}: reads {', '.join(READERS)}")
+    if unknown := [path for path in files if suffix(path) not in READERS]:
+        raise FieldError(field, f"{unknown[0]}: reads {', '.join(READERS)}, also with {', '.join(COMPRESSIONS)}")
     return files

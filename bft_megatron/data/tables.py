@@ -15,7 +15,7 @@ _FREE = {"arguments", "parameters", "properties"}
 
 
 def without_nulls(row: Any) -> tuple[Any, bool]:
-    """Return a table's row without nulls, and whether one of them may be the data's own."""
+    """Return a table's row without nulls inside its columns, and whether one of them may be the data's own."""
     doubtful = False
 
     def bare(value: Any, free: bool) -> Any:
@@ -27,4 +27,4 @@ def without_nulls(row: Any) -> tuple[Any, bool]:
         doubtful |= free and None in value.values()
         return {name: bare(item, free or name in _FREE) for name, item in value.items() if item is not None}
 
-    return bare(row, False), doubtful
+    return {name: bare(value, name in _FREE) for name, value in row.items()}, doubtful

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from bft_megatron.errors import UserError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEX = "model.safetensors.index.json"
+
+_SHARD = re.compile(r"(?P<name>.+)-(?P<number>[0-9]{1,6})-of-(?P<total>[0-9]{1,6})\.safetensors")
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".gguf")
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,42 @@ def _files(folder: Path) -> list[Path]:
             raise UserError("not an index of safetensors", str(index)) from None
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    raise UserError("no safetensors in this folder (other formats of weights are not read)", str(folder))
+    return _numbered(folder)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Return the shards of a folder without an index, if the numbers in their names say that all are there."""
+    sets: dict[tuple[str, str], set[int]] = {}
+    for file in folder.glob("*.safetensors"):
+        if found := _SHARD.fullmatch(file.name):
+            sets.setdefault((found["name"], found["total"]), set()).add(int(found["number"]))
+    if len(sets) != 1:
+        raise UserError(_other_weights(folder), str(folder))
+    [((name, total), there)] = sets.items()
+    wanted = range(1, int(total) + 1)
+    names = [f"{name}-{number:0{len(total)}}-of-{total}.safetensors" for number in wanted]
+    if missing := [names[number - 1] for number in wanted if number not in there]:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UserError(f"{len(missing)} of {int(total)} shards are missing, {shown}: download them again", str(folder))
+    return [folder / name for name in names]
+
+
+def _other_weights(folder: Path) -> str:
+    """Return what a folder without a readable set of safetensors holds instead, and what to do."""
+    files = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", *_OTHER_FORMATS))
+    shown = ", ".join(files[:3]) + (", ..." if len(files) > 3 else "")
+    if any(name.endswith(".safetensors") for name in files):
+        return (
+            f"read are model.safetensors, or the shards of one model; the folder holds {shown}: rename or remove some"
+        )
+    message = "no safetensors in this folder (other formats of weights are not read)"
+    if not files:
+        return f"{message}: download the model again, with its weights"
+    gguf = f", gguf_file={files[0]!r}" if files[0].endswith(".gguf") else ""
+    return (
+        f"{message}, but {shown}: get the model as safetensors, or write it anew with transformers, "
+        f"AutoModelForCausalLM.from_pretrained({str(folder)!r}{gguf}).save_pretrained(NEW_FOLDER)"
+    )
 
 
 def read_header(file: Path) -> dict[str, Entry]:

@@ -9,7 +9,7 @@ import errno
 import math
 import os
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from bft_megatron.errors import FieldError, shortened
@@ -62,7 +62,8 @@ class FilePath:
         if not value.strip():
             return "must not be empty"
         if value.startswith("~"):
-            return "`~` is not expanded here: write the home folder's own path"
+            home = value.partition("/")[0]
+            return f"no home folder is known for {shortened(home)}; a file of that name is ./{shortened(value)}"
         try:
             os.stat(value)
         except OSError as e:
@@ -113,3 +114,23 @@ def check(settings: Any, prefix: str = "") -> None:
             check(value, f"{prefix}{f.name}.")
         elif limit is not None and value is not None and (fault := limit.fault(value)):
             raise FieldError(f"{prefix}{f.name}", fault)
+
+
+def home_path(path: str) -> str:
+    """Return a path with the home folder's for `~` and `~user`; unchanged if there is no such user."""
+    try:
+        return os.path.expanduser(path)
+    except ValueError:  # a NUL character, half a surrogate pair
+        return path
+
+
+def at_home[T](settings: T) -> T:
+    """Return a recipe, or a group of its fields, with `home_path` of every path in it."""
+    changed: dict[str, Any] = {}
+    for f in fields(settings):  # type: ignore[arg-type]
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            changed[f.name] = at_home(value)
+        elif isinstance(f.metadata.get(_KEY), FilePath) and value is not None:
+            changed[f.name] = home_path(value)
+    return replace(settings, **changed)  # type: ignore[type-var]

@@ -6,7 +6,7 @@ Imports no torch, so that a faulty recipe is refused before anything slow or exp
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -16,7 +16,7 @@ from omegaconf import Container, DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bft_megatron.errors import FieldError, UserError, reading, shortened
-from bft_megatron.recipe import flags, limits
+from bft_megatron.recipe import flags, limits, sources
 from bft_megatron.recipe.schema import ObjectiveSettings, Recipe
 from bft_megatron.recipe.yaml_file import YamlFile, composed, said
 from bft_megatron.textfiles import read_text
@@ -37,7 +37,8 @@ REFUSED_FIELDS = {
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe's YAML, apply `key=value` overrides and fill in the defaults.
 
-    `${oc.env:NAME}` in a value is the environment variable NAME, and `${group.field}` another field's value.
+    `${oc.env:NAME}` in a value is the environment variable NAME, and `${group.field}` another field's value. A path
+    that begins with `~` is in the home folder.
 
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value has the wrong type or is outside its field's
@@ -56,6 +57,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
             raise UserError(f"{', '.join(missing)} must be given", str(path))
         recipe = OmegaConf.to_object(merged)
     assert isinstance(recipe, Recipe), "merged into a structured Recipe"
+    recipe = limits.at_home(recipe)
+    data = replace(recipe.data, train=sources.at_home(recipe.data.train), valid=sources.at_home(recipe.data.valid))
+    recipe = replace(recipe, data=data)
     try:
         limits.check(recipe)
     except FieldError as e:

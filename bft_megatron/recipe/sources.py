@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bft_megatron.errors import FieldError, shortened
-from bft_megatron.recipe.limits import PATH, limit_of, number
+from bft_megatron.recipe.limits import PATH, home_path, limit_of, number
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "pairs"]
 
@@ -26,6 +26,9 @@ COLUMNS = {
 
 COMMON_COLUMNS = {"system": "system", "tools": "tools", "weight": "weight", "template": "chat_template_kwargs"}
 """Column of each optional part, which a row of any format may have."""
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""How a file is compressed, by its last suffix."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class SourceSettings:
     @property
     def label(self) -> str:
         """Name of the source in reports."""
-        return self.name or Path(self.path).stem or self.path
+        path = Path(self.path)
+        return self.name or (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).stem or self.path
 
 
 def source_settings(value: Any, where: str) -> tuple[SourceSettings, ...]:
@@ -85,6 +89,15 @@ def source_settings(value: Any, where: str) -> tuple[SourceSettings, ...]:
     if len(found) > 1 and (taken := {"train", "valid"} & set(names)) and where == "data.valid":
         raise FieldError(where, f"{min(taken)} is what the reports call the whole set: choose another `name`")
     return found
+
+
+def at_home(value: Any) -> Any:
+    """Return the value of a recipe's field with `home_path` of every source's path."""
+    if isinstance(value, str):
+        return home_path(value)
+    if isinstance(value, dict) and "path" in value:
+        return value | {"path": at_home(value["path"])}
+    return [at_home(item) for item in value] if isinstance(value, list) else value
 
 
 def _item(value: Any, where: str, place: str) -> SourceSettings:

@@ -5,6 +5,7 @@ A run subscribes to `TrainingLoop`. Only `plan` wraps the set-up and the passes.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ TRAINING_LOG = Change(
     f"{_MODULE}:training_log",
     "wrapped",
     "Reports the end of a step on every rank, and validates after the last one, before it is saved. Megatron's own log "
-    "prints, for the second step after every start, the mean of the first two, and for each step the learning rate of "
-    "the next one.",
+    "prints, for the second step after every start, the mean of the first two. For each step it is given the learning "
+    "rate of the next one, and gets the step's own here, so that every tracker has the same.",
     _UNTIL,
     _TEST,
     ("learning_rate", "iteration", "skipped_iter", "grad_norm"),
@@ -159,7 +160,9 @@ class TrainingLoop:
             from megatron.training import training
 
             ended, given = time.monotonic(), TRAINING_LOG.read(training_log, args, kwargs)
-            result = training_log(*args, **kwargs)
+            own = inspect.signature(training_log).bind(*args, **kwargs)
+            own.arguments["learning_rate"] = self._learning_rate
+            result = training_log(*own.args, **own.kwargs)
             self.iteration = given["iteration"]
             step = StepEnd(self.iteration, bool(given["skipped_iter"]), given["grad_norm"], self._learning_rate, ended)
             self._learning_rate = given["learning_rate"]  # Megatron passes the next step's

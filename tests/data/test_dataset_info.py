@@ -61,7 +61,7 @@ def test_an_entry_with_null_and_empty_values_is_read(info: Path):
         ("formatting", {}, "`formatting` must be text, not {}"),
         ("split", 0, "`split` must be text, not 0"),
         ("subset", ["x"], "`subset` must be text"),
-        ("ranking", 1, "holds preferences, not answers (`ranking`)"),
+        ("ranking", 1, "holds preferences, not answers: to learn the chosen ones, make its file"),
     ],
 )
 def test_a_value_of_another_type_is_named(info: Path, key: str, value: Any, message: str):

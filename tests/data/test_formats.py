@@ -11,7 +11,7 @@ import huggingface_hub.constants
 import pytest
 from datasets import Dataset, DatasetDict
 
-from bft_megatron.data import json_lists, readers, sources
+from bft_megatron.data import json_lists, readers, roles, sources
 from bft_megatron.data.formats import Conversation
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.recipe.sources import SourceSettings, source_settings
@@ -95,6 +95,49 @@ def test_tools_and_calls(tmp_path: Path) -> None:
     assert openai.messages == [PLAIN[0], CALLING | {"tool_calls": text}, answer]
     assert sharegpt.messages == [PLAIN[0], CALLING | {"tool_calls": CALLS}, answer]
     assert openai.tools == sharegpt.tools == TOOLS
+
+
+def test_calls_and_tools_as_openai_wrote_them_first(tmp_path: Path) -> None:
+    """`function_call`, the role `function` and `functions`, as text in a table's cell too."""
+    function = TOOLS[0]["function"]
+    call = {"name": "add", "arguments": '{"a": 1}'}
+    talk = [PLAIN[0], CALLING | {"function_call": call}, {"role": "function", "name": "add", "content": "2"}, PLAIN[1]]
+    plain = [message | {"function_call": None} for message in PLAIN]
+    rows = [
+        {"messages": talk, "functions": [function]},
+        {"messages": json.dumps(talk), "functions": json.dumps([function])},
+        {"messages": talk, "tools": [function]},
+        {"messages": [PLAIN[0], CALLING | {"function_call": json.dumps(call)}, *talk[2:]], "tools": TOOLS},
+        {"messages": plain, "functions": "def add(a): ..."},
+        {"messages": plain, "functions": [{"name": "add"}, "x"]},
+    ]
+    *old, text, names = read(jsonl(tmp_path, *rows))
+    for found in old:
+        assert found.messages == [
+            PLAIN[0],
+            CALLING | {"tool_calls": [{"type": "function", "function": call}]},
+            {"role": "tool", "name": "add", "content": "2"},
+            PLAIN[1],
+        ]
+        assert found.tools == TOOLS
+    assert text == Conversation(5, PLAIN, 1.0)
+    assert names == Conversation(6, PLAIN, 1.0)
+    for wrong in ({"arguments": "{}"}, "add", [call]):
+        with pytest.raises(UserError, match=r"messages\[0\]\.function_call(\[0\])?: must be"):
+            read(jsonl(tmp_path, {"messages": [CALLING | {"function_call": wrong}]}))
+
+
+def test_a_developer_instructs_as_a_system_does(tmp_path: Path) -> None:
+    developer = {"role": "developer", "content": "Be kind."}
+    rows = [
+        {"messages": [developer, *PLAIN], "system": "other"},
+        {"conversations": [{"from": "developer", "value": "Be kind."}, *TALK], "system": "other"},
+        {"prompt": [developer, PLAIN[0]], "completion": "Hello"},
+    ]
+    for found in read(jsonl(tmp_path, *rows)):
+        assert found.messages == [developer, *PLAIN]
+        assert roles.known_to("{{ messages[0].role }}", found.messages) == [SYSTEM, *PLAIN]
+        assert roles.known_to("{% if m.role == 'developer' %}", found.messages) == [developer, *PLAIN]
 
 
 def test_a_message_may_be_masked_and_a_row_have_variables(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ FAULTS: list[tuple[Any, str, str]] = [
     ({"conversations": [{"from": "function_call", "value": "f("}]}, ": conversations[0].value", "a call as JSON"),
     ({"instruction": "Hi", "output": ""}, ": output", "must not be empty"),
     ({"instruction": "Hi", "output": "x", "history": [["a"]]}, ": history[0]", "must be a pair"),
+    ({"instruction": "Hi", "output": ["x", "y"]}, ": output", "of several texts to choose from, write one"),
     ({"prompt": "Hi", "completion": None}, ": messages", "no such field"),
     (GOOD | {"tools": "{"}, ": tools", "must be a JSON list"),
     (GOOD | {"chat_template_kwargs": []}, ": chat_template_kwargs", "must be a JSON object"),
@@ -70,7 +71,11 @@ FAULTS: list[tuple[Any, str, str]] = [
     (with_message(role="user", content="a\ud800"), ": messages[2].content", "surrogate pair at character 2"),
     (with_message(role="assistant", content="x", weight=0.5), ": messages[2].weight", "must be 0 or 1"),
     (with_message(role="assistant", content="x", loss=0), ": messages[2].loss", "must be true or false"),
-    (with_message(role="user", content=[{"type": "image_url"}]), ": messages[2].content[0]", 'not "image_url"'),
+    (
+        with_message(role="user", content=[{"type": "image_url"}]),
+        ": messages[2].content[0]",
+        "of the type image_url, which a text model cannot see",
+    ),
     (with_message(role="assistant", tool_calls="x"), ": messages[2].tool_calls", "must be a list of calls"),
     (with_message(role="assistant", tool_calls=[{"function": {}}]), ": messages[2].tool_calls[0]", '"name"'),
     (GOOD | {"weight": "two"}, ": weight", "must be a number"),
@@ -114,7 +119,10 @@ trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dic
 messages = st.fixed_dictionaries(
     {}, optional={"role": st.sampled_from(["user", "assistant", "x"]) | trees, "content": st.text() | trees}
 )
-rows = st.fixed_dictionaries({}, optional={"messages": st.lists(messages, max_size=3) | trees, "weight": trees})
+columns = ("weight", "image", "label", "chosen", "rejected", "tools", "functions", "prompt", "completion")
+rows = st.fixed_dictionaries(
+    {}, optional={"messages": st.lists(messages, max_size=3) | trees} | dict.fromkeys(columns, trees)
+)
 
 
 @given(st.binary(max_size=60) | (trees | rows).map(lambda row: json.dumps(row).encode()))

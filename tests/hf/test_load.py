@@ -197,6 +197,43 @@ def _truncate(file: Path, size: int) -> None:
         f.truncate(size)
 
 
+def test_shards_without_an_index_are_read(models: list[SavedModel], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(models[0].folder, folder)
+    whole = shards.read_headers(folder)
+    (folder / shards.INDEX).unlink()
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert shards.read_headers(folder) == whole
+    check_weights(folder, read_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "no safetensors in this folder (other formats of weights are not read): download the model again"),
+        (
+            ["pytorch_model.bin", "training_args.bin"],
+            "are not read), but pytorch_model.bin, training_args.bin: get the",
+        ),
+        (["m.Q8_0.gguf"], "gguf_file='m.Q8_0.gguf').save_pretrained(NEW_FOLDER)"),
+        (["consolidated.00.pth"], "but consolidated.00.pth: get the model as safetensors"),
+        (["weights.safetensors"], "the folder holds weights.safetensors: rename or remove some"),
+        (["a-1-of-1.safetensors", "b-1-of-1.safetensors"], "a-1-of-1.safetensors, b-1-of-1.safetensors: rename"),
+        (
+            ["model-00003-of-00009.safetensors", "pytorch_model.bin"],
+            "8 of 9 shards are missing, model-00001-of-00009.safetensors, model-00002-of-00009.safetensors, "
+            "model-00004-of-00009.safetensors, ...: download them again",
+        ),
+    ],
+)
+def test_a_folder_of_other_weights_says_what_it_holds(names: list[str], message: str, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError) as error:
+        shards.read_headers(tmp_path)
+    assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -207,7 +244,10 @@ def _truncate(file: Path, size: int) -> None:
         (lambda f: _first_shard(f).write_bytes(b"<!DOCTYPE html> 404: not found"), "not a whole safetensors file"),
         (lambda f: (f / shards.INDEX).write_text('{"metadata": {}}'), "not an index of safetensors"),
         (lambda f: (f / shards.INDEX).write_text("weights"), "not an index of safetensors"),
-        (lambda f: (f / shards.INDEX).unlink(), "no safetensors in this folder"),
+        (
+            lambda f: [_first_shard(f).unlink(), (f / shards.INDEX).unlink()],
+            r"1 of \d+ shards are missing, model-00001-of-",
+        ),
     ],
     ids=["no shard", "one byte less", "half a header", "nothing", "a web page", "no map", "not JSON", "no index"],
 )

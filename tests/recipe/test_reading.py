@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 
 from bft_megatron.errors import FieldError
 from bft_megatron.recipe import rules
-from bft_megatron.recipe.reader import load
+from bft_megatron.recipe.reader import dump, load
 from bft_megatron.recipe.schema import DataSettings, Recipe
-from tests.helpers.commands import run_command
+from tests.helpers.commands import ROOT, run_command
 
 Refused = Callable[..., str]
 
@@ -120,7 +121,44 @@ def test_environment_variables_and_other_fields_may_be_named(recipe: Path, monke
     assert (made.train.lr, made.train.min_lr) == (0.25, 0.25)
 
 
-PATHS = ["", "~/x", "a\0b", "a" * 5000, "a/" * 2500]
+def test_a_path_may_begin_at_home(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Where the recipe is read, so that config.yaml names the folder itself. Another file is reached as ./~."""
+    monkeypatch.setenv("HOME", "/homes/me")
+    names = ["model=~/m", "output='~'", "data.chat_template=~/t", "lora.adapter=~/a", "data.train=~/x.jsonl"]
+    made = load(recipe, [*names, "data.valid=['~/v', {path: '~/w/*', weight: 1}, './~', 'a~']"])
+    (tmp_path / "config.yaml").write_text(dump(made))
+    monkeypatch.setenv("HOME", "/homes/another")
+    again = load(tmp_path / "config.yaml")
+    assert again == made
+    assert (made.model, made.output, made.data.chat_template) == ("/homes/me/m", "/homes/me", "/homes/me/t")
+    assert made.lora is not None
+    assert made.lora.adapter == "/homes/me/a"
+    assert [s.path for s in made.data.sources("train")] == ["/homes/me/x.jsonl"]
+    assert [s.path for s in made.data.sources("valid")] == ["/homes/me/v", "/homes/me/w/*", "./~", "a~"]
+    root = Path("~root").expanduser()
+    assert load(recipe, ["output=~root/x", "data.train={path: '~root/y'}"]).output == f"{root}/x"
+
+
+def test_so_may_the_paths_of_the_command_line(recipe: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_command(monkeypatch, "inspect", "~/recipe.yaml", "output=~/here", "--html=~/row.html") == 0
+    assert (tmp_path / "row.html").is_file()
+    assert (tmp_path / "here").is_dir()
+
+
+def test_a_file_that_is_called_as_the_home_folder(
+    recipe: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    assert "for ~x.jsonl; a file of that name is ./~x.jsonl" in refused("data.train=~x.jsonl")
+    shutil.copy(ROOT / "recipes/tiny/train.jsonl", tmp_path / "~")
+    made = load(recipe, [f"data.train={tmp_path}/~"])
+    assert made.data.train == f"{tmp_path}/~"
+    monkeypatch.chdir(tmp_path)
+    (source,) = load(recipe, ["data.train=./~"]).data.sources("train")
+    assert Path(source.path).is_file()
+
+
+PATHS = ["", "~nobody-of-that-name/x", "a\0b", "a" * 5000, "a/" * 2500]
 
 
 @pytest.mark.parametrize("value", PATHS, ids=["empty", "home", "nul", "long", "deep"])
@@ -131,7 +169,7 @@ def test_a_path_that_no_file_has(refused: Refused, field: str, value: str):
     )
     assert said.startswith(f"{field}=")
     assert "\n" not in said
-    assert "cannot be used as a path: " in said or "must" in said or "`~` is not expanded" in said
+    assert "cannot be used as a path: " in said or "must" in said or "no home folder is known for ~nobody" in said
 
 
 @pytest.mark.parametrize(

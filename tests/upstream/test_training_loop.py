@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.run.folder import RunFolder
@@ -124,12 +125,17 @@ def test_a_save_that_is_not_allowed_does_not_happen_and_is_not_told(monkeypatch:
     assert saved == told == [1, 3]
 
 
-def test_megatron_reports_the_rate_of_the_next_step_and_a_run_its_own(run: tuple[Seen, Path]):
+def test_every_report_has_the_rate_that_the_step_used(run: tuple[Seen, Path]):
+    """Megatron passes its log the next step's: the first would be missing, and the last of another step."""
     seen, metrics = run
     lines, _ = read_metrics(metrics)
-    assert len({line["lr"] for line in lines}) == STEPS
-    assert [line["lr"] for line in lines[1:]] == seen.rates[:-1]
-    assert lines[0]["lr"] == 1e-3
+    rates = [line["lr"] for line in lines]
+    assert seen.rates == rates
+    assert rates == sorted(set(rates), reverse=True)
+    assert rates[0] == 1e-3
+    events = EventAccumulator(str(metrics.parent / "tensorboard")).Reload()
+    for name in ("learning-rate", "train/lr"):
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(rates)
 
 
 def test_megatrons_own_line_for_the_second_step_means_the_first_two():

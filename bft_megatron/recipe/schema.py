@@ -65,7 +65,7 @@ class DataSettings:
     chat_template: str | None = field(default=None, metadata=PATH)
     """Jinja file, or the name of one of the tokenizer's templates. Left out: the tokenizer's default."""
     special_tokens: Any = None
-    """Added tokens of the tokenizer that are tokens in messages too: a list, or `all`. Left out: they are text there."""
+    """Added tokens of the tokenizer that are tokens in messages too: a list, or `all`. Left out: they are text."""
 
     def sources(self, field_name: Literal["train", "valid"]) -> tuple[SourceSettings, ...]:
         """Return the sources of `train` or `valid`; none if `valid` is left out.

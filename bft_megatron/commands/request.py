@@ -67,7 +67,7 @@ class Request:
 
     def prepare(self) -> RunRows:
         """Prepare the rows, unless they are prepared already, and print a report of the data. Raises UserError."""
-        from bft_megatron.commands import ends
+        from bft_megatron.commands import token_warnings
         from bft_megatron.data.summary import summary_table
         from bft_megatron.run.prepared import prepare_rows
 
@@ -80,7 +80,7 @@ class Request:
         for part in rows.train.parts:
             if part.prepared.counts.weightless == part.prepared.counts.samples:
                 print(f"warning: every sample of {part.name} has weight 0: nothing is learned from it", flush=True)
-        for line in ends.warnings(rows, self.recipe, self.model_folder, self.config.vocab_size):
+        for line in token_warnings.of(rows, self.recipe, self.model_folder, self.config.vocab_size):
             print(f"warning: {line}", flush=True)
         return rows
 

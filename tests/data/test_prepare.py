@@ -91,6 +91,8 @@ def test_counts_what_it_keeps(tmp_path: Path, tiny: tokenizers.ChatTokenizer) ->
         supervised=sum(sum(mask) for _, mask in encoded),
         highest_token=max(max(tokens) for tokens, _ in encoded),
         lengths=result.counts.lengths,
+        turns=(turns := sum(m["role"] == "assistant" for c in sources.read(SETTINGS.train) for m in c.messages)),
+        ends={"2": turns},
     )
     for k, n in enumerate(result.counts.lengths):
         assert n == sum(2**k / 2 < len(tokens) - 1 <= 2**k for tokens, _ in encoded)

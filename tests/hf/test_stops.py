@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer
 
 from bft_megatron.commands.request import Request
-from bft_megatron.errors import UserError
+from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf import stops
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.generate import generate
@@ -130,7 +130,7 @@ def test_a_run_that_begins_with_another_runs_model_keeps_what_that_one_learned(
     assert "warning: 1 of the 1 learned turns" in capfd.readouterr().out
 
 
-def test_a_run_whose_folder_is_older_than_its_stop_tokens_goes_on(base: Path, trained: RunFolder, tmp_path: Path) -> None:
+def test_a_run_whose_folder_is_older_than_this_goes_on(base: Path, trained: RunFolder, tmp_path: Path) -> None:
     """Rows that name no ends add none; those prepared anew have the same hash and add theirs."""
     folder = RunFolder(shutil.copytree(trained.root, tmp_path / "run"))
     (folder.model / stops.FILE).unlink()
@@ -138,6 +138,8 @@ def test_a_run_whose_folder_is_older_than_its_stop_tokens_goes_on(base: Path, tr
     folder.config.write_text("".join(x for x in text.splitlines(True) if "special_tokens" not in x))
     made = reader.load(folder.config, [f"output={folder.root}"])
     folder.check_continues(made)
+    with pytest.raises(FieldError, match="with data.special_tokens None, not"):
+        folder.check_continues(replace(made, data=replace(made.data, special_tokens=["<|im_end|>"])))
     request = Request(folder.config, [], made, read_config(base))
     rows = prepare_rows(made, base, 512)
     request.describe_run(_without_stops(rows))

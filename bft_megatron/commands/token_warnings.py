@@ -1,4 +1,7 @@
-"""Warnings about tokens before training: turns that end where the model does not stop, ids without an embedding."""
+"""Warnings about tokens before training: turns that end where the model does not stop, ids without an embedding.
+
+The counts are those of `data.ends`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.prepared import RunRows
 
 
-def warnings(rows: RunRows, recipe: Recipe, folder: Path, vocab_size: int) -> Iterator[str]:
+def of(rows: RunRows, recipe: Recipe, folder: Path, vocab_size: int) -> Iterator[str]:
     """Yield a line for each thing that the user should know before training.
 
     Args:
@@ -25,11 +28,17 @@ def warnings(rows: RunRows, recipe: Recipe, folder: Path, vocab_size: int) -> It
                 "does not learn to stop after them. The chat template writes no end of turn there, or leaves it "
                 "outside {% generation %}"
             )
+        others = [int(token) for token in part.prepared.counts.ends if token not in part.prepared.stops]
+        if others:
+            yield (
+                f"learned turns of {part.name} end in {stops.named(folder, others)} too, which is no stop token of the "
+                "exports: it is rare, or inside other turns"
+            )
     own = stops.stop_tokens(folder)
-    if others := sorted(rows.stops - set(own)):
-        served = f"; where the base serves the adapters, requests need stop_token_ids {others}" if recipe.lora else ""
+    if new := sorted(rows.stops - set(own)):
+        served = f"; where the base serves the adapters, requests need stop_token_ids {new}" if recipe.lora else ""
         yield (
-            f"learned turns end in {stops.named(folder, others)}, where {recipe.model} itself does not stop (its "
+            f"learned turns end in {stops.named(folder, new)}, where {recipe.model} itself does not stop (its "
             f"eos_token_id: {stops.named(folder, own) or 'none'}): {stops.FILE} of the exports will have both{served}"
         )
     if rows.tokenizer_size > vocab_size:

@@ -138,7 +138,7 @@ def test_a_run_whose_folder_is_older_than_this_goes_on(base: Path, trained: RunF
     folder.config.write_text("".join(x for x in text.splitlines(True) if "special_tokens" not in x))
     made = reader.load(folder.config, [f"output={folder.root}"])
     folder.check_continues(made)
-    with pytest.raises(FieldError, match="with data.special_tokens None, not"):
+    with pytest.raises(FieldError, match=r"with data\.special_tokens None, not"):
         folder.check_continues(replace(made, data=replace(made.data, special_tokens=["<|im_end|>"])))
     request = Request(folder.config, [], made, read_config(base))
     rows = prepare_rows(made, base, 512)

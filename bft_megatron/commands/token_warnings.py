@@ -20,6 +20,7 @@ def of(rows: RunRows, recipe: Recipe, folder: Path, vocab_size: int) -> Iterator
         folder: the model's, with its tokenizer.
         vocab_size: rows of the model's embedding.
     """
+    own = stops.stop_tokens(folder)
     for part in rows.train.parts:
         turns, ended = part.prepared.counts.turns, sum(part.prepared.counts.ends.values())
         if ended < turns:
@@ -28,13 +29,12 @@ def of(rows: RunRows, recipe: Recipe, folder: Path, vocab_size: int) -> Iterator
                 "does not learn to stop after them. The chat template writes no end of turn there, or leaves it "
                 "outside {% generation %}"
             )
-        others = [int(token) for token in part.prepared.counts.ends if token not in part.prepared.stops]
+        others = sorted(set(map(int, part.prepared.counts.ends)) - rows.stops - set(own))
         if others:
             yield (
                 f"learned turns of {part.name} end in {stops.named(folder, others)} too, which is no stop token of the "
                 "exports: it is rare, or inside other turns"
             )
-    own = stops.stop_tokens(folder)
     if new := sorted(rows.stops - set(own)):
         served = f"; where the base serves the adapters, requests need stop_token_ids {new}" if recipe.lora else ""
         yield (
@@ -44,5 +44,5 @@ def of(rows: RunRows, recipe: Recipe, folder: Path, vocab_size: int) -> Iterator
     if rows.tokenizer_size > vocab_size:
         yield (
             f"the tokenizer of {recipe.model} has {rows.tokenizer_size:,} tokens, its embedding {vocab_size:,} rows: "
-            "the training rows hold none of the others, but a prompt that does would fail"
+            "no row here holds one of the others, but a prompt that does would fail"
         )

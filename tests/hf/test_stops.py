@@ -101,6 +101,15 @@ def test_prepare_says_where_template_and_model_disagree(
     said = capfd.readouterr().out
     assert "warning: 1 of the 1 learned turns of rows end in no control token" in said
     assert "learned turns end in" not in said
+    cut = tmp_path / "cut.jinja"
+    turn = "{% generation %}so<|im_end|>{{ m.content }}<|im_end|>{% endgeneration %}"
+    cut.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' %}" + turn + "{% else %}<|im_start|>{% endif %}{% endfor %}"
+    )
+    assert run_command(monkeypatch, "prepare", *words(base, tmp_path / "run", f"data.chat_template={cut}")) == 0
+    said = capfd.readouterr().out
+    assert f"learned turns of rows end in <|im_end|> ({IM_END}) too, which is no stop token of the exports" in said
+    assert "itself does not stop" not in said
     tiny = words(TINY, tmp_path / "tiny", f"data.train={TINY / 'train.jsonl'}", "data.seq_length=256")
     assert run_command(monkeypatch, "prepare", *tiny) == 0
     assert "warning" not in capfd.readouterr().out

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.hf import stops
 from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.processes import launcher, ranks
 from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
-from bft_megatron.run import obstacles, same_model
+from bft_megatron.run import atomic, obstacles, same_model
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.training import arguments
 
@@ -66,6 +67,7 @@ class Request:
 
     def prepare(self) -> RunRows:
         """Prepare the rows, unless they are prepared already, and print a report of the data. Raises UserError."""
+        from bft_megatron.commands import token_warnings
         from bft_megatron.data.summary import summary_table
         from bft_megatron.run.prepared import prepare_rows
 
@@ -78,6 +80,8 @@ class Request:
         for part in rows.train.parts:
             if part.prepared.counts.weightless == part.prepared.counts.samples:
                 print(f"warning: every sample of {part.name} has weight 0: nothing is learned from it", flush=True)
+        for line in token_warnings.of(rows, self.recipe, self.model_folder, self.config.vocab_size):
+            print(f"warning: {line}", flush=True)
         return rows
 
     def rows_of_rank(self) -> RunRows:
@@ -112,11 +116,13 @@ class Request:
     def describe_run(self, rows: RunRows) -> None:
         """Write what an export and a later start need into the run's folder.
 
-        The recipe, what the rows hold, a LoRA run's base and the chat template.
+        The recipe, what the rows hold, the stop tokens, a LoRA run's base and the chat template.
         """
         from bft_megatron.run import trained_on
 
         self.folder.write_config(self.recipe, self.model_folder)
+        if (text := stops.with_stops(self.model_folder, rows.stops)) is not None:
+            atomic.write(self.folder.model / stops.FILE, text)
         trained_on.record(self.folder, rows.train)
         if self.recipe.lora is not None:
             from bft_megatron.lora.base import record_base

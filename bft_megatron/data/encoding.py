@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bft_megatron.data import chat, masks
+from bft_megatron.data import chat, masks, special_tokens
+from bft_megatron.data.ends import EndFinder
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.readers import CHUNK_BYTES, Chunk
 from bft_megatron.data.sources import Source
@@ -43,6 +45,9 @@ class Counts:
         highest_token: the largest token id of the kept samples, which must be inside the model's vocabulary.
         lengths: histogram of samples by length, before any is dropped: entry k counts 2^(k-1) < tokens <= 2^k.
         notes: sentence about some of the samples -> how many of them, before any is dropped.
+        turns: supervised turns of the kept samples, without those that a sample's truncation cut.
+        ends: added token that ends such a turn -> how many; its id is text, as JSON's keys are.
+        inside: added token that is learned elsewhere -> how often.
     """
 
     conversations: int = 0
@@ -57,6 +62,9 @@ class Counts:
     highest_token: int = 0
     lengths: list[int] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
+    turns: int = 0
+    ends: dict[str, int] = field(default_factory=dict)
+    inside: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:
         """Add another chunk's or source's counts to these."""
@@ -65,8 +73,8 @@ class Counts:
             if name == "lengths":
                 longer, shorter = sorted((mine, its), key=len, reverse=True)
                 self.lengths = [n + (shorter[k] if k < len(shorter) else 0) for k, n in enumerate(longer)]
-            elif name == "notes":
-                self.notes = dict(Counter(mine) + Counter(its))
+            elif isinstance(mine, dict):
+                setattr(self, name, dict(Counter(mine) + Counter(its)))
             else:
                 setattr(self, name, max(mine, its) if name == "highest_token" else mine + its)
 
@@ -163,9 +171,10 @@ class Encoder:
         notes = Counter[str]()
         encoded = masks.tokenise([text for _, text in rendered], self.tokenizer)
         for (conversation, text), (tokens, supervised) in zip(rendered, encoded, strict=True):
-            notes.update(conversation.notes + text.notes)
+            notes.update([*conversation.notes, *text.notes, *special_tokens.notes(text.text, self.tokenizer)])
             lengths[max(len(tokens) - 2, 0).bit_length()] += 1
-            if len(tokens) - 1 > longest:
+            cut = len(tokens) - 1 > longest
+            if cut:
                 counts.overlong += 1
                 if self.settings.overlong == "drop":
                     continue
@@ -178,11 +187,16 @@ class Encoder:
             counts.tokens += len(tokens) - 1
             counts.supervised += labels
             counts.weightless += conversation.weight == 0
+            self._find_ends(tokens, supervised, cut, counts)
             counts.highest_token = max(counts.highest_token, int(tokens.max()))
             yield _Sample(tokens, supervised, conversation)
         counts.lengths = [lengths[k] for k in range(max(lengths, default=-1) + 1)]
         counts.notes = dict(notes)
         all_counts.add(counts)
+
+    @cached_property
+    def _find_ends(self) -> EndFinder:
+        return EndFinder(self.tokenizer, self.settings.supervise == "all")
 
 
 @dataclass(frozen=True)

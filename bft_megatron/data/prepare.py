@@ -14,7 +14,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import batched
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bft_megatron.data import intact, tokenizers
+from bft_megatron.data import intact, special_tokens, tokenizers
 from bft_megatron.data.content import ContentHash
 from bft_megatron.data.encoding import Counts, Encoded, Encoder
+from bft_megatron.data.ends import stop_tokens
 from bft_megatron.data.folders import appearing_whole, set_aside
 from bft_megatron.data.packing import pack
 from bft_megatron.data.sources import Source, open_source
@@ -34,7 +35,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import SourceSettings
 
-FORMAT = 4
+FORMAT = 5
 """Part of the hash in the folder's name; raised whenever the same input is written differently."""
 
 SAMPLES = Features(
@@ -62,6 +63,8 @@ class Prepared:
         overlong: whether samples longer than a row were dropped or truncated.
         counts: numbers of conversations, samples and tokens.
         content: a hash of the samples and rows (`content.ContentHash`).
+        stops: the tokens that ended the learned turns (`ends.stop_tokens`): id -> text.
+        tokenizer_size: one more than the largest token id of the tokenizer.
     """
 
     folder: Path
@@ -71,6 +74,8 @@ class Prepared:
     overlong: str
     counts: Counts
     content: str
+    stops: dict[str, str] = field(default_factory=dict)
+    tokenizer_size: int = 0
 
     @property
     def rows(self) -> int:
@@ -106,13 +111,14 @@ def prepare(
     Raises:
         UserError: a fault in the source, no tokenizer or template, no sample kept, or a folder that cannot be read or
             written.
-        FieldError: a file of the source is missing, or changed while it was read.
+        FieldError: a file of the source is missing, or changed while it was read; or `data.special_tokens` names a
+            token that the tokenizer has not.
     """
     opened = open_source(source, field)
     folder = Path(cache) / _key(opened, model, settings, pad_multiple)
     if found := _found(folder):
         return found
-    tokenizer = tokenizers.load(model, settings.chat_template)
+    tokenizer = special_tokens.allowing(tokenizers.load(model, settings.chat_template), settings.special_tokens)
     with appearing_whole(folder) as part:
         content = ContentHash()
         lengths, counts = _write_samples(part, _encoded(opened, Encoder(opened, tokenizer, settings)), content)
@@ -125,7 +131,8 @@ def prepare(
         _write_rows(part, rows, content)
         counts.rows = len(rows)
         shape = (settings.seq_length, settings.packing, pad_multiple, settings.overlong)
-        prepared = Prepared(folder, *shape, counts, content.hexdigest())
+        stops = stop_tokens(counts, tokenizer)
+        prepared = Prepared(folder, *shape, counts, content.hexdigest(), stops, tokenizer.size)
         intact.record(part, asdict(prepared) | {"folder": folder.name})
     return load(folder)
 
@@ -166,7 +173,7 @@ def _key(source: Source, model: str | Path, settings: DataSettings, pad_multiple
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-_MAKE_ROWS = ("seq_length", "packing", "overlong", "supervise", "turns", "on_error", "max_row_bytes")
+_MAKE_ROWS = ("seq_length", "packing", "overlong", "supervise", "turns", "on_error", "max_row_bytes", "special_tokens")
 
 
 def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:

@@ -55,6 +55,7 @@ class ChatTokenizer:
         variables: the template's variables besides the messages: `bos_token`, `eos_token`, ...
         control: the control tokens, such as <|im_end|>, as text.
         origin: the file or the model folder that the template is from, for errors.
+        allowed: the control tokens that stay such in a message's text (`special_tokens`).
     """
 
     backend: tokenizers.Tokenizer
@@ -63,11 +64,17 @@ class ChatTokenizer:
     variables: dict[str, str]
     control: tuple[str, ...]
     origin: str = ""
+    allowed: frozenset[str] = frozenset()
 
     @cached_property
     def program(self) -> Template:
         """The template, compiled."""
         return Template(self.template)
+
+    @cached_property
+    def size(self) -> int:
+        """One more than the largest token id."""
+        return 1 + max(token for text, token in self.backend.get_vocab().items() if text != BREAK)
 
     @cached_property
     def has_markers(self) -> bool:
@@ -160,9 +167,13 @@ class ChatTokenizer:
             return value
         if BREAK in value:
             raise UserError("the text holds U+FDD0, which is no character")
-        while self._spelled.search(value):
-            value = self._spelled.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
+        while (broken := self._spelled.sub(self._broken, value)) != value:
+            value = broken
         return value
+
+    def _broken(self, match: re.Match[str]) -> str:
+        token = match[0]
+        return token if token in self.allowed else token[0] + BREAK + token[1:]
 
     @cached_property
     def _spelled(self) -> re.Pattern[str]:

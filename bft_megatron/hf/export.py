@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf import shards
+from bft_megatron.hf import shards, stops
 from bft_megatron.hf.architectures import companions, read_config
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import Weight, weights
@@ -70,12 +70,15 @@ def write_model(
 ) -> None:
     """Write a model folder of these tensors, reading each just before it is written; otherwise as `export`.
 
+    Prints the model's stop tokens where they are not only those of its config.json.
+
     Args:
         source: identifies the values; files of an earlier, interrupted call are kept only if it had the same.
     """
     with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in tensors]}") as partial:
         _copy_companions(hf_folder, partial, tensors[0].dtype)
         _write_shards(partial, tensors, shard_bytes)
+    stops.announce(hf_folder)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf import shards
+from bft_megatron.hf import shards, stops
 from bft_megatron.hf.architectures import ModelConfig, companions, read_config
 from bft_megatron.hf.export import refuse_used, write_model, written_whole
 from bft_megatron.hf.hub import find_model
@@ -67,6 +67,9 @@ def export_adapter(
 ) -> None:
     """Write the adapters of a LoRA run as a folder that `peft` loads onto the base model.
 
+    Tokenizer, template and generation config are beside them. Prints the stop tokens where they are not only those of
+    the base's config.json.
+
     Args:
         iteration, dtype: as in `hf.export.export`.
 
@@ -91,11 +94,12 @@ def export_adapter(
     ]
     with written_whole(out) as unfinished:
         for file in companions(run.model):
-            if file.name not in ("config.json", "generation_config.json"):  # those of the base model
+            if file.name != "config.json":  # transformers would take the folder for a whole model
                 shutil.copyfile(file, unfinished / file.name)
         text = json.dumps(_peft_config(recipe.model, settings), indent=2, sort_keys=True)
         (unfinished / CONFIG).write_text(text + "\n")
         shards.write(unfinished / WEIGHTS, tensors, lambda _: None)
+    stops.announce(run.model)
 
 
 def export_merged(

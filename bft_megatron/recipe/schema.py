@@ -64,6 +64,8 @@ class DataSettings:
     """`split` makes a sample of each assistant turn: it ends with that turn, and only that turn is supervised."""
     chat_template: str | None = field(default=None, metadata=PATH)
     """Jinja file, or the name of one of the tokenizer's templates. Left out: the tokenizer's default."""
+    special_tokens: Any = None
+    """Added tokens of the tokenizer that are tokens in messages too: a list, or `all`. Left out: they are text."""
 
     def sources(self, field_name: Literal["train", "valid"]) -> tuple[SourceSettings, ...]:
         """Return the sources of `train` or `valid`; none if `valid` is left out.

@@ -70,7 +70,7 @@ class RunFolder:
 
     @property
     def model(self) -> Path:
-        """The folder of the model's config, tokenizer and template, which the export copies."""
+        """The folder of the model's config, stop tokens, tokenizer and template, which the export copies."""
         return self.root / "model"
 
     @property

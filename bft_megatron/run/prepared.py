@@ -61,6 +61,16 @@ class RunRows:
         return cls(train, valid, total, -(-total // batch))
 
     @property
+    def stops(self) -> set[int]:
+        """The tokens that end the training rows' learned turns."""
+        return {int(token) for part in self.train.parts for token in part.prepared.stops}
+
+    @property
+    def tokenizer_size(self) -> int:
+        """One more than the largest id of the tokenizer."""
+        return max(made.tokenizer_size for made in self.named.values())
+
+    @property
     def sources_apart(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the training and the validation sources that are reported separately; empty for a single source."""
         train, valid = (blend.names if blend and len(blend.parts) > 1 else () for blend in (self.train, self.valid))
@@ -103,7 +113,9 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
     if highest >= vocab_size:  # a sharded embedding would silently read another token's row
         raise FieldError(
             "model",
-            f"its tokenizer gives the token {highest:,}, its vocabulary ends at {vocab_size:,}: they do not match",
+            f"its tokenizer has {rows.tokenizer_size:,} tokens, its embedding {vocab_size:,} rows (vocab_size in "
+            f"config.json), and the training rows hold the token {highest:,}: they do not match. If the token is new, "
+            'enlarge the embedding: "New tokens" in docs/huggingface.md',
         )
     trained_on.check(folder, rows.train)
     names = {"train": _folders(rows.train), "valid": rows.valid and _folders(rows.valid), **_wanted(recipe)}

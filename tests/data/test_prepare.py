@@ -83,6 +83,7 @@ def test_keeps_every_conversation_as_it_is_encoded(tmp_path: Path, tiny: tokeniz
 def test_counts_what_it_keeps(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
     result = prepared(tmp_path)
     encoded = [chat.encode(c.messages, tiny, "assistant") for c in sources.read(SETTINGS.train)]
+    turns = sum(m["role"] == "assistant" for c in sources.read(SETTINGS.train) for m in c.messages)
     assert result.counts == Counts(
         conversations=40,
         samples=40,
@@ -91,6 +92,8 @@ def test_counts_what_it_keeps(tmp_path: Path, tiny: tokenizers.ChatTokenizer) ->
         supervised=sum(sum(mask) for _, mask in encoded),
         highest_token=max(max(tokens) for tokens, _ in encoded),
         lengths=result.counts.lengths,
+        turns=turns,
+        ends={"2": turns},
     )
     for k, n in enumerate(result.counts.lengths):
         assert n == sum(2**k / 2 < len(tokens) - 1 <= 2**k for tokens, _ in encoded)
@@ -149,7 +152,13 @@ def test_anything_that_changes_the_rows_changes_the_folder(tmp_path: Path, model
         prepared(tmp_path, settings, model_with(unmarked(CHATML), "<|new|>", name="new_token")),
         *(
             prepared(tmp_path, replace(settings, **change), model)
-            for change in ({"seq_length": 128}, {"packing": False}, {"overlong": "truncate"}, {"supervise": "last"})
+            for change in (
+                {"seq_length": 128},
+                {"packing": False},
+                {"overlong": "truncate"},
+                {"supervise": "last"},
+                {"special_tokens": "all"},
+            )
         ),
     ]
     assert len({result.folder for result in made}) == len(made)

@@ -63,7 +63,10 @@ class DataSettings:
     turns: Literal["joined", "split"] = "joined"
     """`split` makes a sample of each assistant turn: it ends with that turn, and only that turn is supervised."""
     chat_template: str | None = field(default=None, metadata=PATH)
-    """Jinja file, or the name of one of the tokenizer's templates. Left out: the tokenizer's default."""
+    """Jinja file, the name of one of the tokenizer's templates, or a well-known name such as `chatml` or `llama3` (see
+    [From LLaMA-Factory](llamafactory.md#chat-templates)). Left out: the tokenizer's default."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`; a row's own `chat_template_kwargs` override."""
 
     def sources(self, field_name: Literal["train", "valid"]) -> tuple[SourceSettings, ...]:
         """Return the sources of `train` or `valid`; none if `valid` is left out.

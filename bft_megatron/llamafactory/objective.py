@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import os
 
+from bft_megatron.llamafactory.config import Config
 from bft_megatron.llamafactory.conversion import Conversion
 from bft_megatron.llamafactory.parallelism import on_megatron
 from bft_megatron.recipe import environment
+
+
+def summed(config: Config) -> int:
+    """Return how many times the gradient of LLaMA-Factory's trainer is ours, when it is clipped and given to Adam.
+
+    The loss of BFT is a mean over the samples of a micro-batch, and the trainer adds a step's micro-batches up. The
+    other losses are divided by the step's tokens, as here.
+    """
+    is_bft = config.flag("use_bft_loss") and not on_megatron(config)
+    return config.integer("gradient_accumulation_steps", 1) if is_bft else 1
 
 
 def carry(to: Conversion) -> None:

@@ -52,7 +52,8 @@ def on_megatron(config: Config) -> bool:
     switched = any(
         os.environ.get(name, "").lower() in ("1", "true", "y") for name in ("USE_MCA", "USE_MEGATRON_BRIDGE")
     )
-    return switched or any(config.given(name) for name in (*_SIZES, "use_mca", "use_megatron_bridge", *_RECOMPUTE))
+    switched |= config.flag("use_mca") or config.flag("use_megatron_bridge")
+    return switched or any(config.given(name) for name in (*_SIZES, *_RECOMPUTE))
 
 
 def deepspeed(config: Config) -> dict[str, Any]:
@@ -96,9 +97,6 @@ def _carry_sizes(to: Conversion) -> None:
         to.carry("layout", f"sequence_parallel {str(sequence).lower()}", "parallel.sequence", sequence)
     elif sequence:
         to.lose("sequence_parallel", "it shards over tensor ranks, of which there is one")
-    experts = config.integer("expert_model_parallel_size", 1)
-    if experts > 1:
-        to.lose("expert_model_parallel_size", "there are no mixtures of experts here")
 
 
 def _carry_sharding(to: Conversion) -> None:

@@ -1,4 +1,4 @@
-"""Chat templates by well-known names, each a Jinja file here, written from the model family's documented prompt format."""
+"""Chat templates by well-known names: a Jinja file each, written from the models' documented prompt formats."""
 
 from __future__ import annotations
 

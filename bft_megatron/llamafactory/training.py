@@ -154,16 +154,16 @@ def _carry_optimizer(to: Conversion) -> None:
 
 
 def _carry_scaled(to: Conversion, matter: str, theirs: str, ours: str, value: float) -> None:
-    """Convert a number that is compared with the gradient, which is a sum over the micro-batches there with BFT.
+    """Convert a number that is compared with the gradient, of which LLaMA-Factory's may be a multiple.
 
-    Adam moves a weight by m / (sqrt(v) + eps): with the gradient, eps is divided too.
+    Adam moves a weight by m / (sqrt(v) + eps): where m and sqrt(v) are divided, eps is too.
     """
-    times = summed(to.config)
-    if times == 1:
+    if not (terms := summed(to)):
         to.carry_field(matter, theirs, ours, float(value))
-    else:
-        sum_of = f"{theirs} {value:g} / {times}: its gradient is the sum of {times} micro-batches', here the mean"
-        to.carry(matter, sum_of, ours, value / times)
+        return
+    listed = " x ".join(f"{number} {name}" for name, number in terms.items())
+    what = f"{theirs} {value:g} of a gradient summed over {listed}"
+    to.carry(matter, what, ours, value / math.prod(terms.values()))
 
 
 def _steps(number: int) -> str:

@@ -224,5 +224,7 @@ def _unknown(key: str) -> str | None:
         if not is_dataclass(schema):
             if schema is not Any and get_origin(schema) is not dict and i + 1 < len(parts):
                 return f"`{'.'.join(parts[: i + 1])}` takes a value, not fields"
+            if key == "data.chat_template_kwargs":  # a leaf only if it is no mapping
+                return "must be variables by name, such as {enable_thinking: false}"
             return None
     return f"`{shortened(key)}` is a group of fields; known here: {', '.join(f.name for f in fields(schema))}"

@@ -18,7 +18,7 @@ CARRIED: dict[str, dict[str, Any]] = {
         "cutoff_len": 2048, "packing": None, "neat_packing": False, "use_packed_sequences": False,
         "sequence_packing": False, "train_on_prompt": False, "mask_history": False,
     },
-    "objective": {"use_bft_loss": False, "use_dft_loss": False},
+    "objective": {"use_bft_loss": False, "use_dft_loss": False, "average_tokens_across_devices": True},
     "parallelism": {
         "use_mca": False, "use_megatron_bridge": False, "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None, "context_parallel_size": 1,

@@ -19,7 +19,6 @@ NAMED: dict[str, dict[str, Any]] = {
         "label_smoothing_factor": 0.0,
     },
     "no noise is added to embeddings": {"neftune_noise_alpha": None},
-    "a step's tokens, or samples, count alike on all GPUs": {"average_tokens_across_devices": True},
     # adapters and other ways of training a part
     "dropout in the adapters would make a run depend on its layout, and lora.dropout must be 0": {"lora_dropout": 0.0},
     "adapters are trained on the weights as they are: 2 bytes a parameter over tensor x pipeline": {

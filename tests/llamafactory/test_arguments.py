@@ -14,10 +14,10 @@ from transformers import Seq2SeqTrainingArguments
 from bft_megatron.errors import UserError
 from bft_megatron.llamafactory import Conversion, convert
 from bft_megatron.llamafactory.arguments import DEFAULTS, IS_CARRIED, IS_NAMED, REASONS
-from bft_megatron.llamafactory.arguments.carried import CARRIED
-from bft_megatron.llamafactory.arguments.named import NAMED
-from bft_megatron.llamafactory.arguments.unneeded import UNNEEDED
+from bft_megatron.llamafactory.carried import CARRIED
 from bft_megatron.llamafactory.conversion import GROUPS
+from bft_megatron.llamafactory.named import NAMED
+from bft_megatron.llamafactory.unneeded import UNNEEDED
 from tests.llamafactory.written import written
 
 LORA = {"finetuning_type": "lora"}

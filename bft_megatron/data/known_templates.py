@@ -1,4 +1,4 @@
-"""Chat templates by well-known names: a Jinja file each, written from the models' documented prompt formats."""
+"""Chat templates by well-known names, a file of `known_jinja` each, written from the models' documented formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = tuple(_CONTROL_TOKENS)
 @cache
 def read(name: str) -> str:
     """Return the Jinja source of a well-known template."""
-    return (Path(__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")
+    return (Path(__file__).parent / "known_jinja" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def control_tokens(template: str) -> tuple[str, ...]:

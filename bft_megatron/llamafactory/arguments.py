@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bft_megatron.llamafactory.arguments.carried import CARRIED
-from bft_megatron.llamafactory.arguments.named import NAMED
-from bft_megatron.llamafactory.arguments.unneeded import UNNEEDED
+from bft_megatron.llamafactory.carried import CARRIED
+from bft_megatron.llamafactory.named import NAMED
+from bft_megatron.llamafactory.unneeded import UNNEEDED
 
 REASONS: dict[str, str] = {
     name: reason for table in (NAMED, UNNEEDED) for reason, arguments in table.items() for name in arguments

@@ -118,7 +118,8 @@ def prepare(
     folder = Path(cache) / _key(opened, model, settings, pad_multiple)
     if found := _found(folder):
         return found
-    tokenizer = special_tokens.allowing(tokenizers.load(model, settings.chat_template), settings.special_tokens)
+    loaded = tokenizers.load(model, settings.chat_template, variables=settings.chat_template_kwargs)
+    tokenizer = special_tokens.allowing(loaded, settings.special_tokens)
     with appearing_whole(folder) as part:
         content = ContentHash()
         lengths, counts = _write_samples(part, _encoded(opened, Encoder(opened, tokenizer, settings)), content)
@@ -173,7 +174,17 @@ def _key(source: Source, model: str | Path, settings: DataSettings, pad_multiple
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-_MAKE_ROWS = ("seq_length", "packing", "overlong", "supervise", "turns", "on_error", "max_row_bytes", "special_tokens")
+_MAKE_ROWS = (
+    "seq_length",
+    "packing",
+    "overlong",
+    "supervise",
+    "turns",
+    "chat_template_kwargs",
+    "on_error",
+    "max_row_bytes",
+    "special_tokens",
+)
 
 
 def _encoded(source: Source, encoder: Encoder) -> Iterator[Encoded]:

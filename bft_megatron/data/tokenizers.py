@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bft_megatron.data import habits
+from bft_megatron.data import habits, known_templates
 from bft_megatron.data.habits import Habits
 from bft_megatron.data.template_limits import DEFAULT, Limits, TemplateFault
 from bft_megatron.data.templates import Beginnings, Inputs, Span, Template
@@ -61,7 +61,7 @@ class ChatTokenizer:
     backend: tokenizers.Tokenizer
     broken: tuple[int, ...]
     template: str
-    variables: dict[str, str]
+    variables: dict[str, Any]
     control: tuple[str, ...]
     origin: str = ""
     allowed: frozenset[str] = frozenset()
@@ -181,15 +181,23 @@ class ChatTokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def load(folder: str | Path, chat_template: str | None = None, limits: Limits = DEFAULT) -> ChatTokenizer:
+def load(
+    folder: str | Path,
+    chat_template: str | None = None,
+    limits: Limits = DEFAULT,
+    variables: dict[str, Any] | None = None,
+) -> ChatTokenizer:
     """Load the tokenizer and chat template of a Hugging Face model folder, from local files, without running its code.
 
     Args:
-        chat_template: Jinja file, or the name of one of the tokenizer's templates; None: the tokenizer's default.
+        chat_template: Jinja file, the name of one of the tokenizer's templates, or one of `known_templates`, whichever
+            there is first; None: the tokenizer's default.
         limits: what it may take to compile the template.
+        variables: further variables of the template, for every conversation.
 
     Raises:
-        UserError: no such folder, no readable tokenizer in it, no chat template, or one that cannot be compiled.
+        UserError: no such folder, no readable tokenizer in it, no chat template, one that cannot be compiled, or a
+            well-known one whose control tokens the tokenizer lacks.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -205,10 +213,19 @@ def load(folder: str | Path, chat_template: str | None = None, limits: Limits = 
     template, origin = _template(loaded, folder, chat_template), chat_template or str(folder)
     _check_syntax(template, origin, limits)
     backend = loaded.backend_tokenizer
-    control = tuple(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
+    added = backend.get_added_tokens_decoder().values()
+    written = known_templates.control_tokens(template)
+    if missing := [token for token in written if token not in {token.content for token in added}]:
+        raise FieldError(
+            "data.chat_template",
+            f"{origin} writes {', '.join(missing)}, no control token of this tokenizer: choose a template whose tokens "
+            "the model knows",
+        )
+    control = tuple({token.content: None for token in added if token.special} | dict.fromkeys(written))
     backend.no_truncation()
     backend.no_padding()
-    return ChatTokenizer(backend, _broken(backend), template, loaded.special_tokens_map, control, origin)
+    given = loaded.special_tokens_map | (variables or {})
+    return ChatTokenizer(backend, _broken(backend), template, given, control, origin)
 
 
 def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
@@ -230,28 +247,34 @@ def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 def _template(loaded: PreTrainedTokenizerFast, folder: str | Path, chosen: str | None) -> str:
     names = sorted(loaded.chat_template) if isinstance(loaded.chat_template, dict) else []
-    if chosen is not None and chosen not in names:
-        try:
-            template = Path(chosen).read_text(encoding="utf-8")
-        except (OSError, ValueError) as e:
-            has = f"the tokenizer's are {', '.join(names)}" if names else "the tokenizer names none"
-            reason = getattr(e, "strerror", None) or "not UTF-8"
-            raise FieldError(
-                "data.chat_template", f"{chosen} is no template's name ({has}), and no file: {reason}"
-            ) from None
-    else:
-        try:
-            template = loaded.get_chat_template(chosen)
-        except ValueError:
+    if chosen is None or (chosen in names and not Path(chosen).is_file()):
+        return _own_template(loaded, folder, chosen, names)
+    if chosen in known_templates.NAMES and not Path(chosen).is_file():
+        return known_templates.read(chosen)
+    try:
+        return Path(chosen).read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        has = f"the tokenizer's are {', '.join(names)}" if names else "the tokenizer names none"
+        reason = getattr(e, "strerror", None) or "not UTF-8"
+        raise FieldError(
+            "data.chat_template",
+            f"{chosen} is no template's name ({has}), and no file: {reason}; well-known names are "
+            f"{', '.join(known_templates.NAMES)}",
+        ) from None
+
+
+def _own_template(loaded: PreTrainedTokenizerFast, folder: str | Path, chosen: str | None, names: list[str]) -> str:
+    try:
+        template: str = loaded.get_chat_template(chosen)
+    except ValueError:
+        one_of = names or known_templates.NAMES
+        hint = f"set data.chat_template to one of {', '.join(one_of)}"
+        if not names:
             hint = (
-                f"set data.chat_template to one of {', '.join(names)}"
-                if names
-                else (
-                    "base models often come without: set data.chat_template to a Jinja file, such as the "
-                    "chat_template.jinja of the model's instruction-tuned sibling"
-                )
+                f"base models often come without: {hint}, or to a Jinja file, such as the chat_template.jinja of the "
+                "model's instruction-tuned sibling"
             )
-            raise UserError(f"the tokenizer has no chat template of its own; {hint}", str(folder)) from None
+        raise UserError(f"the tokenizer has no chat template of its own; {hint}", str(folder)) from None
     return template
 
 
@@ -275,6 +298,7 @@ def fingerprint(folder: str | Path, chat_template: str | None = None) -> str:
         digest.update(f"{path.name}:{path.stat().st_size}:".encode() + path.read_bytes())
     if chat_template is not None:
         file = Path(chat_template)
-        kind, chosen = ("file", file.read_bytes()) if file.is_file() else ("name", chat_template.encode())
+        name = chat_template + (known_templates.read(chat_template) if chat_template in known_templates.NAMES else "")
+        kind, chosen = ("file", file.read_bytes()) if file.is_file() else ("name", name.encode())
         digest.update(f"{kind}:{len(chosen)}:".encode() + chosen)
     return digest.hexdigest()

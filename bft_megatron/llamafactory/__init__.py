@@ -1,8 +1,9 @@
 """`from-llamafactory`: converts a LLaMA-Factory SFT config to an equivalent recipe and lists what has no counterpart.
 
-`config` reads the file, `conversion` collects the recipe's fields; `model`, `data`, `objective`, `parallelism`,
-`training` and `saving` each convert the fields of one concern, `other` lists those without counterpart; `rendering`
-writes the recipe and the table.
+`config` reads the file, `conversion` collects the recipe's fields; `model`, `template`, `data`, `objective`,
+`parallelism`, `training` and `saving` each convert the fields of one concern, and `other` lists those without
+counterpart. `arguments` has them all, with their defaults, from the tables `carried`, `named` and `unneeded`.
+`rendering` writes the recipe and the table.
 
 """
 

@@ -18,7 +18,6 @@ class Config:
 
     Attributes:
         path: the file.
-        asked: names of the fields that have been read.
 
     Raises:
         UserError: the file cannot be read, or is not a mapping of fields.
@@ -28,7 +27,6 @@ class Config:
         text = read_text(path)
         self._file = YamlFile(path, text.expandtabs() if path.suffix == ".json" else text)  # JSON is YAML except tabs
         self.path = path
-        self.asked: set[str] = set()
         values = OmegaConf.to_container(self._file.tree)
         assert isinstance(values, dict), "YamlFile refuses whatever is no mapping"
         self._values = {str(name): value for name, value in values.items()}
@@ -44,7 +42,6 @@ class Config:
 
     def raw(self, name: str) -> Any:
         """Return a field's value as it stands, or None."""
-        self.asked.add(name)
         return self._values.get(name)
 
     def number(self, name: str, default: float, least: float = 0.0) -> float:

@@ -56,6 +56,7 @@ class Conversion:
         fields: the recipe's fields by dotted name.
         rows: rows of the table.
         lost: fields that were not carried over.
+        differing: field that is carried over, but does something else here -> what.
         not_needed: reason -> fields that need no counterpart.
     """
 
@@ -66,6 +67,7 @@ class Conversion:
     fields: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     lost: list[Lost] = field(default_factory=list)
+    differing: dict[str, str] = field(default_factory=dict)
     not_needed: dict[str, list[str]] = field(default_factory=dict)
 
     def carry(self, matter: str, theirs: str, name: str, value: Any, ours: str = "") -> None:
@@ -90,6 +92,10 @@ class Conversion:
         if self.config.given(theirs) or value != _default(name):
             self.fields[name] = value
         self.show(matter, f"{theirs} {_shown(value)}", f"{name} {_shown(value)}")
+
+    def differ(self, name: str, how: str) -> None:
+        """Record a field that does something else here."""
+        self.differing[name] = how
 
     def lose(self, name: str, why: str) -> None:
         """Record a field that is not carried over."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bft_megatron.errors import UserError
-from bft_megatron.llamafactory import data, model, objective, other, parallelism, saving, training
+from bft_megatron.llamafactory import data, model, objective, other, parallelism, saving, template, training
 from bft_megatron.llamafactory.config import Config
 from bft_megatron.llamafactory.conversion import Conversion
 
@@ -33,7 +33,7 @@ def convert(path: Path, gpus: int | None = None) -> Conversion:
             str(path),
         )
     conversion = Conversion(config, gpus, assumed=said is None)
-    for concern in (model, data, objective, parallelism, training, saving, other):
+    for concern in (model, template, data, objective, parallelism, training, saving, other):
         concern.carry(conversion)
     conversion.lost.sort(key=lambda lost: config.names.index(lost.name))
     return conversion

@@ -15,13 +15,8 @@ from bft_megatron.recipe.sources import source_settings
 
 
 def carry(to: Conversion) -> None:
-    """Convert `dataset`, `eval_dataset`, `max_samples`, `val_size`, `template`, `cutoff_len`, packing and masking."""
-    config = to.config
+    """Convert `dataset`, `eval_dataset`, `max_samples`, `val_size`, `cutoff_len`, packing and masking."""
     _carry_sources(to)
-    if config.text("mix_strategy", "concat") != "concat":
-        to.lose("mix_strategy", "an epoch takes each source `weight` times, 1 here: set it in data.train")
-    if template := config.text("template"):
-        to.show("template", f"template {template}", "the model's own chat template")
     _carry_rows(to)
     _carry_masks(to)
 
@@ -97,7 +92,12 @@ def _carry_rows(to: Conversion) -> None:
     to.carry("packing", theirs, "data.packing", packing, f"data.packing {str(packing).lower()}: {ours}")
     length = config.integer("cutoff_len", 2048)
     to.carry("tokens of a row", f"cutoff_len {length}", "data.seq_length", _divisible(to, length))
-    to.carry("longer samples", "cut off", "data.overlong", "truncate")
+    to.carry("longer samples", "prompt and answer cut", "data.overlong", "truncate", "data.overlong truncate: end cut")
+    to.differ(
+        "cutoff_len",
+        "a longer sample loses its end, not parts of its prompts and answers: raise data.seq_length, or leave such "
+        "samples out with data.overlong: drop",
+    )
 
 
 def _divisible(to: Conversion, length: int) -> int:

@@ -8,12 +8,14 @@ from bft_megatron.llamafactory.conversion import Conversion
 
 
 def carry(to: Conversion) -> None:
-    """Convert `model_name_or_path`, `train_from_scratch`, `output_dir` and the lora_* fields."""
+    """Convert `model_name_or_path`, `train_from_scratch`, `use_cpu`, `output_dir` and the lora_* fields."""
     config = to.config
     for matter, theirs, ours in (("model", "model_name_or_path", "model"), ("run's folder", "output_dir", "output")):
         to.carry_field(matter, theirs, ours, config.text(theirs))
     if config.flag("train_from_scratch"):
         to.carry("weights", "train_from_scratch", "init", "random")
+    if config.flag("use_cpu"):
+        to.carry("device", "use_cpu", "device", "cpu")
     if config.text("finetuning_type", "lora") == "lora":
         _carry_lora(to)
 
@@ -28,7 +30,6 @@ def _carry_lora(to: Conversion) -> None:
         to.carry("LoRA scale", f"use_rslora: {alpha:g} / sqrt({rank})", "lora.alpha", scaled, f"{scaled:g} / {rank}")
     else:
         to.carry("LoRA scale", f"lora_alpha / lora_rank = {alpha:g} / {rank}", "lora.alpha", float(alpha))
-    to.carry_field("LoRA dropout", "lora_dropout", "lora.dropout", float(config.number("lora_dropout", 0.0)))
     target = config.texts("lora_target") or ["all"]
     to.carry("LoRA modules", f"lora_target {','.join(target)}", "lora.target", "all" if target == ["all"] else target)
     adapters = config.texts("adapter_name_or_path")

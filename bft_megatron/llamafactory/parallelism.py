@@ -49,10 +49,12 @@ def context_size(config: Config) -> int:
 
 def on_megatron(config: Config) -> bool:
     """Return whether the config is for one of LLaMA-Factory's Megatron backends, by its fields or the environment."""
-    switched = any(
-        os.environ.get(name, "").lower() in ("1", "true", "y") for name in ("USE_MCA", "USE_MEGATRON_BRIDGE")
-    )
-    return switched or any(config.given(name) for name in (*_SIZES, "use_mca", "use_megatron_bridge", *_RECOMPUTE))
+    switched = _switched(config, "use_mca") or _switched(config, "use_megatron_bridge")
+    return switched or any(config.given(name) for name in (*_SIZES, *_RECOMPUTE))
+
+
+def _switched(config: Config, name: str) -> bool:
+    return config.flag(name) or os.environ.get(name.upper(), "").lower() in ("1", "true", "y")
 
 
 def deepspeed(config: Config) -> dict[str, Any]:
@@ -96,9 +98,6 @@ def _carry_sizes(to: Conversion) -> None:
         to.carry("layout", f"sequence_parallel {str(sequence).lower()}", "parallel.sequence", sequence)
     elif sequence:
         to.lose("sequence_parallel", "it shards over tensor ranks, of which there is one")
-    experts = config.integer("expert_model_parallel_size", 1)
-    if experts > 1:
-        to.lose("expert_model_parallel_size", "there are no mixtures of experts here")
 
 
 def _carry_sharding(to: Conversion) -> None:
@@ -151,8 +150,8 @@ def _carry_recomputation(to: Conversion) -> None:
 def _carry_precision(to: Conversion) -> None:
     config = to.config
     bf16, fp16, pure = config.flag("bf16"), config.flag("fp16"), config.flag("pure_bf16")
-    if config.given("mixed_precision"):
-        name = str(config.raw("mixed_precision"))
+    if config.given("mixed_precision") or _switched(config, "use_megatron_bridge"):
+        name = str(config.raw("mixed_precision") or "bf16_mixed")
         precision, theirs = _MIXED_PRECISION.get(name, "bf16"), f"mixed_precision {name}"
         if name not in _MIXED_PRECISION:
             to.lose("mixed_precision", "there are bf16 and fp32 here")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from bft_megatron.llamafactory.conversion import GROUPS, Conversion, Lost
 
-_ORDER = ("model", "init", "lora", "objective", "data", "parallel", "train", "megatron", "output")
+_ORDER = ("model", "init", "device", "lora", "objective", "data", "parallel", "train", "megatron", "output")
 _FIELDS = [f"{group}.{f.name}" for group, settings in GROUPS.items() for f in fields(settings)]
 
 
@@ -21,6 +21,8 @@ def recipe_text(conversion: Conversion) -> str:
     head = [f"# From {conversion.config.path.name}, for {_gpus(conversion.gpus)}."]
     if conversion.lost:
         head += ["# Not carried over:", *(f"#   {_line(lost)}" for lost in conversion.lost)]
+    if conversion.differing:
+        head += ["# Done otherwise here:", *(f"#   {name}: {how}" for name, how in conversion.differing.items())]
     tree = _nested(conversion.fields)
     ordered = {name: tree[name] for name in _ORDER if name in tree}
     return "\n".join([*head, yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=120)])
@@ -40,6 +42,10 @@ def print_table(conversion: Conversion, console: Console) -> None:
             console.print(
                 f"[yellow]{escape(lost.where)}[/] {escape(f'{_shown(lost.value)}: {lost.why}')}", soft_wrap=True
             )
+    if conversion.differing:
+        console.print("\n[bold]Done otherwise here:[/]")
+        for name, how in conversion.differing.items():
+            console.print(f"[yellow]{escape(name)}[/] {escape(how)}", soft_wrap=True, highlight=False)
     if conversion.not_needed:
         console.print("\n[bold]Need no counterpart:[/]")
         for reason, names in conversion.not_needed.items():

@@ -59,7 +59,6 @@ def _carry_interval(to: Conversion, strategy: str, usual: str, name: str, defaul
     steps: int | None = to.fields.get("train.iterations")
     chosen = usual if config.raw(strategy) is None else config.raw(strategy)
     if chosen in ("no", False):  # YAML reads a bare `no` as False
-        config.raw(name)
         return None
     if chosen != "steps":
         to.lose(strategy, "saves and validations are some steps apart: train.save_every, train.validate_every")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from bft_megatron.llamafactory.conversion import Conversion
+from bft_megatron.llamafactory.objective import summed
 from bft_megatron.llamafactory.parallelism import deepspeed, model_parallel_size
 
 # lr_scheduler_type -> Megatron's lr-decay-style
@@ -139,17 +140,30 @@ def _carry_optimizer(to: Conversion) -> None:
         ("weight decay", "weight_decay", "train.weight_decay", 0.0),
         ("Adam", "adam_beta1", "train.adam_beta1", 0.9),
         ("Adam", "adam_beta2", "train.adam_beta2", 0.999),
-        ("Adam", "adam_epsilon", "train.adam_eps", 1e-8),
     ):
         to.carry_field(matter, theirs, ours, float(config.number(theirs, default)))
     if config.text("optim", "adamw_torch") not in _ADAMW:
         to.lose("optim", "the optimizer is AdamW")
+    _carry_scaled(to, "Adam", "adam_epsilon", "train.adam_eps", config.number("adam_epsilon", 1e-8))
     clip = deepspeed(config).get("gradient_clipping", "auto")
     if isinstance(clip, int | float):
-        to.carry("clipping", f"gradient_clipping {clip:g} of the DeepSpeed file", "train.clip_grad", float(clip))
+        _carry_scaled(to, "clipping", "gradient_clipping of the DeepSpeed file", "train.clip_grad", clip)
     else:
-        to.carry_field("clipping", "max_grad_norm", "train.clip_grad", float(config.number("max_grad_norm", 1.0)))
+        _carry_scaled(to, "clipping", "max_grad_norm", "train.clip_grad", config.number("max_grad_norm", 1.0))
     to.carry_field("seed", "seed", "train.seed", config.integer("seed", 42, least=0))
+
+
+def _carry_scaled(to: Conversion, matter: str, theirs: str, ours: str, value: float) -> None:
+    """Convert a number that is compared with the gradient, of which LLaMA-Factory's may be a multiple.
+
+    Adam moves a weight by m / (sqrt(v) + eps): where m and sqrt(v) are divided, eps is too.
+    """
+    if not (terms := summed(to)):
+        to.carry_field(matter, theirs, ours, float(value))
+        return
+    listed = " x ".join(f"{number} {name}" for name, number in terms.items())
+    what = f"{theirs} {value:g} of a gradient summed over {listed}"
+    to.carry(matter, what, ours, value / math.prod(terms.values()))
 
 
 def _steps(number: int) -> str:

@@ -9,7 +9,7 @@ import difflib
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import Container, DictConfig, Node, OmegaConf
@@ -226,7 +226,9 @@ def _unknown(key: str) -> str | None:
         declared = _types(schema)[name]
         schema = next((t for t in get_args(declared) if is_dataclass(t)), declared)  # `Group | None` is a group
         if not is_dataclass(schema):
-            if schema not in (dict, Any) and i + 1 < len(parts) and name != "megatron":
+            if schema is not Any and get_origin(schema) is not dict and i + 1 < len(parts):
                 return f"`{'.'.join(parts[: i + 1])}` takes a value, not fields"
+            if key == "data.chat_template_kwargs":  # a leaf only if it is no mapping
+                return "must be variables by name, such as {enable_thinking: false}"
             return None
     return f"`{shortened(key)}` is a group of fields; known here: {', '.join(f.name for f in fields(schema))}"

@@ -6,10 +6,11 @@ settings that Megatron itself would refuse during start-up or in its first step.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from bft_megatron import user_code
 from bft_megatron.errors import FieldError, reading, shortened
@@ -112,6 +113,18 @@ def _check_data(recipe: Recipe) -> None:
         raise FieldError(
             "data.turns", "split makes a sample of each of the assistant's turns, which data.supervise names"
         )
+    _check_variables(data.chat_template_kwargs)
+
+
+def _check_variables(variables: dict[str, Any]) -> None:
+    for name, value in variables.items():
+        if name in ("messages", "tools", "add_generation_prompt"):
+            raise FieldError(f"data.chat_template_kwargs.{name}", "is what the chat template gets from the rows")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):
+            fault = f"must be a value that JSON has, not {shortened(value)}"
+            raise FieldError(f"data.chat_template_kwargs.{name}", fault) from None
 
 
 def _check_objective(recipe: Recipe) -> None:

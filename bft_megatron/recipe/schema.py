@@ -63,7 +63,10 @@ class DataSettings:
     turns: Literal["joined", "split"] = "joined"
     """`split` makes a sample of each assistant turn: it ends with that turn, and only that turn is supervised."""
     chat_template: str | None = field(default=None, metadata=PATH)
-    """Jinja file, or the name of one of the tokenizer's templates. Left out: the tokenizer's default."""
+    """Jinja file, name of one of the tokenizer's templates, or a well-known one: `chatml`, `qwen`, `llama3`, `mistral`,
+    `gemma`, `deepseek`, `deepseek3`, `glm`, `phi`, `phi4`. Left out: the tokenizer's default."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as `enable_thinking: false`; a row's own `chat_template_kwargs` override."""
     special_tokens: Any = None
     """Added tokens of the tokenizer that are tokens in messages too: a list, or `all`. Left out: they are text."""
 

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's configs become recipes that do the same; what cannot be carried over is named with its line."""
+"""LLaMA-Factory's configs become recipes that do the same."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -15,41 +14,11 @@ from bft_megatron.data import sources
 from bft_megatron.errors import UserError
 from bft_megatron.llamafactory import convert, print_table, recipe_text
 from bft_megatron.recipe import reader
-from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
-from tests.helpers.commands import ROOT
+from tests.llamafactory.written import CONFIGS, field, loaded, written
 
-CONFIGS = Path(__file__).parent / "configs"
 INFO = "tests/llamafactory/configs/data/dataset_info.json"
-SMALLEST = {"model_name_or_path": "m", "finetuning_type": "full", "dataset": "d", "output_dir": "o"}
 RECOMPUTE = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
-
-
-@pytest.fixture(autouse=True)
-def _in_the_repository(monkeypatch: pytest.MonkeyPatch):
-    """LLaMA-Factory's paths, as ours, are relative to the current folder."""
-    monkeypatch.chdir(ROOT)
-    for name in ("BFT_GROUP_SIZE", "BFT_CONF_GAMMA", "USE_MCA", "USE_MEGATRON_BRIDGE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def written(folder: Path, **fields: Any) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(SMALLEST | fields)))
-    return path
-
-
-def loaded(config: Path, gpus: int | None = None) -> Recipe:
-    """The converted recipe as `train` would read it."""
-    path = config.with_suffix(".recipe")
-    path.write_text(recipe_text(convert(config, gpus)))
-    return reader.load(path)
-
-
-def field(made: Recipe, name: str) -> Any:
-    group, _, leaf = name.rpartition(".")
-    holder = getattr(made, group) if group else made
-    return holder[leaf] if isinstance(holder, dict) else getattr(holder, leaf)
 
 
 EXAMPLES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -211,114 +180,6 @@ def test_the_environment_of_bft_is_written_into_the_recipe(tmp_path: Path, monke
     text = recipe_text(convert(written(tmp_path, use_bft_loss=True)))
     assert "group_size: 64" in text
     assert "gamma" not in text
-
-
-LOST = {
-    "use_asft_loss": (True, "a second model"),
-    "use_eaft_loss": (True, "examples/objectives"),
-    "quantization_bit": (4, "2 bytes a parameter"),
-    "pissa_init": (True, "plain LoRA"),
-    "label_smoothing_factor": (0.1, "no longer be the label's probability"),
-    "lr_scheduler_type": ("polynomial", "megatron.lr-decay-style"),
-    "lr_scheduler_kwargs": ({"num_cycles": 3}, "lowest learning rate"),
-    "save_strategy": ("epoch", "train.save_every"),
-    "save_steps": (0.1, "a share of the steps"),
-    "val_size": (0.1, "not here to be counted"),
-    "deepspeed": ("no/such.json", "is not here"),
-    "expert_model_parallel_size": (8, "mixtures of experts"),
-    "sequence_parallel": (True, "of which there is one"),
-    "fp16": (True, "bf16"),
-    "optim": ("adafactor", "AdamW"),
-    "learning_rat": (1, "did you mean learning_rate?"),
-    "quite_new": ([1], "is none of the fields"),
-}
-
-
-@pytest.mark.parametrize("name", LOST)
-def test_what_is_not_carried_over_is_named(name: str, tmp_path: Path):
-    value, why = LOST[name]
-    path = written(tmp_path, **{name: value})
-    conversion = convert(path)
-    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if text.startswith(f"{name}:"))
-    [lost] = conversion.lost
-    assert (lost.where, lost.value) == (f"{path}:{line}: {name}", value)
-    assert why in lost.why
-    assert f"#   line {line}, {name}: " in recipe_text(conversion)
-    with (console := Console(width=200)).capture() as said:
-        print_table(conversion, console)
-    assert f"{path}:{line}: {name}" in said.get()
-
-
-def test_what_is_off_or_needs_no_counterpart_is_not_lost(tmp_path: Path):
-    fields = {
-        "use_asft_loss": False,
-        "resume_from_checkpoint": None,
-        "quantization_bit": None,
-        "neftune_noise_alpha": 0,
-    }
-    conversion = convert(written(tmp_path, **fields, logging_steps=5, plot_loss=True, freeze_vision_tower=True))
-    assert not conversion.lost
-    assert sorted(name for names in conversion.not_needed.values() for name in names) == [
-        "freeze_vision_tower",
-        "logging_steps",
-        "plot_loss",
-    ]
-
-
-REFUSED = {
-    "stage": ("dpo", "dpo is another kind of training"),
-    "finetuning_type": ("freeze", "freeze has no counterpart"),
-    "do_train": (False, "trains nothing"),
-    "learning_rate": ("fast", "must be a number, not 'fast'"),
-    "gradient_accumulation_steps": (1.5, "must be a whole number, not 1.5"),
-    "cutoff_len": (-4, "must not be below 1, as -4 is"),
-    "warmup_ratio": (1.5, "must be below 1"),
-    "bf16": ("yes", "must be true or false, not 'yes'"),
-    "dataset": ("a,b,a", "names a twice"),
-    "dataset_dir": ("REMOTE:llamafactory/demo_data", "lies on the hub"),
-    "lora_target": ([1], "must be names with commas"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_is_refused_with_its_line(name: str, tmp_path: Path):
-    value, why = REFUSED[name]
-    kind = {"finetuning_type": "lora"} if name == "lora_target" else {}
-    path = written(tmp_path, **kind, **{name: value})
-    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if text.startswith(f"{name}:"))
-    with pytest.raises(UserError) as error:
-        convert(path)
-    assert str(error.value).startswith(f"{path}:{line}: {name}: ")
-    assert why in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [1\n", "config.yaml:2: not YAML"),
-        ("- a\n", "config.yaml: must be a mapping of fields"),
-        ("template: qwen\n", "config.yaml: names no model_name_or_path"),
-        ("model_name_or_path: m\ndataset: d\n", "config.yaml: names no output_dir"),
-    ],
-)
-def test_what_is_no_config_is_refused(text: str, message: str, tmp_path: Path):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError) as error:
-        convert(tmp_path / "config.yaml")
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"val_size": 100}, "leaves none of the 4 rows of identity"),
-        ({"val_size": 1, "eval_dataset": "e"}, "give one of"),
-    ],
-)
-def test_a_held_out_share_that_cannot_be_is_refused(fields: dict[str, Any], message: str, tmp_path: Path):
-    path = written(tmp_path, dataset_dir=str(CONFIGS / "data"), dataset="identity,questions", **fields)
-    with pytest.raises(UserError, match=message):
-        convert(path)
 
 
 def test_a_number_of_held_out_rows_is_of_all_sources_together(tmp_path: Path):

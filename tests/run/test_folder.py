@@ -116,6 +116,7 @@ def test_what_may_change(begun: RunFolder, recipe: Path, overrides: tuple[str, .
                 "data.supervise": "all",
                 "data.turns": "split",
                 "data.chat_template": "x",
+                "data.chat_template_kwargs": "{enable_thinking: false}",
                 "data.on_error": "skip",
                 "train.global_batch_size": 4,
                 "train.iterations": 21,

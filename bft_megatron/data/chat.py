@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from bft_megatron.data import said
+from bft_megatron.data import roles, said
+from bft_megatron.data.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.masks import Rendered, tokenise
 from bft_megatron.data.template_limits import DEFAULT, Limits
 from bft_megatron.data.templates import Span
-from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.data.turns import Turns
 
 Supervise = Literal["assistant", "last", "all"]
@@ -60,8 +60,9 @@ def render(
     turns = _assistant(conversation.messages)
     end = None if supervise == "all" else turns[-1] + 1
     with limits.held():
-        habits = tokenizer.habits
-    messages = tokenizer.quote(habits.shaped(conversation.messages[:end]))
+        habits = tokenizer.habits(limits)
+    known = roles.known_to(tokenizer.template, conversation.messages[:end])
+    messages = tokenizer.quote(habits.shaped(known))
     given = tokenizer.quote(conversation.tools), tokenizer.quote(conversation.template)
     with limits.held():
         finder = Turns(messages, given, tokenizer, limits)

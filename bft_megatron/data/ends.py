@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bft_megatron.data.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.special_tokens import added_tokens
-from bft_megatron.data.tokenizers import ChatTokenizer
 
 if TYPE_CHECKING:
     from bft_megatron.data.encoding import Counts

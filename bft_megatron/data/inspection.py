@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from bft_megatron.data.blend import Blend
+from bft_megatron.data.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.packing import padded
-from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 
 _COLUMNS = ("tokens", "learned", "weight", "file", "line")

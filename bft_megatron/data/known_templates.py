@@ -9,7 +9,7 @@ _CONTROL_TOKENS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
     "qwen": ("<|im_start|>", "<|im_end|>"),
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "mistral": ("<s>", "[INST]", "[/INST]", "</s>"),
+    "mistral": ("<s>", "</s>"),  # the first releases wrote [INST] as text
     "gemma": ("<bos>", "<start_of_turn>", "<end_of_turn>"),
     "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     "deepseek3": ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),

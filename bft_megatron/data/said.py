@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from bft_megatron.data.chat_tokenizer import BREAK
 from bft_megatron.data.templates import Span
-from bft_megatron.data.tokenizers import BREAK
 from bft_megatron.data.turns import THOUGHTS, Turns, other_words
 from bft_megatron.errors import UserError
 

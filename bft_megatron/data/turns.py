@@ -13,9 +13,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
+from bft_megatron.data.chat_tokenizer import BREAK, ChatTokenizer
 from bft_megatron.data.template_limits import Limits
 from bft_megatron.data.templates import Beginnings, Span
-from bft_megatron.data.tokenizers import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError
 
 MANY = 5
@@ -125,7 +125,7 @@ class Turns:
         """Return the text of the first `end` messages, with which the whole text begins; it is an edge of turn i."""
         part = self._before(end)
         if not part.begins(self.text):
-            raise self._differs(i, part, _LOOKS_AHEAD, "the conversation")
+            raise self._differs(i, part, _LOOKS_AHEAD)
         return part
 
     def _before(self, i: int, prompt: bool = False) -> _Part:
@@ -173,7 +173,7 @@ class Turns:
         other = self._one([*self.messages[:i], answer])[0]
         header = whole[: common(whole, other)]
         if len(header) < len(before):
-            raise self._differs(i, _Part(0, other), _LOOKS_AHEAD, "the conversation")
+            raise self._differs(i, _Part(0, other), _LOOKS_AHEAD)
         return header
 
     def _note_prompt(self, i: int, opened: _Part, header: str) -> None:
@@ -185,7 +185,7 @@ class Turns:
         if len(asked) == before:
             return
         if len(header) == before or not asked.startswith(header):
-            raise self._differs(i, opened, _ASKS, "its generation prompt after the conversation")
+            raise self._differs(i, opened, _ASKS, " with a generation prompt")
         source = self.tokenizer.template
         ways = ["thoughts in reasoning_content"] if "reasoning_content" in source else []
         ways += ["data.chat_template_kwargs: {enable_thinking: false}"] if "enable_thinking" in source else []
@@ -195,12 +195,12 @@ class Turns:
             f"a conversation: the answers are learned as it writes them there{advice}"
         )
 
-    def _differs(self, i: int, part: _Part, cause: str, what: str) -> UserError:
+    def _differs(self, i: int, part: _Part, cause: str, how: str = "") -> UserError:
         """Return an error that shows where a beginning differs from the whole text.
 
         Args:
             cause: matches what in the template makes the difference.
-            what: the text that is written differently.
+            how: how the beginning is written.
         """
         n, other = len(self.messages), part.text(self.text)
         at = common(other, self.text)
@@ -213,8 +213,8 @@ class Turns:
             else "add {% generation %} markers to the template and name its file in data.chat_template"
         )
         return UserError(
-            f"the chat template writes {what} up to messages[{i}] differently once all {n} messages are there, "
-            f"so that the place of the answer is unknown: {shown[0]} became {shown[1]}{where}; {ways}"
+            f"the chat template writes the conversation up to messages[{i}]{how} differently once all {n} messages are "
+            f"there, so that the place of the answer is unknown: {shown[0]} became {shown[1]}{where}; {ways}"
         )
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bft_megatron.data import tokenizers
+from bft_megatron.data import chat_tokenizer, tokenizers
 from tests.helpers.material import TINY
 
 
 @pytest.fixture(scope="session")
-def tiny() -> tokenizers.ChatTokenizer:
+def tiny() -> chat_tokenizer.ChatTokenizer:
     return tokenizers.load(TINY)
 
 

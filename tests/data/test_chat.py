@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from bft_megatron.data import chat, masks, sources, tokenizers
 from bft_megatron.data.chat import encode
+from bft_megatron.data.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.formats import Conversation
-from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 from tests.helpers.material import CHATML, DEFAULT_SYSTEM, LLAMA, MISTRAL, THINKING, TINY, chat_of, unmarked
 

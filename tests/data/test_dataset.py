@@ -13,7 +13,7 @@ import torch
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader
 
-from bft_megatron.data import chat, sources, tokenizers
+from bft_megatron.data import chat, chat_tokenizer, sources
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.dataset import RowDataset, training_rows, validation_rows
 from bft_megatron.data.order import Shuffled
@@ -46,7 +46,7 @@ def padded(weighted: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> 
     return prepare(settings.train, TINY, settings, 1, tmp_path_factory.mktemp("padded"))
 
 
-def expected(settings: DataSettings, tokenizer: tokenizers.ChatTokenizer) -> Counter:
+def expected(settings: DataSettings, tokenizer: chat_tokenizer.ChatTokenizer) -> Counter:
     """Samples as inputs, labels and weight, made from the source itself."""
     made = []
     for conversation in sources.read(settings.train):
@@ -57,7 +57,7 @@ def expected(settings: DataSettings, tokenizer: tokenizers.ChatTokenizer) -> Cou
 
 
 def test_packed_rows_hold_each_sample_once(
-    packed: Prepared, weighted: DataSettings, tiny: tokenizers.ChatTokenizer
+    packed: Prepared, weighted: DataSettings, tiny: chat_tokenizer.ChatTokenizer
 ) -> None:
     """Whatever the packing, an epoch's segments are the source's samples, padded, with their labels inside them."""
     found, want = Counter(), expected(weighted, tiny)
@@ -83,7 +83,7 @@ def test_packed_rows_hold_each_sample_once(
 
 
 def test_padded_rows_hold_one_sample_each(
-    padded: Prepared, weighted: DataSettings, tiny: tokenizers.ChatTokenizer
+    padded: Prepared, weighted: DataSettings, tiny: chat_tokenizer.ChatTokenizer
 ) -> None:
     found: Counter = Counter()
     for row in (validation_rows(padded, batch=1)[i] for i in range(padded.rows)):

@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bft_megatron import cli
-from bft_megatron.data import inspection, page, tokenizers
+from bft_megatron.data import chat_tokenizer, inspection, page, tokenizers
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import validation_rows
 from bft_megatron.data.prepare import Prepared, prepare
@@ -44,7 +44,7 @@ def prepared(source: Path, tmp_path: Path) -> Prepared:
 
 
 @pytest.fixture
-def row(prepared: Prepared, source: Path, tiny: tokenizers.ChatTokenizer) -> inspection.Row:
+def row(prepared: Prepared, source: Path, tiny: chat_tokenizer.ChatTokenizer) -> inspection.Row:
     return inspection.read(Blend.of(prepared), [(str(source),)], tiny, 0)
 
 
@@ -70,7 +70,7 @@ def test_text_is_that_of_the_conversation(row: inspection.Row):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), text=st.text(st.sampled_from("ab é漢🎉\n "), max_size=20))
-def test_spans_join_to_the_whole_wherever_they_part(data: st.DataObject, text: str, tiny: tokenizers.ChatTokenizer):
+def test_spans_join_to_the_whole_wherever_they_part(data: st.DataObject, text: str, tiny: chat_tokenizer.ChatTokenizer):
     ids = tiny.backend.encode(f"<|im_start|>{text}<|im_end|>", add_special_tokens=False).ids
     supervised = data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
     spans = inspection.decode(ids, supervised, tiny)

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
-from bft_megatron.data import known_templates, tokenizers
+from bft_megatron.data import chat_tokenizer, known_templates, tokenizers
 from bft_megatron.data.chat import encode
 from bft_megatron.errors import FieldError, UserError
 from tests.helpers.material import CHATML, TINY
@@ -61,7 +61,7 @@ def base_for(model_with: Callable[..., Path]) -> Callable[[str], Path]:
     return lambda name: model_with(None, *known_templates.control_tokens(known_templates.read(name)))
 
 
-def marked(tokenizer: tokenizers.ChatTokenizer, tokens: list[int], learned: list[bool]) -> str:
+def marked(tokenizer: chat_tokenizer.ChatTokenizer, tokens: list[int], learned: list[bool]) -> str:
     """The text of tokens, with LEARNED around what is learned."""
     pieces, before = [], False
     for token, now in zip(tokens, learned, strict=True):

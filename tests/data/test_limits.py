@@ -17,10 +17,10 @@ from datasets import Dataset
 
 from bft_megatron import cli
 from bft_megatron.data import chat, readers, sources, tokenizers
+from bft_megatron.data.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.formats import Conversation
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.data.template_limits import Limits, TemplateFault
-from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings

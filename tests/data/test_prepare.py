@@ -19,7 +19,7 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from bft_megatron.data import chat, readers, sources, tokenizers
+from bft_megatron.data import chat, chat_tokenizer, readers, sources
 from bft_megatron.data.encoding import Counts
 from bft_megatron.data.folders import appearing_whole
 from bft_megatron.data.prepare import Prepared, load, prepare
@@ -71,7 +71,7 @@ def shown(**sources: Prepared) -> str:
     return console.file.getvalue()
 
 
-def test_keeps_every_conversation_as_it_is_encoded(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
+def test_keeps_every_conversation_as_it_is_encoded(tmp_path: Path, tiny: chat_tokenizer.ChatTokenizer) -> None:
     rows = [{"messages": chat_of("a", "b" * n), "weight": n} for n in (1, 5, 9)]
     result = prepared(tmp_path / "cache", source(tmp_path, *rows))
     samples = list(Dataset.from_file(str(result.folder / "samples.arrow")))
@@ -80,7 +80,7 @@ def test_keeps_every_conversation_as_it_is_encoded(tmp_path: Path, tiny: tokeniz
         assert (sample["weight"], sample["line"]) == (row["weight"], line)
 
 
-def test_counts_what_it_keeps(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
+def test_counts_what_it_keeps(tmp_path: Path, tiny: chat_tokenizer.ChatTokenizer) -> None:
     result = prepared(tmp_path)
     encoded = [chat.encode(c.messages, tiny, "assistant") for c in sources.read(SETTINGS.train)]
     turns = sum(m["role"] == "assistant" for c in sources.read(SETTINGS.train) for m in c.messages)
@@ -247,7 +247,7 @@ def test_rows_that_are_no_conversation_are_skipped_counted_and_listed(tmp_path: 
         prepared(tmp_path / "cache", replace(source(tmp_path, rows[1], name="bad.jsonl"), on_error="skip"))
 
 
-def test_a_row_a_turn(tmp_path: Path, tiny: tokenizers.ChatTokenizer) -> None:
+def test_a_row_a_turn(tmp_path: Path, tiny: chat_tokenizer.ChatTokenizer) -> None:
     rows = [{"messages": chat_of("a", "b", "c", "d", "e", "f")}]
     settings = source(tmp_path, *rows)
     split = prepared(tmp_path, replace(settings, turns="split"))

@@ -13,7 +13,7 @@ from datasets import Dataset
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer
 
-from bft_megatron.data import inspection, special_tokens, tokenizers
+from bft_megatron.data import chat_tokenizer, inspection, special_tokens, tokenizers
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.data.summary import summary_table
 from bft_megatron.errors import FieldError, UserError
@@ -111,7 +111,7 @@ def test_inspect_shows_named_tokens_as_control(model: Path, tmp_path: Path) -> N
         ({"a": 1}, "must be a list of tokens"),
         (True, "must be a list of tokens"),
         ([["<|a|>"]], "must be a list of tokens"),
-        ([tokenizers.BREAK], "is no added token"),
+        ([chat_tokenizer.BREAK], "is no added token"),
     ],
 )
 def test_names_that_the_tokenizer_has_not(named: Any, message: str, model: Path, tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def test_a_token_inside_another(model_with: Callable[..., Path], tmp_path: Path)
     """As the tokenizer matches: the leftmost, the longest."""
     folder = model_with(CHATML, "<|a|>", "<<|a|>>")
     outer = special_tokens.allowing(tokenizers.load(folder), ["<<|a|>>"])
-    assert outer.quote("<<|a|>> <|a|>") == f"<<|a|>> <{tokenizers.BREAK}|a|>"
+    assert outer.quote("<<|a|>> <|a|>") == f"<<|a|>> <{chat_tokenizer.BREAK}|a|>"
     inner = special_tokens.allowing(tokenizers.load(folder), ["<|a|>"])
     broken = inner.quote("<<|a|>>")
     ids = inner.backend.encode(broken, add_special_tokens=False).ids
     assert inner.backend.token_to_id("<<|a|>>") not in ids
     with pytest.raises(UserError, match="U\\+FDD0"):
-        outer.quote(tokenizers.BREAK)
+        outer.quote(chat_tokenizer.BREAK)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from bft_megatron.commands.request import read
-from bft_megatron.data import tokenizers
+from bft_megatron.data import chat_tokenizer, tokenizers
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings
@@ -24,7 +24,7 @@ THINKS = """{{ eos_token }}{% for m in messages %}<|im_start|>{{ m.role }}
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def text(prepared: Prepared, tokenizer: tokenizers.ChatTokenizer) -> list[str]:
+def text(prepared: Prepared, tokenizer: chat_tokenizer.ChatTokenizer) -> list[str]:
     samples = Dataset.from_file(str(prepared.folder / "samples.arrow"))
     return [tokenizer.backend.decode(sample["tokens"], skip_special_tokens=False) for sample in samples]
 

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from bft_megatron.data import chat, tokenizers
+from bft_megatron.data.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.formats import Conversation
-from bft_megatron.data.tokenizers import ChatTokenizer
 from bft_megatron.errors import UserError
 from tests.helpers.material import chat_of, unmarked
 

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from bft_megatron.data import chat, tokenizers
+from bft_megatron.data import chat, chat_tokenizer, tokenizers
 from bft_megatron.errors import FieldError, UserError
 from tests.helpers.material import TINY, chat_of
 
@@ -25,7 +25,7 @@ def test_the_tiny_model_is_what_its_recipe_needs() -> None:
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (config["eos_token_id"], config["pad_token_id"])
 
 
-def test_loads_what_transformers_loads(tiny: tokenizers.ChatTokenizer) -> None:
+def test_loads_what_transformers_loads(tiny: chat_tokenizer.ChatTokenizer) -> None:
     reference = AutoTokenizer.from_pretrained(TINY)
     assert tiny.template == reference.chat_template
     assert tiny.variables == reference.special_tokens_map

@@ -9,6 +9,7 @@ their checksums.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -21,8 +22,8 @@ from typing import Literal
 from bft_megatron.data import intact, prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
-from bft_megatron.errors import FieldError, Unreadable, UserError
-from bft_megatron.processes import ranks
+from bft_megatron.errors import FieldError, InUse, Unreadable, UserError
+from bft_megatron.processes import lease, ranks
 from bft_megatron.recipe.rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
@@ -74,6 +75,11 @@ class RunRows:
         return train | {f"{name} (valid)" if name in train else name: prepared for name, prepared in valid.items()}
 
 
+def identity(recipe: Recipe) -> str:
+    """Return what tells the rows of one recipe from those of another, whatever their files hold."""
+    return hashlib.sha256(json.dumps(_wanted(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
     """Tokenise and pack the recipe's files, unless they are prepared already. Only one process may call this.
 
@@ -87,7 +93,13 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
         UserError: the data are faulty; the message names file, line and field.
         FieldError: a file is missing, the tokenizer does not match the model, or the run in the recipe's folder began
             with other training rows.
+        InUse: another command uses the folder, with other rows.
     """
+    with lease.held(RunFolder.of(recipe).lease, identity(recipe), share=True) as is_ours:
+        return _prepare_rows(recipe, model_folder, vocab_size, is_ours)
+
+
+def _prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int, may_exchange: bool) -> RunRows:
     folder = RunFolder.of(recipe)
 
     def blend(field: Literal["train", "valid"]) -> Blend | None:
@@ -107,13 +119,19 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
         )
     trained_on.check(folder, rows.train)
     names = {"train": _folders(rows.train), "valid": rows.valid and _folders(rows.valid), **_wanted(recipe)}
-    temporary = (
-        folder.data / f"rows.{socket.gethostname()}.{os.getpid()}.tmp"
-    )  # another `prepare` may run at the same time
-    temporary.write_text(intact.with_own_crc(names))
-    temporary.replace(folder.data / "rows.json")
+    _write_names(folder.data / "rows.json", intact.with_own_crc(names), may_exchange)
     os.environ[CHECKED_BY] = str(os.getpid())
     return rows
+
+
+def _write_names(path: Path, text: str, may_exchange: bool) -> None:
+    if path.exists() and path.read_text() == text:
+        return
+    if path.exists() and not may_exchange:
+        raise InUse(f"{path}: other rows are in use, for the data have changed since; prepare once their command ends")
+    own = f"rows.{socket.gethostname()}.{os.getpid()}.tmp"  # another `prepare` of the same rows may run beside
+    path.with_name(own).write_text(text)
+    path.with_name(own).replace(path)
 
 
 def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:

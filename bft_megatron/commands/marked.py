@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.commands.request import Request
-from bft_megatron.processes import launcher, ranks
+from bft_megatron.processes import launcher, lease, ranks
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.run.folder import RUNNING, RunFolder
 
@@ -35,6 +35,7 @@ def _train(request: Request, in_rank: bool, processes: int) -> None:
     request.check_adapters()
     if not in_rank:
         _launch(processes, folder, lambda: folder.is_done(rows.steps) or folder.stopped() is not None)
+    lease.join(folder.lease)
     if ranks.rank() == 0:
         request.describe_run(rows)
         folder.mark_unfinished(RUNNING)
@@ -54,6 +55,7 @@ def convert(request: Request) -> None:
         request.check(lambda: folder.check_converts(recipe))
         if not in_rank:
             _launch(processes, folder, (folder.converted / "metadata.json").exists)
+        lease.join(folder.lease)
         if ranks.rank() == 0:
             folder.write_config(recipe, request.model_folder)
         with output_to(folder.log(ranks.rank())) as console:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bft_megatron.errors import IN_USE, InUse
 from bft_megatron.processes import ranks, signals
-from bft_megatron.processes.owner import Found, Owner, find
+from bft_megatron.processes.owner import Found, Owner, find, subject
 
 TOKEN = "BFT_MEGATRON_LEASE"
 """Environment variable with the name of this process's lease; the ranks that it starts need none of their own."""
@@ -32,7 +32,13 @@ RENEWALS = 12
 """Renewals of a lease in the time after which it would end."""
 LOOKS = 120
 """Looks at a lease in that time. They are counted, as a file system that hangs stops owner and observer alike."""
+_NONE = "none"
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def beside(folder: Path) -> Path:
+    """Return the folder of leases of a folder that is yet to appear."""
+    return folder.with_name(f".{folder.name}.lease")
 
 
 def clear(place: Path) -> None:
@@ -51,7 +57,7 @@ def clear(place: Path) -> None:
         seen, looks = found, looks + 1 if seen == found else 0
         if alive is False or looks == LOOKS:
             found.file.unlink(missing_ok=True)
-            _say(f"{place.parent}: its lease was damaged" if found.owner is None else f"{found.owner} is gone")
+            _say(f"{subject(place)} is free: " + (f"{found.owner} is gone" if found.owner else "its lease was damaged"))
         elif looks == 3 * LOOKS // RENEWALS:
             _say(f"{found.in_use()}; waiting up to {found.seconds:.0f} s for a sign of life")
         time.sleep(found.seconds / LOOKS if alive is None else 0)
@@ -59,33 +65,50 @@ def clear(place: Path) -> None:
 
 @contextlib.contextmanager
 def held(place: Path, rows: str = "", *, share: bool = False) -> Iterator[bool]:
-    """Hold the lease of a folder; on a rank other than 0, wait until rank 0 of its job does.
+    """Hold the lease of a folder, for this process and those that it starts.
 
-    A lease of this process, or of the one that started it, is enough. A folder that cannot be written is used without.
+    Nothing happens in those, and on a rank other than 0 (see `join`). A folder whose lease cannot be written is used
+    without, which is said.
 
     Args:
-        place: the folder of the lease, in the folder that it is about.
+        place: the folder of the lease: `lease` in the folder that it is about, or that folder's `beside`.
         rows: identifies the rows that this command prepares.
         share: yield False, without a lease, if another command has it that prepares the same rows.
 
     Raises:
         InUse: another command uses the folder.
     """
-    if _is_ours(place):
+    if _is_ours(place) or ranks.rank():
         yield True
         return
-    if share and (found := find(place)) and found.owner and found.owner.rows == rows:
+    if share and _has_same_rows(place, rows):
         yield False
         return
     lease = _Lease(place, Owner.here(rows))
     try:
-        lease.wait_for_rank_0() if ranks.rank() else lease.take()
+        lease.take()
     except OSError as e:
-        _say(f"warning: {place.parent}: cannot keep other commands out of it: {e.strerror or e}")
+        _say(f"warning: {subject(place)}: cannot keep other commands out of it: {e.strerror or e}")
+        os.environ[TOKEN] = _NONE
     try:
         yield True
     finally:
         lease.release()
+
+
+def join(place: Path) -> None:
+    """Wait on a rank other than 0 until rank 0 of its job has the lease, or for as long as one lasts.
+
+    Raises:
+        InUse: another command has it.
+    """
+    end = time.monotonic() + Owner.here().seconds
+    with contextlib.suppress(OSError):
+        while ranks.rank() and not _is_ours(place) and time.monotonic() < end:
+            if (found := find(place)) and found.is_of_this_job():
+                return
+            clear(place)
+            time.sleep(0.1)
 
 
 def check(place: Path) -> None:
@@ -105,7 +128,6 @@ class _Lease:
         self._ended = threading.Event()
         self._renewer: threading.Thread | None = None
         self._made_root = False
-        self._said = os.dup(2)  # the terminal, wherever a rank's output goes later
 
     def take(self) -> None:
         """Take the lease and renew it until `release`. Raises InUse, OSError."""
@@ -115,25 +137,22 @@ class _Lease:
         while not self._claim():
             clear(self.place)
         os.environ[TOKEN] = self.file.name
+        self._said = os.dup(2)  # the terminal, wherever a rank's output goes later
         signals.on_end.append(self._remove)
         # It sleeps or waits for the file system, and holds no lock while this process forks its workers.
         self._renewer = threading.Thread(target=self._renew, daemon=True)
         self._renewer.start()
 
-    def wait_for_rank_0(self) -> None:
-        """Wait until rank 0 of this job holds the lease, or for as long as two leases. Raises InUse, OSError."""
-        end = time.monotonic() + 2 * self.owner.seconds
-        while not ((found := find(self.place)) and found.is_of_this_job()) and time.monotonic() < end:
-            clear(self.place)
-            time.sleep(0.1)
-
     def release(self) -> None:
         """Give the lease back, if this process holds it."""
-        if self._renewer is None or os.getpid() != self.owner.process:
+        if os.getpid() != self.owner.process:
+            return
+        os.environ.pop(TOKEN, None)
+        if self._renewer is None:
             return
         self._ended.set()
         self._renewer.join(self.owner.seconds / RENEWALS)
-        os.environ.pop(TOKEN, None)
+        os.close(self._said)
         signals.on_end.remove(self._remove)
         self._renewer = None
         self._remove()
@@ -182,9 +201,15 @@ def _lost(found: Found) -> InUse:
     return InUse(f"lost the lease: {found.in_use()}; nothing more was saved")
 
 
+def _has_same_rows(place: Path, rows: str) -> bool:
+    with contextlib.suppress(OSError):
+        return (found := find(place)) is not None and found.owner is not None and found.owner.rows == rows
+    return False
+
+
 def _is_ours(place: Path) -> bool:
     token = os.environ.get(TOKEN)
-    return bool(token) and os.path.exists(place / str(token))
+    return token == _NONE or (bool(token) and os.path.exists(place / str(token)))
 
 
 def _say(text: str) -> None:

@@ -98,7 +98,7 @@ class Found:
     def in_use(self) -> InUse:
         """Return the error of whoever wants the folder."""
         who = self.owner or f"an unknown process, with a damaged lease ({self.file})"
-        return InUse(f"{self.file.parent.parent} is in use by {who}: let it end, or choose another folder")
+        return InUse(f"{subject(self.file.parent)} is in use by {who}: let it end, or choose another folder")
 
     def is_alive(self) -> bool | None:
         """Return whether its owner lives, or None if only watching can tell."""
@@ -112,6 +112,12 @@ class Found:
     def is_of_this_job(self) -> bool:
         """Return whether rank 0 of this rank's job owns it."""
         return self.owner is not None and self.owner.meeting == Owner.here().meeting
+
+
+def subject(place: Path) -> Path:
+    """Return the folder that the lease in a folder of leases is about."""
+    name = place.name.removeprefix(".").removesuffix(".lease")
+    return place.parent if place.name == name else place.with_name(name)
 
 
 def find(place: Path) -> Found | None:

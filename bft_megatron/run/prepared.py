@@ -9,6 +9,7 @@ their checksums.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -125,8 +126,9 @@ def _prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int, may_excha
 
 
 def _write_names(path: Path, text: str, may_exchange: bool) -> None:
-    if path.exists() and path.read_text() == text:
-        return
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == text.encode():
+            return
     if path.exists() and not may_exchange:
         raise InUse(f"{path}: other rows are in use, for the data have changed since; prepare once their command ends")
     own = f"rows.{socket.gethostname()}.{os.getpid()}.tmp"  # another `prepare` of the same rows may run beside

@@ -5,6 +5,7 @@ The scripts of launch/ are real, Slurm is real; the ranks are `worker`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from bft_megatron.errors import IN_USE
 from tests.helpers.commands import ROOT
-from tests.slurm.cluster import Cluster, ranks, wait_for
+from tests.slurm.cluster import Cluster, processes_of, ranks, wait_for
 from tests.slurm.submitting import Run
 
 SECONDS = 240
@@ -239,25 +240,33 @@ def test_two_jobs_that_start_in_the_same_moment(run: Run, tmp_path: Path):
     """Both pass the checks before the ranks; the lease goes to one of them."""
     other = Run(run.cluster, tmp_path)
     other.log = tmp_path / "other"
-    jobs = [r.submit(f"steps={LONG}", "preflight_seconds=3", options=["--nodes=1"]) for r in (run, other)]
+    fields, settings = (f"steps={3 * LONG}", "preflight_seconds=3"), {"BFT_MEGATRON_LEASE_SECONDS": 24}
+    jobs = [r.submit(*fields, options=["--nodes=1"], **settings) for r in (run, other)]
     states = [run.cluster.wait(job, SECONDS)["ExitCode"] for job in jobs]
     assert sorted(states) == ["0:0", f"{IN_USE}:0"], run.log.read_text() + other.log.read_text()
-    assert run.steps == list(range(1, LONG + 1))
+    assert run.steps == list(range(1, 3 * LONG + 1))
     assert len(run.starts) == 1
     assert not list((run.folder / "launch").iterdir())
 
 
-def test_the_node_of_rank_0_is_lost(run: Run):
-    """Its lease stays behind; the job's next start takes it over on another node at once."""
+def test_requeued_to_another_node_without_giving_the_lease_back(run: Run):
+    """The job's next start takes its own lease over at once, which would last for most of an hour."""
     job = run.submit(f"steps={LONG}", BFT_MEGATRON_LEASE_SECONDS=3000)
     wait_for(lambda: run.is_at(7), SECONDS, "step 7")
-    lost = run.cluster.nodes[0]
-    run.cluster.kill_node(lost)
+    for process in sorted(processes_of(job), key=lambda p: "slurm_script" not in p.command):  # the script first
+        with contextlib.suppress(ProcessLookupError):  # it has ended with another
+            process.kill()
+    run.cluster.wait(job, SECONDS)
+    node = f"nodename={run.cluster.nodes[0]}"
+    run.cluster.run("scontrol", "update", node, "state=drain", "reason=lost")
     try:
+        run.cluster.run("scontrol", "requeue", job)
         finished(run, job, steps=LONG, starts=2)
     finally:
-        run.cluster.start_node(lost)
-    assert "is free: process" in run.log.read_text()
+        run.cluster.run("scontrol", "update", node, "state=resume")
+    said = run.log.read_text()
+    assert "is free: process" in said
+    assert f"on {run.cluster.nodes[0]} of Slurm's job {job}" in said
     assert not (run.folder / "lease").exists()
 
 

@@ -67,8 +67,8 @@ def clear(place: Path) -> None:
 def held(place: Path, rows: str = "", *, share: bool = False) -> Iterator[bool]:
     """Hold the lease of a folder, for this process and those that it starts.
 
-    Nothing happens in those, and on a rank other than 0 (see `join`). A folder whose lease cannot be written is used
-    without, which is said.
+    Nothing happens in those, and on a rank other than 0 (see `join`). A folder in which no lease can be written is
+    used without, which is said if other files can.
 
     Args:
         place: the folder of the lease: `lease` in the folder that it is about, or that folder's `beside`.
@@ -84,16 +84,17 @@ def held(place: Path, rows: str = "", *, share: bool = False) -> Iterator[bool]:
     if share and _has_same_rows(place, rows):
         yield False
         return
-    lease = _Lease(place, Owner.here(rows))
+    lease, before = _Lease(place, Owner.here(rows)), os.environ.get(TOKEN)
     try:
         lease.take()
     except OSError as e:
-        _say(f"warning: {subject(place)}: cannot keep other commands out of it: {e.strerror or e}")
+        if os.access(place.parent, os.W_OK):  # else the command meets the same, and says so
+            _say(f"warning: {subject(place)}: cannot keep other commands out of it: {e.strerror or e}")
         os.environ[TOKEN] = _NONE
     try:
         yield True
     finally:
-        lease.release()
+        lease.release(before)
 
 
 def join(place: Path) -> None:
@@ -130,7 +131,7 @@ class _Lease:
         self._made_root = False
 
     def take(self) -> None:
-        """Take the lease and renew it until `release`. Raises InUse, OSError."""
+        """Take the lease and renew it until its release. Raises InUse, OSError."""
         clear(self.place)
         self._made_root = not self.place.parent.exists()
         self.place.parent.mkdir(parents=True, exist_ok=True)
@@ -143,11 +144,13 @@ class _Lease:
         self._renewer = threading.Thread(target=self._renew, daemon=True)
         self._renewer.start()
 
-    def release(self) -> None:
-        """Give the lease back, if this process holds it."""
+    def release(self, before: str | None) -> None:
+        """Give the lease back, if this process holds it; one of another folder that it had before stays its own."""
         if os.getpid() != self.owner.process:
             return
         os.environ.pop(TOKEN, None)
+        if before:
+            os.environ[TOKEN] = before
         if self._renewer is None:
             return
         self._ended.set()
@@ -203,7 +206,10 @@ def _lost(found: Found) -> InUse:
 
 def _has_same_rows(place: Path, rows: str) -> bool:
     with contextlib.suppress(OSError):
-        return (found := find(place)) is not None and found.owner is not None and found.owner.rows == rows
+        found = find(place)
+        return (
+            found is not None and found.owner is not None and found.owner.rows == rows and found.is_alive() is not False
+        )
     return False
 
 

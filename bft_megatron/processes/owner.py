@@ -72,7 +72,7 @@ class Owner:
         if not self.machine or self.machine != _machine():
             return None
         born = _born(self.process)
-        if born is None and Path(f"/proc/{os.getpid()}/stat").exists():
+        if born is None:
             try:
                 os.kill(self.process, 0)
             except ProcessLookupError:

@@ -87,7 +87,7 @@ def _end(number: int, own: int) -> NoReturn:
     """
     if os.getpid() != own:
         os._exit(128 + number)
-    for clean_up in [*on_end, temporary.remove]:
+    for clean_up in [temporary.remove, *on_end]:
         clean_up()
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -23,7 +23,7 @@ from typing import Literal
 from bft_megatron.data import intact, prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
-from bft_megatron.errors import FieldError, InUse, Unreadable, UserError
+from bft_megatron.errors import FieldError, Unreadable, UserError
 from bft_megatron.processes import lease, ranks
 from bft_megatron.recipe.rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
@@ -96,11 +96,11 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
             with other training rows.
         InUse: another command uses the folder, with other rows.
     """
-    with lease.held(RunFolder.of(recipe).lease, identity(recipe), share=True) as is_ours:
-        return _prepare_rows(recipe, model_folder, vocab_size, is_ours)
+    with lease.held(RunFolder.of(recipe).lease, identity(recipe), share=True):
+        return _prepare_rows(recipe, model_folder, vocab_size)
 
 
-def _prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int, may_exchange: bool) -> RunRows:
+def _prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
     folder = RunFolder.of(recipe)
 
     def blend(field: Literal["train", "valid"]) -> Blend | None:
@@ -120,20 +120,21 @@ def _prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int, may_excha
         )
     trained_on.check(folder, rows.train)
     names = {"train": _folders(rows.train), "valid": rows.valid and _folders(rows.valid), **_wanted(recipe)}
-    _write_names(folder.data / "rows.json", intact.with_own_crc(names), may_exchange)
+    _write_names(folder, intact.with_own_crc(names))
     os.environ[CHECKED_BY] = str(os.getpid())
     return rows
 
 
-def _write_names(path: Path, text: str, may_exchange: bool) -> None:
+def _write_names(folder: RunFolder, text: str) -> None:
+    """Write the file that names the rows, if it names others. Raises InUse if another command uses those."""
+    path = folder.data / "rows.json"
     with contextlib.suppress(OSError):
         if path.read_bytes() == text.encode():
             return
-    if path.exists() and not may_exchange:
-        raise InUse(f"{path}: other rows are in use, for the data have changed since; prepare once their command ends")
-    own = f"rows.{socket.gethostname()}.{os.getpid()}.tmp"  # another `prepare` of the same rows may run beside
-    path.with_name(own).write_text(text)
-    path.with_name(own).replace(path)
+    with lease.held(folder.lease) if path.exists() else contextlib.nullcontext():
+        own = f"rows.{socket.gethostname()}.{os.getpid()}.tmp"  # another `prepare` of the same rows may run beside
+        path.with_name(own).write_text(text)
+        path.with_name(own).replace(path)
 
 
 def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:

@@ -123,7 +123,7 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     Args:
         reporter, streak, saving: hear of the steps, in this order.
         stop: is asked after each step.
-        gate: is asked before each save, which also takes that the run's folder is still its own.
+        gate: is asked before each save, if the folder is still this run's own.
         start: the iteration that the run resumes from, or 0.
     """
     # Before the arguments are parsed, because `--exit-signal-handler` makes Megatron handle SIGTERM itself.

@@ -160,9 +160,11 @@ def test_changed_data_are_not_exchanged_under_a_training(
     while not find(tmp_path / "run" / "lease"):
         time.sleep(0.01)
     assert run_command(monkeypatch, "prepare", *words) == IN_USE
-    assert "other rows are in use, for the data have changed since" in capfd.readouterr().err
+    assert f"is in use by process {training.pid} on" in capfd.readouterr().err
     assert (tmp_path / "run/data/rows.json").read_bytes() == before
     training.kill()
+    assert run_command(monkeypatch, "prepare", *words) == 0
+    assert (tmp_path / "run/data/rows.json").read_bytes() != before
 
 
 @pytest.mark.slow
@@ -311,11 +313,16 @@ def test_nothing_is_saved_in_a_folder_that_is_anothers(place: Path, monkeypatch:
         lease.check(place)
 
 
-def test_a_folder_that_cannot_be_written_is_used_without(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    (tmp_path / "file").touch()
-    with lease.held(tmp_path / "file" / "lease"):
+def test_a_folder_without_a_lease_is_used_all_the_same(place: Path, capfd: pytest.CaptureFixture[str]):
+    """Whatever cannot be written in it is said by the command; what can be written must be guarded by a person."""
+    with lease.held(Path("/proc/run/lease")):
         pass
-    assert f"warning: {tmp_path}/file: cannot keep other commands out of it: Not a directory" in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
+    place.touch()
+    with lease.held(place):
+        pass
+    said = f"warning: {place.parent}: cannot keep other commands out of it: Not a directory\n"
+    assert capfd.readouterr().err == said
 
 
 def test_ranks_of_another_launcher_wait_for_rank_0(place: Path, monkeypatch: pytest.MonkeyPatch):

@@ -65,7 +65,7 @@ class Request:
         self.check(lambda: rules.check_world(self.recipe, processes))
         return in_rank, processes
 
-    def folder_held(self) -> AbstractContextManager[bool]:
+    def folder_held(self) -> AbstractContextManager[None]:
         """Hold the lease of the run's folder. Raises InUse if another command uses it."""
         from bft_megatron.run.prepared import identity
 

@@ -64,7 +64,7 @@ def clear(place: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(place: Path, rows: str = "", *, share: bool = False) -> Iterator[bool]:
+def held(place: Path, rows: str = "", *, share: bool = False) -> Iterator[None]:
     """Hold the lease of a folder, for this process and those that it starts.
 
     Nothing happens in those, and on a rank other than 0 (see `join`). A folder in which no lease can be written is
@@ -73,16 +73,13 @@ def held(place: Path, rows: str = "", *, share: bool = False) -> Iterator[bool]:
     Args:
         place: the folder of the lease: `lease` in the folder that it is about, or that folder's `beside`.
         rows: identifies the rows that this command prepares.
-        share: yield False, without a lease, if another command has it that prepares the same rows.
+        share: be content if the command that has the lease prepares the same rows.
 
     Raises:
         InUse: another command uses the folder.
     """
-    if _is_ours(place) or ranks.rank():
-        yield True
-        return
-    if share and _has_same_rows(place, rows):
-        yield False
+    if _is_ours(place) or ranks.rank() or (share and _has_same_rows(place, rows)):
+        yield
         return
     lease, before = _Lease(place, Owner.here(rows)), os.environ.get(TOKEN)
     try:
@@ -92,7 +89,7 @@ def held(place: Path, rows: str = "", *, share: bool = False) -> Iterator[bool]:
             _say(f"warning: {subject(place)}: cannot keep other commands out of it: {e.strerror or e}")
         os.environ[TOKEN] = _NONE
     try:
-        yield True
+        yield
     finally:
         lease.release(before)
 

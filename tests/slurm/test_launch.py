@@ -180,9 +180,10 @@ def test_a_rank_is_lost(run: Run, fault: str):
 
 def test_a_rank_that_fails_always(run: Run):
     """Three failures without a checkpoint between them are enough."""
-    said = failed(run, run.submit("fault.0=7@2", "fault.times=9"), 75)  # rank 0 counts the steps and saves
+    said = failed(run, run.submit("fault.0=kill@2", "fault.times=9"), 75)  # rank 0 counts the steps and saves
     assert "failed 3 times without a new checkpoint" in said
     assert len(run.starts) == 3
+    assert not list((run.folder / "lease").iterdir())  # the script gives back what a killed rank 0 held
 
 
 @pytest.mark.parametrize("status", [2, 65])

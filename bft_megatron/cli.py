@@ -16,14 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from bft_megatron import __version__
-from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.commands import files, marked
-from bft_megatron.commands.request import Request, read
-from bft_megatron.errors import USER_ERROR, Unreadable, UserError
+from bft_megatron.commands.request import read
+from bft_megatron.errors import InUse, Unreadable, UserError, status
 from bft_megatron.processes import launcher, ranks
 from bft_megatron.processes.terminal import output_to
 from bft_megatron.recipe import reader, rules
-from bft_megatron.run.folder import RUNNING, RunFolder
+from bft_megatron.run.folder import RunFolder
 
 app = typer.Typer(
     add_completion=False,
@@ -61,29 +60,7 @@ def train(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     function being minimised, and their plain cross entropy may rise while mean p rises.
     """
     request = read(recipe_file, overrides)
-    recipe, folder = request.recipe, request.folder
-    in_rank, processes = request.world()
-    if recipe.train.iterations == 0:
-        return _convert(request)
-    rows = request.rows_of_rank() if in_rank else request.prepare()
-    if folder.is_done(rows.steps):
-        if ranks.rank() == 0:
-            print(f"finished: {folder.root} holds the checkpoint of the last step, {rows.steps}")
-            if recipe.train.save_hf:
-                HFCopies(folder, sys.stdout).complete()
-        return
-    request.check_adapters()
-    if not in_rank:
-        marked.launch(processes, folder, lambda: folder.is_done(rows.steps) or folder.stopped() is not None)
-    if ranks.rank() == 0:
-        request.describe_run(rows)
-        folder.mark_unfinished(RUNNING)
-    with output_to(folder.log(ranks.rank())) as console:
-        from bft_megatron.run.resolved import Run
-        from bft_megatron.training import loop
-
-        run = Run(recipe, request.config, request.model_folder, rows, processes)
-        request.check(lambda: loop.train(run, console))
+    marked.convert(request) if request.recipe.train.iterations == 0 else marked.train(request)
 
 
 @app.command()
@@ -164,7 +141,7 @@ def score(
 @app.command()
 def convert(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     """Write the recipe's model as a Megatron checkpoint; `train` with train.iterations=0 does the same."""
-    _convert(read(recipe_file, overrides))
+    marked.convert(read(recipe_file, overrides))
 
 
 @app.command(hidden=True)
@@ -272,29 +249,15 @@ def from_llamafactory(
     files.write(recipe_file, text, "the recipe", new=True)
 
 
-def _convert(request: Request) -> None:
-    in_rank, processes = request.world()
-    recipe, folder = request.recipe, request.folder
-    request.check(lambda: folder.check_converts(recipe))
-    if not in_rank:
-        marked.launch(processes, folder, (folder.converted / "metadata.json").exists)
-    if ranks.rank() == 0:
-        folder.write_config(recipe, request.model_folder)
-    with output_to(folder.log(ranks.rank())) as console:
-        from bft_megatron.commands import convert as converting
-
-        converting.run(recipe, request.config, request.model_folder, console)
-
-
 def main() -> None:
-    """Run the command line; an error of the user or the file system is one line, with status 2 or 1.
+    """Run the command line; an error of the user or the file system is one line, with its `errors.status`.
 
     All ranks meet the same user error before training: rank 0 prints it. `processes.terminal` prints those in training.
     """
     sys.path.insert(0, "")  # so that `package.module:record` objectives are found from the working directory
     try:
         app()
-    except (UserError, Unreadable, OSError) as e:
-        if ranks.leads() or not isinstance(e, UserError):
+    except (InUse, UserError, Unreadable, OSError) as e:
+        if ranks.leads() or not isinstance(e, InUse | UserError):
             Console(stderr=True, emoji=False).print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True, highlight=False)
-        sys.exit(USER_ERROR if isinstance(e, UserError) else 1)
+        sys.exit(status(e))

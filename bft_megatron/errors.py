@@ -1,4 +1,5 @@
-"""The errors that end a command in one line: of the user's input, of the file system, of a run that blew up.
+"""The errors that end a command in one line: of the user's input, of the file system, of a run that blew up, of a
+folder in use.
 
 For a UserError (bad recipe, bad data, missing file) the command line exits with status 2. Any other exception is a bug
 and keeps its traceback.
@@ -15,6 +16,9 @@ USER_ERROR = 2
 
 BLOWN_UP = 65
 """Exit status of a run that blew up: a restart would meet the same."""
+
+IN_USE = 73
+"""Exit status of a command whose folder another command uses: nothing was changed, and a later start may succeed."""
 
 
 class UserError(Exception):
@@ -44,6 +48,10 @@ class BlownUp(Exception):
     """
 
 
+class InUse(Exception):
+    """Another command uses a folder."""
+
+
 class Unreadable(Exception):
     """A file of a run could not be read, for a reason that is not its content. Nothing was changed.
 
@@ -54,6 +62,12 @@ class Unreadable(Exception):
     def of(cls, file: Path, error: OSError) -> Unreadable:
         """Return the error of a file that the system did not let this process read."""
         return cls(f"cannot read {file}: {error.strerror or error}; nothing was changed, the same command tries again")
+
+
+def status(error: BaseException) -> int:
+    """Return the exit status of a command that an error ends."""
+    kinds = {UserError: USER_ERROR, BlownUp: BLOWN_UP, InUse: IN_USE}
+    return next((number for kind, number in kinds.items() if isinstance(error, kind)), 1)
 
 
 @contextmanager

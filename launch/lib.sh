@@ -16,11 +16,12 @@
 #                     in a job array (`--array=1-10%1`), whose next task resumes
 #   FT_LAUNCHER=1     ft_launcher of nvidia-resiliency-ext, one per node, starts the ranks; FT_OPTIONS: its own options
 #
-# Exit status: that of the training (of the first rank that failed; 143 if it was cancelled before its first step); 75 if
-# a cap is reached.
+# Exit status: that of the training (of the first rank that failed; 143 if it was cancelled before its first step; 73 if
+# another command uses the run's folder, which costs no other job anything); 75 if a cap is reached.
 
 USER_ERROR=2    # bft-megatron: the input is at fault
 BLOWN_UP=65     # bft-megatron: gradients, validations or parameters are not finite and do not recover
+IN_USE=73       # bft-megatron: another command uses the run's folder, and nothing of it was changed
 CAP_REACHED=75  # this script: unfinished, and not to be retried without a person
 BY_USR1=138     # a rank that USR1 or TERM ends before its first step, with nothing to save
 BY_TERM=143
@@ -131,6 +132,8 @@ conclude() {
     [ "$cancelled" = 0 ] || die "cancelled: saved; submit again to go on" 0
     go_on "$why"
   fi
+  if [ "$status" = "$IN_USE" ]; then rm -f "$RUN/launch/$attempt"; die "another command uses $RUN" "$status"; fi
+  rm -f "$RUN/lease/$attempt".*  # of a rank 0 that was killed
   say "$who ended with status $status; $RUN/logs holds what each rank printed"
   [ "$cancelled" = 0 ] || exit "$status"
   case $status in
@@ -192,7 +195,7 @@ preflight() {
     preflight --world "$SLURM_NTASKS" --per-node "$tasks" "$@") || status=$?
   case $status in
     0) ;;
-    "$USER_ERROR") die "not started, by the checks above" "$status" ;;
+    "$USER_ERROR" | "$IN_USE") die "not started, by the checks above" "$status" ;;
     *)
       # If the first start fails, the set-up is at fault: report it at once. Later it is a node or a preemption.
       if [ "$cancelled" = 1 ] || { [ "$status" -lt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; }; then
@@ -283,7 +286,6 @@ set_environment() {
   # Keeps the ranks from asking the hub; weights come from a folder or the cache (`hf download` before the job).
   export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
   # Tokenizer threads can deadlock with forked data workers.
-
   export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   # Compiled kernels go to the node's own disk: thousands of small files, written by every rank at once.
   export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$SLURM_JOB_ID}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 
 from bft_megatron.checkpoint.hf_copies import HFCopies
 from bft_megatron.checkpoint.integrity import seal
 from bft_megatron.checkpoint.retention import Retention
+from bft_megatron.processes import lease
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.upstream.training_loop import StepEnd
 
@@ -27,6 +30,16 @@ class Saving:
     def __init__(self, folder: RunFolder, keep: Retention, copies: HFCopies | None, start: int) -> None:
         self.folder, self.keep, self.copies = folder, keep, copies
         self._untried = start > 0  # the process that saved it may have ended before it tried it
+
+    def while_ours[**P](self, allows: Callable[P, bool]) -> Callable[P, bool]:
+        """Return a function that asks `allows`, and before that raises InUse on rank 0 if the folder is another's."""
+
+        def allows_ours(*args: P.args, **kwargs: P.kwargs) -> bool:
+            if dist.get_rank() == 0:
+                lease.check(self.folder.lease)
+            return allows(*args, **kwargs)
+
+        return allows_ours
 
     def saved(self, iteration: int, _seconds: float) -> None:
         """Seal a checkpoint. Collective: the seal's."""

@@ -5,6 +5,7 @@ launch/lib.sh calls it through `srun`, once a node. It claims no GPU.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
@@ -15,6 +16,7 @@ from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES, OPTIMIZER_BYTES
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.weights import parameter_count
+from bft_megatron.processes import lease
 from bft_megatron.recipe.rules import check_world
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
@@ -33,8 +35,12 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
 
     Raises:
         FieldError, UserError: the first fault that is found; one of this node names the node.
+        InUse: on the first node, another command uses the run's folder.
     """
     check_world(recipe, world)
+    if os.environ.get("SLURM_PROCID", "0") == "0":
+        with contextlib.suppress(OSError):  # the ranks' own errors say more
+            lease.clear(RunFolder.of(recipe).lease)
     rows = open_rows(recipe)
     node, parameters = os.uname().nodename, parameter_count(config)
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))

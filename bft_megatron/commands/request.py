@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf import stops
 from bft_megatron.hf.architectures import ModelConfig, read_config
 from bft_megatron.hf.hub import find_model
-from bft_megatron.processes import launcher, ranks
+from bft_megatron.processes import launcher, lease, ranks
 from bft_megatron.recipe import reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run import atomic, obstacles, same_model
@@ -64,6 +65,12 @@ class Request:
         processes = ranks.world_size() if in_rank else launcher.local_processes(self.recipe)
         self.check(lambda: rules.check_world(self.recipe, processes))
         return in_rank, processes
+
+    def folder_held(self) -> AbstractContextManager[None]:
+        """Hold the lease of the run's folder. Raises InUse if another command uses it."""
+        from bft_megatron.run.prepared import identity
+
+        return lease.held(self.folder.lease, identity(self.recipe))
 
     def prepare(self) -> RunRows:
         """Prepare the rows, unless they are prepared already, and print a report of the data. Raises UserError."""

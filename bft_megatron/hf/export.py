@@ -8,13 +8,11 @@ with the next file. `torch_dist` reads the checkpoint, `weights` says which part
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from rich.console import Console
@@ -25,6 +23,7 @@ from bft_megatron.hf import shards, stops
 from bft_megatron.hf.architectures import companions, read_config
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import Weight, weights
+from bft_megatron.processes import lease
 
 
 def export(
@@ -50,7 +49,8 @@ def export(
 
     Raises:
         UserError: no such checkpoint, or it belongs to another model, or a file of it is missing or broken; or `out`
-            is in use or cannot be written.
+            cannot be written.
+        InUse: another process is writing it.
     """
     refuse_used(out)
     checkpoint = newest_checkpoint(checkpoints, iteration)
@@ -90,15 +90,16 @@ def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
             yielded again for the same content; with None it is removed.
 
     Raises:
-        UserError: the folder cannot be written, or another process is writing it.
+        UserError: the folder cannot be written.
+        InUse: another process is writing it.
     """
     partial = out.absolute().with_name(f".{out.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        with (partial / ".content").open("a+b") as note:
-            _lock(note, out)
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with lease.held(lease.beside(out.absolute())):
+            partial.mkdir(exist_ok=True)
             try:
-                _clear_unless(content, partial, note)
+                _clear_unless(content, partial)
                 yield partial
                 (partial / ".content").unlink()
                 partial.rename(out)
@@ -109,27 +110,14 @@ def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
         raise UserError(f"cannot write the model: {e.strerror}", str(out)) from e
 
 
-def _clear_unless(content: str | None, partial: Path, note: BinaryIO) -> None:
+def _clear_unless(content: str | None, partial: Path) -> None:
     """Remove an earlier call's files unless it had the same content, and note the content."""
-    note.seek(0)
-    if content is not None and note.read() == content.encode():
+    note = partial / ".content"
+    if content is not None and note.exists() and note.read_bytes() == content.encode():
         return
     for file in partial.iterdir():
-        if file.name != ".content":
-            file.unlink()
-    note.truncate(0)
-    note.write((content or "").encode())
-    note.flush()
-
-
-def _lock(file: BinaryIO, out: Path) -> None:
-    """Hold a lock until the file is closed, if the file system supports locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError("another process is writing it", str(out)) from None
-    except OSError:
-        pass
+        file.unlink()
+    note.write_bytes((content or "").encode())
 
 
 def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dtype | None) -> shards.Output:

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -26,6 +27,9 @@ ASKING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 STARTED = time.monotonic()
 """Start time of this process on the monotonic clock, accurate to a few hundredths of a second."""
+
+on_end: list[Callable[[], None]] = []
+"""Called before a signal ends this process, which is no rank."""
 
 _listening: tuple[signal.Signals, ...] = ()
 _received = 0
@@ -83,7 +87,8 @@ def _end(number: int, own: int) -> NoReturn:
     """
     if os.getpid() != own:
         os._exit(128 + number)
-    temporary.remove()
+    for clean_up in [temporary.remove, *on_end]:
+        clean_up()
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     cursor = "\n\x1b[?25h" if os.isatty(2) else ""  # which a progress bar hides

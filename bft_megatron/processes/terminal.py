@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from bft_megatron.errors import BLOWN_UP, USER_ERROR, BlownUp, Unreadable, UserError
+from bft_megatron.errors import BlownUp, Unreadable, UserError, status
 from bft_megatron.processes import ranks, streams
 
 
@@ -44,7 +44,7 @@ def output_to(log: Path) -> Iterator[TextIO]:
             raise
         if not _is_others(e):
             print(_last_line(e, log), file=console, flush=True)
-        sys.exit(BLOWN_UP if isinstance(e, BlownUp) else USER_ERROR if isinstance(e, UserError) else 1)
+        sys.exit(status(e))
     finally:
         _redirect(before)
 

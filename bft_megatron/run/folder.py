@@ -7,6 +7,7 @@ logs/            the output of each rank           hf/            kept checkpoin
 trained_on.json  the training rows that the run began with
 unfinished       exists until the run is complete; its line says why the last process stopped
 streak.json      steps that were not finite when the last process stopped (`checkpoint.streak`)
+lease/           exists while a command writes here; its file names that
 done             exists once the last step is saved
 """
 
@@ -77,6 +78,11 @@ class RunFolder:
     def plan(self) -> Path:
         """The output of `bft-megatron plan --json`, if the user saved it here."""
         return self.root / "plan.json"
+
+    @property
+    def lease(self) -> Path:
+        """The folder with the lease of the command that uses this one (`processes.lease`)."""
+        return self.root / "lease"
 
     @property
     def base(self) -> Path:

@@ -9,6 +9,8 @@ their checksums.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -22,7 +24,7 @@ from bft_megatron.data import intact, prepare
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, Unreadable, UserError
-from bft_megatron.processes import ranks
+from bft_megatron.processes import lease, ranks
 from bft_megatron.recipe.rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
@@ -84,6 +86,11 @@ class RunRows:
         return train | {f"{name} (valid)" if name in train else name: prepared for name, prepared in valid.items()}
 
 
+def identity(recipe: Recipe) -> str:
+    """Return what tells the rows of one recipe from those of another, whatever their files hold."""
+    return hashlib.sha256(json.dumps(_wanted(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
     """Tokenise and pack the recipe's files, unless they are prepared already. Only one process may call this.
 
@@ -97,7 +104,13 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
         UserError: the data are faulty; the message names file, line and field.
         FieldError: a file is missing, the tokenizer does not match the model, or the run in the recipe's folder began
             with other training rows.
+        InUse: another command uses the folder, with other rows.
     """
+    with lease.held(RunFolder.of(recipe).lease, identity(recipe), share=True):
+        return _prepare_rows(recipe, model_folder, vocab_size)
+
+
+def _prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows:
     folder = RunFolder.of(recipe)
 
     def blend(field: Literal["train", "valid"]) -> Blend | None:
@@ -119,13 +132,21 @@ def prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRows
         )
     trained_on.check(folder, rows.train)
     names = {"train": _folders(rows.train), "valid": rows.valid and _folders(rows.valid), **_wanted(recipe)}
-    temporary = (
-        folder.data / f"rows.{socket.gethostname()}.{os.getpid()}.tmp"
-    )  # another `prepare` may run at the same time
-    temporary.write_text(intact.with_own_crc(names))
-    temporary.replace(folder.data / "rows.json")
+    _write_names(folder, intact.with_own_crc(names))
     os.environ[CHECKED_BY] = str(os.getpid())
     return rows
+
+
+def _write_names(folder: RunFolder, text: str) -> None:
+    """Write the file that names the rows, if it names others. Raises InUse if another command uses those."""
+    path = folder.data / "rows.json"
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == text.encode():
+            return
+    with lease.held(folder.lease) if path.exists() else contextlib.nullcontext():
+        own = f"rows.{socket.gethostname()}.{os.getpid()}.tmp"  # another `prepare` of the same rows may run beside
+        path.with_name(own).write_text(text)
+        path.with_name(own).replace(path)
 
 
 def rows_of_rank(recipe: Recipe, make: Callable[[], RunRows]) -> RunRows:

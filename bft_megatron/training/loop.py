@@ -123,7 +123,7 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     Args:
         reporter, streak, saving: hear of the steps, in this order.
         stop: is asked after each step.
-        gate: is asked before each save.
+        gate: is asked before each save, if the folder is still this run's own.
         start: the iteration that the run resumes from, or 0.
     """
     # Before the arguments are parsed, because `--exit-signal-handler` makes Megatron handle SIGTERM itself.
@@ -142,7 +142,7 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     loop.on_step += [reporter.stepped, streak.stepped, saving.stepped]
     loop.on_validation += [reporter.validated, streak.validated]
     loop.on_save += [stop.saved, saving.saved, streak.saved]
-    loop.may_save = gate.allows
+    loop.may_save = saving.while_ours(gate.allows)
     loop.install()
 
 

@@ -303,13 +303,3 @@ def test_an_index_that_would_run_something_is_not_unpickled(
     with pytest.raises(UserError, match=r"pathlib\.Path\.touch does not belong|getattr does not belong"):
         export(tmp_path / "checkpoints", tmp_path / "out", models[0].folder)
     assert not (tmp_path / "sprung").exists()
-
-
-def test_two_exports_to_one_folder(models: list[SavedModel], checkpoints: Path, tmp_path: Path) -> None:
-    """The second is refused, and leaves the first one's files alone."""
-    with written_whole(tmp_path / "out", "first") as partial:
-        (partial / "model.safetensors").write_text("half")
-        with pytest.raises(UserError, match="another process is writing it"):
-            export(checkpoints / "llama", tmp_path / "out", models[0].folder)
-        assert (partial / "model.safetensors").read_text() == "half"
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["model.safetensors"]

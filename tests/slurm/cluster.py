@@ -246,10 +246,14 @@ def _processes() -> list[Process]:
     return found
 
 
+def processes_of(job: str) -> list[Process]:
+    """The script of a job, its sruns and its tasks."""
+    return [p for p in _processes() if p.environment.get("SLURM_JOB_ID") == job]
+
+
 def ranks(job: str) -> dict[int, Process]:
     """The ranks of a job that have begun, by number: the processes that `launch/` started with RANK set."""
-    mine = [p for p in _processes() if p.environment.get("SLURM_JOB_ID") == job and "RANK" in p.environment]
-    return {int(p.environment["RANK"]): p for p in mine}
+    return {int(p.environment["RANK"]): p for p in processes_of(job) if "RANK" in p.environment}
 
 
 def _free_ports(count: int) -> int:

@@ -5,14 +5,17 @@ The scripts of launch/ are real, Slurm is real; the ranks are `worker`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from bft_megatron.errors import IN_USE
 from tests.helpers.commands import ROOT
-from tests.slurm.cluster import Cluster, ranks, wait_for
+from tests.slurm.cluster import Cluster, processes_of, ranks, wait_for
 from tests.slurm.submitting import Run
 
 SECONDS = 240
@@ -177,9 +180,10 @@ def test_a_rank_is_lost(run: Run, fault: str):
 
 def test_a_rank_that_fails_always(run: Run):
     """Three failures without a checkpoint between them are enough."""
-    said = failed(run, run.submit("fault.0=7@2", "fault.times=9"), 75)  # rank 0 counts the steps and saves
+    said = failed(run, run.submit("fault.0=kill@2", "fault.times=9"), 75)  # rank 0 counts the steps and saves
     assert "failed 3 times without a new checkpoint" in said
     assert len(run.starts) == 3
+    assert not list((run.folder / "lease").iterdir())  # the script gives back what a killed rank 0 held
 
 
 @pytest.mark.parametrize("status", [2, 65])
@@ -213,3 +217,62 @@ def test_chain_of_jobs(run: Run):
     assert run.steps == list(range(1, LONG + 1))
     assert len(run.starts) == 2
     assert "left to the next job of the chain" in run.log.read_text()
+
+
+def test_two_jobs_of_one_run(run: Run, tmp_path: Path):
+    """The later one ends, and costs neither the run nor the other tasks of its array anything."""
+    job = run.submit(f"steps={10 * LONG}", options=["--nodes=1"])
+    wait_for(lambda: run.is_at(3), SECONDS, "step 3")
+    other, before = Run(run.cluster, tmp_path), files(run.folder)
+    other.log = tmp_path / "other-%a"
+    array = other.submit(f"steps={LONG}", options=["--nodes=1", "--array=1-2%1"])
+    wait_for(lambda: not run.cluster.ask("squeue", "--noheader", "--jobs", array), SECONDS, "the array")
+    assert run.cluster.job(job)["JobState"] == "RUNNING"
+    assert files(run.folder) == before
+    for task in ("1", "2"):
+        said = (tmp_path / f"other-{task}").read_text()
+        assert f"error: {run.folder} is in use by process" in said
+        assert f"of Slurm's job {job}, since" in said
+        assert run.cluster.job(f"{array}_{task}")["ExitCode"] == f"{IN_USE}:0", said
+    run.cluster.run("scancel", job)
+
+
+def test_two_jobs_that_start_in_the_same_moment(run: Run, tmp_path: Path):
+    """Both pass the checks before the ranks; the lease goes to one of them."""
+    other = Run(run.cluster, tmp_path)
+    other.log = tmp_path / "other"
+    fields, settings = (f"steps={3 * LONG}", "preflight_seconds=3"), {"BFT_MEGATRON_LEASE_SECONDS": 24}
+    jobs = [r.submit(*fields, options=["--nodes=1"], **settings) for r in (run, other)]
+    states = [run.cluster.wait(job, SECONDS)["ExitCode"] for job in jobs]
+    assert sorted(states) == ["0:0", f"{IN_USE}:0"], run.log.read_text() + other.log.read_text()
+    assert run.steps == list(range(1, 3 * LONG + 1))
+    assert len(run.starts) == 1
+    assert not list((run.folder / "launch").iterdir())
+
+
+def test_requeued_to_another_node_without_giving_the_lease_back(run: Run):
+    """The job's next start takes its own lease over at once, which would last for most of an hour."""
+    job = run.submit(f"steps={LONG}", BFT_MEGATRON_LEASE_SECONDS=3000)
+    wait_for(lambda: run.is_at(7), SECONDS, "step 7")
+    for process in sorted(processes_of(job), key=lambda p: "slurm_script" not in p.command):  # the script first
+        with contextlib.suppress(ProcessLookupError):  # it has ended with another
+            process.kill()
+    run.cluster.wait(job, SECONDS)
+    node = f"nodename={run.cluster.nodes[0]}"
+    run.cluster.run("scontrol", "update", node, "state=drain", "reason=lost")
+    try:
+        run.cluster.run("scontrol", "requeue", job)
+        finished(run, job, steps=LONG, starts=2)
+    finally:
+        run.cluster.run("scontrol", "update", node, "state=resume")
+    said = run.log.read_text()
+    assert "is free: process" in said
+    assert f"on {run.cluster.nodes[0]} of Slurm's job {job}" in said
+    assert not (run.folder / "lease").exists()
+
+
+def files(folder: Path) -> dict[str, int]:
+    """When each file of a run that is running was changed, but for those that it appends to and renews."""
+    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    running = ("metrics.jsonl", "lease/", "checkpoints/")
+    return {name: file.stat().st_mtime_ns for name, file in found.items() if not name.startswith(running)}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bft_megatron.errors import IN_USE
 from tests.helpers.checkpoints import assert_same_tensors
 from tests.helpers.commands import ROOT
 from tests.helpers.runs import read_metrics
@@ -29,11 +30,11 @@ SECONDS = 500
 class Job:
     """A run of the tiny recipe: the data in a job of their own, then the ranks."""
 
-    def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self.cluster, self.out, self.log = cluster, folder / "run", folder / "log"
-        script = (ROOT / "launch/bft_70b.sh", "--nodes=2", "--ntasks-per-node=4", f"--output={self.log}")
+    def __init__(self, cluster: Cluster, folder: Path, nodes: int = 2, log: str = "log", prepare: int = 1) -> None:
+        self.cluster, self.out, self.log = cluster, folder / "run", folder / log
+        script = (ROOT / "launch/bft_70b.sh", f"--nodes={nodes}", "--ntasks-per-node=4", f"--output={self.log}")
         options = {
-            "PREPARE": 1,
+            "PREPARE": prepare,
             "PREPARE_OPTIONS": "--output=/dev/null",
             "RECIPE": "recipes/tiny.yaml",
             "OMP_NUM_THREADS": 1,
@@ -100,4 +101,19 @@ def test_a_rank_killed_while_it_imports_and_one_that_hangs(cluster: Cluster, who
     said = job.finish()
     assert "rank 5 on" in said
     assert "start 3" in said
+    assert_same_run(job.out, whole)
+
+
+def test_the_same_run_twice(cluster: Cluster, whole: Path, tmp_path: Path):
+    """The second job ends before its ranks start, and the first one's run is not disturbed."""
+    job = Job(cluster, tmp_path)
+    wait_for(lambda: ranks(job.number) and (job.out / "lease").exists(), SECONDS, "the lease of rank 0")
+    second = Job(cluster, tmp_path, nodes=1, log="second", prepare=0)
+    ended = cluster.wait(second.number, SECONDS)
+    said = second.log.read_text()
+    assert ended["ExitCode"] == f"{IN_USE}:0", said
+    assert f"error: {job.out} is in use by process" in said
+    assert f"of Slurm's job {job.number}, since" in said
+    assert "start 1" not in said
+    assert "start 2" not in job.finish()
     assert_same_run(job.out, whole)

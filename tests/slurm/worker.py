@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from bft_megatron.processes import signals
+from bft_megatron.errors import IN_USE, InUse
+from bft_megatron.processes import lease, owner, signals
 from bft_megatron.run.folder import RunFolder
 
 SAVE_EVERY = 5
@@ -21,18 +22,22 @@ SAVE_EVERY = 5
 
 def main() -> None:
     command, *words = sys.argv[1:]
+    owner._machine = lambda: os.uname().nodename  # the nodes share a kernel here alone
     options = dict(word.split("=", 1) for word in words if "=" in word)
     folder = RunFolder(Path(options["output"]))
     if command == "preflight":
         time.sleep(float(options.get("preflight_seconds", 0)))
         if os.environ["SLURM_PROCID"] == "0":
+            lease.clear(folder.lease)
             print(f"run: {folder.root}")
     elif command == "prepare":
         folder.data.mkdir(parents=True)
         (folder.data / "rows").write_text("prepared")
     else:
         signals.listen()
-        train(folder, options)
+        with lease.held(folder.lease):
+            lease.join(folder.lease)
+            train(folder, options)
 
 
 def train(folder: RunFolder, options: dict[str, str]) -> None:
@@ -91,4 +96,8 @@ def fault_of(folder: RunFolder, options: dict[str, str], rank: int) -> list[str]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InUse as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(IN_USE)

@@ -86,10 +86,10 @@ def _is_written(turns: Turns, i: int, part: _Words) -> bool:
 
 def _parts(message: dict[str, Any]) -> Iterator[_Words]:
     content, other = (message.get("content") or "").strip(), other_words(message)
-    if content:
-        yield _Words("content", [content], message | {"content": other})
-    thoughts = content.partition("</think>")[0].rpartition("<think>")[2].strip() if "</think>" in content else ""
-    if thoughts:
+    before, _, answer = content.rpartition("</think>")
+    if answer.strip():
+        yield _Words("content", [content], message | {"content": content[: len(content) - len(answer)] + other})
+    if thoughts := before.rpartition("<think>")[2].strip():
         yield _Words("thoughts", [thoughts], message | {"content": content.replace(thoughts, other, 1)})
     if message.get("tool_calls"):
         functions = [call.get("function", call) for call in message["tool_calls"]]

@@ -44,6 +44,9 @@ class _Part:
     def begins(self, text: str) -> bool:
         return text.startswith(self.rest, self.shared)
 
+    def equals(self, other: _Part, whole: str) -> bool:
+        return len(self) == len(other) and self.text(whole) == other.text(whole)
+
     def text(self, whole: str) -> str:
         return whole[: self.shared] + self.rest
 
@@ -155,13 +158,8 @@ class Turns:
         if not i or not self.tokenizer.asks:
             return len(self._header(i, closed))
         opened = self._before(i, prompt=True)
-        if opened.begins(self.text):
-            # If the answer follows directly, the header is included, and the text without it need not be rendered.
-            answer = (self.messages[i].get("content") or "").strip()
-            if answer and self.text.startswith(answer, len(opened)):
-                return len(opened)
-            if len(opened) > len(self._checked(i, i)):
-                return len(opened)
+        if opened.begins(self.text) and not opened.equals(self._before(i), self.text):
+            return len(opened)
         header = self._header(i, closed)
         self._note_prompt(i, opened, header)
         return len(header)
@@ -181,9 +179,9 @@ class Turns:
 
         A prompt that the template ignores is no fault.
         """
-        asked, before = opened.text(self.text), len(self._before(i))
-        if len(asked) == before:
+        if opened.equals(self._before(i), self.text):
             return
+        asked, before = opened.text(self.text), len(self._before(i))
         if len(header) == before or not asked.startswith(header):
             raise self._differs(i, opened, _ASKS, " with a generation prompt")
         source = self.tokenizer.template

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from bft_megatron.data.encoding import Counts
+from bft_megatron.data.counts import Counts
 from bft_megatron.data.prepare import Prepared
 
 

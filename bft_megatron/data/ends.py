@@ -16,7 +16,7 @@ from bft_megatron.data.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.special_tokens import added_tokens
 
 if TYPE_CHECKING:
-    from bft_megatron.data.encoding import Counts
+    from bft_megatron.data.counts import Counts
 
 RARELY = 100
 """A token that text can spell is a stop token if it ends at least one in this many turns: one answer that happens to

@@ -25,7 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bft_megatron.data import intact, special_tokens, tokenizers
 from bft_megatron.data.content import ContentHash
-from bft_megatron.data.encoding import Counts, Encoded, Encoder
+from bft_megatron.data.counts import Counts
+from bft_megatron.data.encoding import Encoded, Encoder
 from bft_megatron.data.ends import stop_tokens
 from bft_megatron.data.folders import appearing_whole, set_aside
 from bft_megatron.data.packing import pack

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bft_megatron.data.encoding import Counts
+from bft_megatron.data.counts import Counts
 from bft_megatron.data.prepare import Prepared
 
 BARS = " ▁▂▃▄▅▆▇█"

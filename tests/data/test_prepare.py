@@ -20,7 +20,7 @@ from datasets import Dataset
 from rich.console import Console
 
 from bft_megatron.data import chat, chat_tokenizer, readers, sources
-from bft_megatron.data.encoding import Counts
+from bft_megatron.data.counts import Counts
 from bft_megatron.data.folders import appearing_whole
 from bft_megatron.data.prepare import Prepared, load, prepare
 from bft_megatron.data.summary import summary_table

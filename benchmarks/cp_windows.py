@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM
 
-from bft_megatron.data import chat, tokenizers
+from bft_megatron.conversations import chat, tokenizers
 
 TURNS = {1: 48, 4: 12, 16: 3}
 """Turns joined into one conversation -> number of such conversations."""

@@ -78,7 +78,9 @@ def inspect(
 ) -> None:
     """Show a row of the training data: the text of its samples, and which tokens are learned."""
     request = read(recipe_file, overrides)
-    from bft_megatron.data import inspection, page, sources, tokenizers
+    from bft_megatron.conversations import tokenizers
+    from bft_megatron.data import inspection, page
+    from bft_megatron.reading import sources
     from bft_megatron.run.prepared import prepare_rows
 
     data = request.recipe.data

@@ -136,7 +136,7 @@ class Request:
 
             record_base(self.folder, self.recipe, self.config, self.model_folder)
         if self.recipe.data.chat_template is not None:
-            from bft_megatron.data import tokenizers
+            from bft_megatron.conversations import tokenizers
 
             # The exported model keeps the template it was trained with; this file overrides the tokenizer's own.
             template = tokenizers.load(self.model_folder, self.recipe.data.chat_template).template

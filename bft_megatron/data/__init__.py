@@ -1,5 +1,5 @@
-"""The data pipeline: from a file of conversations to rows of tokens.
+"""The data pipeline: from conversations to rows of tokens.
 
-The modules read, mask, pack and cache the data and serve it as a run's data set. Only `dataset` imports torch; the rest
+The modules count, pack and cache the samples and serve them as a run's data set. Only `dataset` imports torch; the rest
 runs before anything slow or distributed starts.
 """

@@ -25,6 +25,7 @@ class Counts:
         notes: sentence about some of the samples -> how many of them, before any is dropped.
         turns: supervised turns of the kept samples, without those that a sample's truncation cut.
         ends: added token that ends such a turn -> how many; its id is text, as JSON's keys are.
+        spelled: the same of tokens that a message's text can spell.
         inside: added token that is learned elsewhere -> how often.
     """
 
@@ -42,6 +43,7 @@ class Counts:
     notes: dict[str, int] = field(default_factory=dict)
     turns: int = 0
     ends: dict[str, int] = field(default_factory=dict)
+    spelled: dict[str, int] = field(default_factory=dict)
     inside: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bft_megatron.data import chat, masks, special_tokens
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
+from bft_megatron.conversations import chat, masks, special_tokens
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
+from bft_megatron.conversations.template_limits import Limits, TemplateFault
 from bft_megatron.data.counts import Counts
 from bft_megatron.data.ends import EndFinder
-from bft_megatron.data.formats import Conversation
-from bft_megatron.data.readers import CHUNK_BYTES, Chunk
-from bft_megatron.data.sources import Source
-from bft_megatron.data.template_limits import Limits, TemplateFault
 from bft_megatron.data.workers import unprepared
 from bft_megatron.errors import UserError
+from bft_megatron.reading.formats import Conversation
+from bft_megatron.reading.readers import CHUNK_BYTES, Chunk
+from bft_megatron.reading.sources import Source
 from bft_megatron.recipe.schema import DataSettings
 
 if TYPE_CHECKING:

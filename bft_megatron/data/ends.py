@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
-from bft_megatron.data.special_tokens import added_tokens
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
+from bft_megatron.conversations.special_tokens import added_tokens
 
 if TYPE_CHECKING:
     from bft_megatron.data.counts import Counts
@@ -54,6 +54,7 @@ class EndFinder:
         at = {last for a, b in turns if (last := self._last(tokens, a, b)) is not None}
         counts.turns += len(turns)
         _count(counts.ends, tokens, at)
+        _count(counts.spelled, tokens, {place for place in at if tokens[place] in self._spelled})
         if not self.whole:
             _count(counts.inside, tokens, set(np.flatnonzero(supervised & self._is_added(tokens)).tolist()) - at)
 
@@ -86,20 +87,24 @@ class EndFinder:
         return frozenset(i for i, token in added_tokens(self.tokenizer).items() if token.content != unknown)
 
     @cached_property
+    def _spelled(self) -> frozenset[int]:
+        """The added tokens that a message's text can spell."""
+        control = set(self.tokenizer.control) - self.tokenizer.allowed
+        return frozenset(i for i, token in added_tokens(self.tokenizer).items() if token.content not in control)
+
+    @cached_property
     def _ids(self) -> np.ndarray:
         return np.array(sorted(self._added), np.int32)
 
 
-def stop_tokens(counts: Counts, tokenizer: ChatTokenizer) -> dict[str, str]:
-    """Return the tokens at which a model trained on these samples is to stop: their ids, as JSON's keys, and texts."""
-    found = {}
-    for token, times in counts.ends.items():
-        text = added_tokens(tokenizer)[int(token)].content
-        spelled = text not in tokenizer.control or text in tokenizer.allowed
-        rare = spelled and times * RARELY < counts.turns
-        if not rare and times >= AT_ENDS * counts.inside.get(token, 0):
-            found[token] = text
-    return dict(sorted(found.items(), key=lambda item: int(item[0])))
+def stop_tokens(counts: Counts) -> set[int]:
+    """Return the ids of the tokens at which a model trained on these samples, of all its sources, is to stop."""
+    return {
+        int(token)
+        for token, times in counts.ends.items()
+        if (token not in counts.spelled or times * RARELY >= counts.turns)
+        and times >= AT_ENDS * counts.inside.get(token, 0)
+    }
 
 
 def _count(into: dict[str, int], tokens: np.ndarray, places: set[int]) -> None:

@@ -15,8 +15,8 @@ from datasets import Dataset as Table
 from rich.console import Console
 from rich.text import Text
 
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.blend import Blend
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.packing import padded
 from bft_megatron.errors import UserError
 

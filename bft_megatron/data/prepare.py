@@ -14,7 +14,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import batched
 from pathlib import Path
 
@@ -23,20 +23,20 @@ from datasets.arrow_writer import ArrowWriter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bft_megatron.data import intact, special_tokens, tokenizers
+from bft_megatron.conversations import special_tokens, tokenizers
+from bft_megatron.data import intact
 from bft_megatron.data.content import ContentHash
 from bft_megatron.data.counts import Counts
 from bft_megatron.data.encoding import Encoded, Encoder
-from bft_megatron.data.ends import stop_tokens
 from bft_megatron.data.folders import appearing_whole, set_aside
 from bft_megatron.data.packing import pack
-from bft_megatron.data.sources import Source, open_source
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import UserError
+from bft_megatron.reading.sources import Source, open_source
 from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import SourceSettings
 
-FORMAT = 5
+FORMAT = 6
 """Part of the hash in the folder's name; raised whenever the same input is written differently."""
 
 SAMPLES = Features(
@@ -64,7 +64,6 @@ class Prepared:
         overlong: whether samples longer than a row were dropped or truncated.
         counts: numbers of conversations, samples and tokens.
         content: a hash of the samples and rows (`content.ContentHash`).
-        stops: the tokens that ended the learned turns (`ends.stop_tokens`): id -> text.
         tokenizer_size: one more than the largest token id of the tokenizer.
     """
 
@@ -75,7 +74,6 @@ class Prepared:
     overlong: str
     counts: Counts
     content: str
-    stops: dict[str, str] = field(default_factory=dict)
     tokenizer_size: int = 0
 
     @property
@@ -133,8 +131,7 @@ def prepare(
         _write_rows(part, rows, content)
         counts.rows = len(rows)
         shape = (settings.seq_length, settings.packing, pad_multiple, settings.overlong)
-        stops = stop_tokens(counts, tokenizer)
-        prepared = Prepared(folder, *shape, counts, content.hexdigest(), stops, tokenizer.size)
+        prepared = Prepared(folder, *shape, counts, content.hexdigest(), tokenizer.size)
         intact.record(part, asdict(prepared) | {"folder": folder.name})
     return load(folder)
 

@@ -20,6 +20,8 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
 
     logging.disable_progress_bar()
 
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError("holds LoRA adapters alone: write the whole model with `export --merge`", str(folder))
     if not (folder / "config.json").is_file():
         raise UserError("no model folder: it has no config.json", str(folder))
     try:

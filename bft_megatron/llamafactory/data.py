@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bft_megatron.data import sources
 from bft_megatron.data.packing import padded
 from bft_megatron.errors import FieldError
 from bft_megatron.llamafactory.conversion import Conversion
 from bft_megatron.llamafactory.parallelism import context_size, tensor_size
+from bft_megatron.reading import sources
 from bft_megatron.recipe.sources import source_settings
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bft_megatron.data import known_templates, tokenizers
+from bft_megatron.conversations import known_templates, tokenizers
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.hub import find_model
 from bft_megatron.llamafactory.conversion import Conversion

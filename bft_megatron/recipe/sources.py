@@ -1,6 +1,6 @@
 """Settings of a source of conversations: an item of `data.train` or `data.valid`.
 
-A path alone is short for an item with only a path. `data.sources` finds the files of a path and reads them.
+A path alone is short for an item with only a path. `reading.sources` finds the files of a path and reads them.
 """
 
 from __future__ import annotations

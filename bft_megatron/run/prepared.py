@@ -22,6 +22,8 @@ from typing import Literal
 
 from bft_megatron.data import intact, prepare
 from bft_megatron.data.blend import Blend, Part
+from bft_megatron.data.counts import Counts
+from bft_megatron.data.ends import stop_tokens
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, Unreadable, UserError
 from bft_megatron.processes import lease, ranks
@@ -65,7 +67,10 @@ class RunRows:
     @property
     def stops(self) -> set[int]:
         """The tokens that end the training rows' learned turns."""
-        return {int(token) for part in self.train.parts for token in part.prepared.stops}
+        counts = Counts()
+        for part in self.train.parts:
+            counts.add(part.prepared.counts)
+        return stop_tokens(counts)
 
     @property
     def tokenizer_size(self) -> int:

@@ -1,1 +1,1 @@
-"""Tests of `bft_megatron.data`."""
+"""Tests of `bft_megatron.reading`, `bft_megatron.conversations` and `bft_megatron.data`."""

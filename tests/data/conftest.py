@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from bft_megatron.data import chat_tokenizer, tokenizers
+from bft_megatron.conversations import chat_tokenizer, tokenizers
 from tests.helpers.material import TINY
 
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bft_megatron.data import chat, templates, turns
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
-from bft_megatron.data.formats import Conversation
+from bft_megatron.conversations import chat, templates, turns
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
 from bft_megatron.errors import UserError
+from bft_megatron.reading.formats import Conversation
 from tests.helpers.fuzzing import examples
 from tests.helpers.material import CHATML, DEFAULT_SYSTEM, LLAMA, MISTRAL, THINKING, chat_of, unmarked
 

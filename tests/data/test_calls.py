@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from bft_megatron.data import tokenizers
+from bft_megatron.conversations import tokenizers
 from bft_megatron.data.prepare import Prepared, prepare
-from bft_megatron.data.tables import NULLS_DROPPED
 from bft_megatron.errors import UserError
+from bft_megatron.reading.tables import NULLS_DROPPED
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers.commands import run_command
 from tests.helpers.material import TINY
@@ -44,7 +44,11 @@ TESTED = template(
 NO_CALLS = template("{{ m.content }}")
 THINKING = template("{{ m.content.split('</think>')[-1] }}", ASK.replace("assistant\n", "assistant\n<think>\n"))
 
+EITHER = template(CONTENT + calls("{{ f.arguments if f.arguments is string else f.arguments | tojson }}"))
+EITHER = EITHER.replace("in m.tool_calls or [] %}", "in m.tool_calls or [] %}{% set f = c.function %}")
+
 ASKED = {"role": "user", "content": "a"}
+TOOL = {"type": "function", "function": {"name": "fly", "parameters": {}}}
 TO_OSLO = {"to": "Oslo", "return_date": None}
 
 
@@ -189,3 +193,62 @@ def test_nothing_left_is_a_sentence(model_with: Make) -> None:
         UserError, match=r"nothing is left to learn from: of 1 rows, 1 are no conversations; .*jsonl:1: "
     ):
         prepared(model_with(NO_CALLS), {"messages": [ASKED, calling("{}", content="b")]}, on_error="skip")
+
+
+@pytest.mark.parametrize("preamble", ["If None of them fit, say so.", "Write {'bft_place': 'Oslo'} for a place."])
+def test_what_else_the_template_writes_does_not_choose_the_form(model_with: Make, preamble: str) -> None:
+    """The words that tell a wrong form may be the template's own."""
+    row = {"messages": [ASKED, calling(json.dumps(TO_OSLO))], "tools": [TOOL]}
+    source = TEXT.replace("{{ tools | tojson }}", preamble + "{{ tools | tojson }}")
+    assert texts(prepared(model_with(source), row))[0][1] == 'fly:{"to": "Oslo", "return_date": null}<|im_end|>'
+
+
+@pytest.mark.parametrize("none", [[], None, "", "[]"], ids=str)
+def test_no_tool_calls_however_written(model_with: Make, none: Any) -> None:
+    answer = {"role": "assistant", "content": "b", "tool_calls": none}
+    source = template("{% if m.tool_calls is defined %}none{% endif %}{{ m.content }}")
+    assert texts(prepared(model_with(source), {"messages": [ASKED, answer]}))[0][1] == "b<|im_end|>"
+    old = answer | {"function_call": {"name": "fly", "arguments": "{}"}}
+    assert texts(prepared(model_with(MAPPING, name="b"), {"messages": [ASKED, old]}))[0][1] == "bfly:{}<|im_end|>"
+
+
+@pytest.mark.parametrize("source", [MAPPING, TEXT, EITHER], ids=["mapping", "text", "either"])
+def test_a_call_without_arguments(model_with: Make, source: str) -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "fly"}}]}
+    assert texts(prepared(model_with(source), {"messages": [ASKED, call]}))[0][1] == "fly:{}<|im_end|>"
+
+
+def test_tools_that_the_template_does_not_write_are_said(model_with: Make) -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": "b"}], "tools": [TOOL]}
+    without = template(CONTENT).replace("{{ tools | tojson }}", "")
+    assert prepared(model_with(without), row).counts.notes == {"has tools, which the chat template does not write": 1}
+    assert prepared(model_with(MAPPING, name="b"), row).counts.notes == {}
+
+
+def test_a_control_token_that_a_template_escapes_is_refused(model_with: Make) -> None:
+    source = template(CONTENT + calls("{{ c.function.arguments | tojson(ensure_ascii=True) }}"))
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: spells a control token in what the chat template escapes"):
+        prepared(model_with(source), {"messages": [ASKED, calling({"to": "<|im_end|>"})]})
+
+
+def test_markers_in_a_comment_are_none(model_with: Make) -> None:
+    source = "{# no {% generation %} here #}" + template(CONTENT)
+    assert (
+        texts(prepared(model_with(source), {"messages": [ASKED, {"role": "assistant", "content": "b"}]}))[0][1]
+        == "b<|im_end|>"
+    )
+
+
+def test_a_template_that_only_speaks_of_developers_gets_a_system_message(model_with: Make) -> None:
+    source = "You are a developer." + template(CONTENT)
+    row = {"messages": [{"role": "developer", "content": "s"}, ASKED, {"role": "assistant", "content": "b"}]}
+    assert "<|im_start|>system\ns<|im_end|>" in texts(prepared(model_with(source), row))[0][0]
+
+
+def test_the_advice_where_all_is_learned(model_with: Make) -> None:
+    source = template("{{ '' if loop.last else '!' }}{{ m.content }}")
+    masked = {"role": "assistant", "content": "b", "loss": False}
+    row = {"messages": [ASKED, masked, ASKED, {"role": "assistant", "content": "c"}]}
+    with pytest.raises(UserError, match=r"`loss: false`.* data.supervise: assistant and data.turns: split"):
+        prepared(model_with(source), row, supervise="all")
+    prepared(model_with(source, name="b"), row, supervise="assistant", turns="split")

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from bft_megatron.data import chat, masks, sources, tokenizers
-from bft_megatron.data.chat import encode
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
-from bft_megatron.data.formats import Conversation
+from bft_megatron.conversations import chat, masks, tokenizers
+from bft_megatron.conversations.chat import encode
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
 from bft_megatron.errors import UserError
+from bft_megatron.reading import sources
+from bft_megatron.reading.formats import Conversation
 from tests.helpers.material import CHATML, DEFAULT_SYSTEM, LLAMA, MISTRAL, THINKING, TINY, chat_of, unmarked
 
 Make = Callable[..., Path]

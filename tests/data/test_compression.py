@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow
 import pytest
 
-from bft_megatron.data import readers, sources
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.errors import UserError
+from bft_megatron.reading import readers, sources
 from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import COMPRESSIONS, SourceSettings
 from tests.helpers.material import TINY

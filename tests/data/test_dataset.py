@@ -13,11 +13,12 @@ import torch
 from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 from torch.utils.data import DataLoader
 
-from bft_megatron.data import chat, chat_tokenizer, sources
+from bft_megatron.conversations import chat, chat_tokenizer
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.dataset import RowDataset, training_rows, validation_rows
 from bft_megatron.data.order import Shuffled
 from bft_megatron.data.prepare import Prepared, prepare
+from bft_megatron.reading import sources
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers.material import TINY
 

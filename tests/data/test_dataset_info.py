@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bft_megatron.data.sources import open_source
 from bft_megatron.errors import FieldError
+from bft_megatron.reading.sources import open_source
 from bft_megatron.recipe.sources import SourceSettings
 
 GOOD = {"file_name": "rows.jsonl", "columns": {"prompt": "question", "response": "answer"}}

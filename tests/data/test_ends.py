@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
+from bft_megatron.conversations import tokenizers
+from bft_megatron.data.ends import stop_tokens
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers.material import CHATML, LLAMA, MISTRAL, chat_of, unmarked
@@ -60,8 +62,9 @@ def test_end_of_turn(
     template: str, control: tuple[str, ...], expected: str, settings: dict, model_with: Callable, tmp_path: Path
 ) -> None:
     rows = [chat_of("a", "b", "c", "d"), chat_of("a", "b")]
-    result = made(tmp_path, model_with(template, *control), *rows, **settings)
-    assert list(result.stops.values()) == [expected]
+    model = model_with(template, *control)
+    result = made(tmp_path, model, *rows, **settings)
+    assert stop_tokens(result.counts) == {tokenizers.load(model).backend.token_to_id(expected)}
     turns = 2 if "supervise" in settings else 3
     assert (result.counts.turns, list(result.counts.ends.values())) == (turns, [turns])
 
@@ -69,21 +72,21 @@ def test_end_of_turn(
 @pytest.mark.parametrize("template", [PLAIN, OUTSIDE], ids=["no end of turn", "outside the markers"])
 def test_a_template_that_teaches_no_end(template: str, model_with: Callable, tmp_path: Path) -> None:
     result = made(tmp_path, model_with(template), chat_of("a", "b", "c", "d"))
-    assert (result.stops, result.counts.turns, result.counts.ends) == ({}, 2, {})
+    assert (stop_tokens(result.counts), result.counts.turns, result.counts.ends) == (set(), 2, {})
 
 
 def test_a_rare_call_ends_in_a_token_of_its_own(model_with: Callable, tmp_path: Path) -> None:
     model = model_with(CALLS, "<|eom|>")
     answers, asked = [chat_of("a", "b")] * 300, {"role": "user", "content": "a"}
     result = made(tmp_path, model, *answers, [asked, call("look"), {"role": "tool", "content": "c"}, call("go")])
-    assert result.stops == {"2": END, "500": "<|eom|>"}
+    assert stop_tokens(result.counts) == {2, 500}
     assert result.counts.ends == {"2": 300, "500": 2}
 
 
 def test_a_token_inside_answers_is_no_stop(model_with: Callable, tmp_path: Path) -> None:
     result = made(tmp_path, model_with(CHANNELS, "<|return|>"), chat_of("a", "b", "c", "d", "e", "f"))
     assert (result.counts.ends, result.counts.inside) == ({"2": 2, "500": 1}, {"2": 1})
-    assert list(result.stops.values()) == ["<|return|>"]
+    assert stop_tokens(result.counts) == {500}
 
 
 def test_a_truncated_turn_has_no_end(model_with: Callable, tmp_path: Path) -> None:
@@ -99,11 +102,16 @@ def test_an_answer_that_happens_to_end_in_an_added_token_of_text(tmp_path: Path,
     tokenizer.add_tokens([AddedToken("</think>", special=False)])
     tokenizer.save(str(model / "tokenizer.json"))
     plain, thinking = chat_of("a", "b"), chat_of("a", "b</think>")
-    assert made(tmp_path, model, *[plain] * 150, thinking).stops == {}
-    assert made(tmp_path, model, *[plain] * 50, thinking).stops == {"500": "</think>"}
-    assert made(tmp_path, model, *[chat_of("a", "b</think>c")] * 2, thinking).stops == {}
+    assert stop_tokens(made(tmp_path, model, *[plain] * 150, thinking).counts) == set()
+    assert stop_tokens(made(tmp_path, model, *[plain] * 50, thinking).counts) == {500}
+    inside = made(tmp_path, model, *[chat_of("a", "b</think>c")] * 2, thinking).counts
+    assert stop_tokens(inside) == set()
+    inside.add(made(tmp_path, model, *[plain] * 2, thinking).counts)  # another source of the same run
+    assert stop_tokens(inside) == set()
 
 
 def test_sentencepiece(sentencepiece_like: Callable, tmp_path: Path) -> None:
-    result = made(tmp_path, sentencepiece_like(MISTRAL), chat_of("a", "b", "c", "d"))
-    assert (list(result.stops.values()), result.counts.turns) == (["</s>"], 2)
+    model = sentencepiece_like(MISTRAL)
+    result = made(tmp_path, model, chat_of("a", "b", "c", "d"))
+    assert stop_tokens(result.counts) == {tokenizers.load(model).backend.token_to_id("</s>")}
+    assert result.counts.turns == 2

@@ -11,9 +11,10 @@ import huggingface_hub.constants
 import pytest
 from datasets import Dataset, DatasetDict
 
-from bft_megatron.data import json_lists, readers, roles, sources
-from bft_megatron.data.formats import Conversation
+from bft_megatron.conversations import roles
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.reading import json_lists, readers, sources
+from bft_megatron.reading.formats import Conversation
 from bft_megatron.recipe.sources import SourceSettings, source_settings
 
 PLAIN = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

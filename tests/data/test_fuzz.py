@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
 from bft_megatron.data.encoding import Encoder
-from bft_megatron.data.sources import open_source
 from bft_megatron.errors import UserError
+from bft_megatron.reading.sources import open_source
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers.fuzzing import examples
 from tests.helpers.material import chat_of

@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bft_megatron import cli
-from bft_megatron.data import chat_tokenizer, inspection, page, tokenizers
+from bft_megatron.conversations import chat_tokenizer, tokenizers
+from bft_megatron.data import inspection, page
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import validation_rows
 from bft_megatron.data.prepare import Prepared, prepare

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from bft_megatron.data import intact, prepare, readers, sources
+from bft_megatron.data import intact, prepare
 from bft_megatron.data.prepare import Prepared, load
 from bft_megatron.errors import FieldError, Unreadable
+from bft_megatron.reading import readers, sources
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers.material import TINY
 

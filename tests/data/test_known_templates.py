@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
-from bft_megatron.data import chat_tokenizer, known_templates, tokenizers
-from bft_megatron.data.chat import encode
+from bft_megatron.conversations import chat_tokenizer, known_templates, tokenizers
+from bft_megatron.conversations.chat import encode
 from bft_megatron.errors import FieldError, UserError
 from tests.helpers.material import CHATML, TINY
 

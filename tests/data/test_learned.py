@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from bft_megatron.data import chat, masks, tokenizers
-from bft_megatron.data.chat_tokenizer import BREAK, ChatTokenizer
-from bft_megatron.data.formats import conversation
+from bft_megatron.conversations import chat, masks, tokenizers
+from bft_megatron.conversations.chat_tokenizer import BREAK, ChatTokenizer
 from bft_megatron.errors import UserError
+from bft_megatron.reading.formats import conversation
 from bft_megatron.recipe.sources import SourceSettings
 from tests.data.behaving import Behaviour, behaviours
 from tests.helpers.fuzzing import examples

@@ -16,13 +16,14 @@ import pytest
 from datasets import Dataset
 
 from bft_megatron import cli
-from bft_megatron.data import chat, readers, sources, tokenizers
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
-from bft_megatron.data.formats import Conversation
+from bft_megatron.conversations import chat, tokenizers
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
+from bft_megatron.conversations.template_limits import Limits, TemplateFault
 from bft_megatron.data.prepare import Prepared, prepare
-from bft_megatron.data.template_limits import Limits, TemplateFault
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import UserError
+from bft_megatron.reading import readers, sources
+from bft_megatron.reading.formats import Conversation
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers.material import TINY, chat_of
 
@@ -207,7 +208,7 @@ def test_the_longest_row_is_as_long_as_the_setting_says(tmp_path: Path, size: in
 def test_a_long_value_of_a_list_is_passed_whatever_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr("bft_megatron.data.json_lists.BLOCK", block)
+    monkeypatch.setattr("bft_megatron.reading.json_lists.BLOCK", block)
     values = [1, '\\"]},[' * 20, {"a": ["]", {"\\": '"'}] * 9}, 7 * 10**80, [[[[" "]]]], 2]
     (tmp_path / "values.json").write_text(json.dumps(values, indent=1))
     (chunk,) = readers.read_json(str(tmp_path / "values.json"), 0, 60)

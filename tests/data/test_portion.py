@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from bft_megatron.data import readers, sources
 from bft_megatron.errors import FieldError
+from bft_megatron.reading import readers, sources
 from bft_megatron.recipe.sources import SourceSettings, source_settings
 
 

@@ -19,13 +19,14 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from bft_megatron.data import chat, chat_tokenizer, readers, sources
+from bft_megatron.conversations import chat, chat_tokenizer
 from bft_megatron.data.counts import Counts
 from bft_megatron.data.folders import appearing_whole
 from bft_megatron.data.prepare import Prepared, load, prepare
 from bft_megatron.data.summary import summary_table
 from bft_megatron.data.workers import ordered_map
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.reading import readers, sources
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers.material import CHATML, TINY, chat_of, unmarked
 

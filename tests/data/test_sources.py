@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bft_megatron.data import sources
 from bft_megatron.errors import FieldError, UserError
+from bft_megatron.reading import sources
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 

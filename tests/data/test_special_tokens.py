@@ -13,7 +13,8 @@ from datasets import Dataset
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer
 
-from bft_megatron.data import chat_tokenizer, inspection, special_tokens, tokenizers
+from bft_megatron.conversations import chat_tokenizer, special_tokens, tokenizers
+from bft_megatron.data import inspection
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.data.summary import summary_table
 from bft_megatron.errors import FieldError, UserError

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from bft_megatron.commands.request import read
-from bft_megatron.data import chat_tokenizer, tokenizers
+from bft_megatron.conversations import chat_tokenizer, tokenizers
 from bft_megatron.data.prepare import Prepared, prepare
 from bft_megatron.errors import UserError
 from bft_megatron.recipe.schema import DataSettings

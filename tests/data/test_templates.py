@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from bft_megatron.data import chat, tokenizers
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
-from bft_megatron.data.formats import Conversation
+from bft_megatron.conversations import chat, tokenizers
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
 from bft_megatron.errors import UserError
+from bft_megatron.reading.formats import Conversation
 from tests.helpers.material import chat_of, unmarked
 
 FOLDER = Path(__file__).parent / "templates"

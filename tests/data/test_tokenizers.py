@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from bft_megatron.data import chat, chat_tokenizer, tokenizers
+from bft_megatron.conversations import chat, chat_tokenizer, tokenizers
 from bft_megatron.errors import FieldError, UserError
 from tests.helpers.material import TINY, chat_of
 
@@ -36,7 +36,7 @@ def test_loads_what_transformers_loads(tiny: chat_tokenizer.ChatTokenizer) -> No
 
 def test_loading_and_rendering_import_no_torch() -> None:
     code = (
-        "import sys; from bft_megatron.data import chat, tokenizers\n"
+        "import sys; from bft_megatron.conversations import chat, tokenizers\n"
         f"chat.encode([{{'role': 'assistant', 'content': 'x'}}], tokenizers.load({str(TINY)!r}), 'assistant')\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from bft_megatron.data import sources
 from bft_megatron.errors import UserError
+from bft_megatron.reading import sources
 from bft_megatron.recipe.sources import SourceSettings
 from tests.helpers.commands import ROOT, run_command
 from tests.helpers.material import chat_of
@@ -77,6 +77,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     (PAIR | {"chosen": chat_of("a", "b")[1:], "rejected": "c"}, "chosen", "`columns: {response: chosen}`"),
     ({"chosen": "Human: a Assistant: b", "rejected": "c"}, "chosen", "write the chosen ones to a file as messages"),
+    (CHAT | {"chosen": "b", "rejected": "c"}, "chosen", "`columns: {messages: messages}`"),
 ]
 
 
@@ -133,6 +134,8 @@ LEARNED: list[tuple[dict[str, Any], dict[str, str]]] = [
     (CHAT | {"chosen": chat_of("a", "b"), "rejected": chat_of("a", "c")}, {"messages": "messages"}),
     (ASKED | {"chosen": SAID, "rejected": SAID}, {"prompt": "conversations", "response": "chosen"}),
     (ASKED | {"chosen": [SAID], "rejected": [SAID]}, {"prompt": "conversations", "response": "chosen"}),
+    (CHAT | {"image": float("nan"), "images": "[]", "audio": "None"}, {}),
+    (CHAT | {"chosen": "b", "rejected": "c"}, {"messages": "messages"}),
 ]
 
 

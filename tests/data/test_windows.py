@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from bft_megatron.data import readers, windows
+from bft_megatron.data import windows
 from bft_megatron.data.blend import Blend, Part
 from bft_megatron.data.packing import padded
 from bft_megatron.data.prepare import Prepared, prepare
+from bft_megatron.reading import readers
 from bft_megatron.recipe.schema import DataSettings
 from tests.helpers import objective_reference as reference
 from tests.helpers.material import TINY

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from typer.exceptions import TyperException
 
-from bft_megatron.data.formats import conversation
 from bft_megatron.errors import UserError
 from bft_megatron.objective.records import Objective
+from bft_megatron.reading.formats import conversation
 from bft_megatron.recipe.sources import SourceSettings
 from tests.docs import checking
 from tests.docs.pages import NAMES, Page, exists, read

@@ -10,9 +10,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bft_megatron import cli
-from bft_megatron.data import sources
 from bft_megatron.errors import UserError
 from bft_megatron.llamafactory import convert, print_table, recipe_text
+from bft_megatron.reading import sources
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.sources import SourceSettings
 from tests.llamafactory.written import CONFIGS, field, loaded, written

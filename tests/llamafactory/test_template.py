@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from tokenizers import Tokenizer
 
-from bft_megatron.data import known_templates, tokenizers
+from bft_megatron.conversations import known_templates, tokenizers
 from bft_megatron.llamafactory import convert, recipe_text
 from bft_megatron.recipe import reader
 from tests.helpers.commands import run_command

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from typing import Any, TextIO
 
-from bft_megatron.data.compression import open_plain
 from bft_megatron.errors import UserError
+from bft_megatron.reading.compression import open_plain
 
 BLOCK = 1 << 20
 """Bytes or characters that are read at a time."""

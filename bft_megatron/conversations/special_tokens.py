@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from bft_megatron.data.chat_tokenizer import BREAK, ChatTokenizer
+from bft_megatron.conversations.chat_tokenizer import BREAK, ChatTokenizer
 from bft_megatron.errors import FieldError, shortened
 
 if TYPE_CHECKING:

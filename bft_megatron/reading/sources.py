@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from bft_megatron.data import dataset_info, tables
-from bft_megatron.data.compression import compression, suffix
-from bft_megatron.data.formats import Conversation, conversation
-from bft_megatron.data.portion import portion
-from bft_megatron.data.readers import READERS, Chunk, count_rows, read_file, reader_of
 from bft_megatron.errors import FieldError, UserError, reading, shortened
+from bft_megatron.reading import dataset_info, tables
+from bft_megatron.reading.compression import compression, suffix
+from bft_megatron.reading.formats import Conversation, conversation
+from bft_megatron.reading.portion import portion
+from bft_megatron.reading.readers import READERS, Chunk, count_rows, read_file, reader_of
 from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import COMPRESSIONS, SourceSettings
 from bft_megatron.textfiles import read_object

@@ -10,15 +10,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from bft_megatron.data import roles, said
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
-from bft_megatron.data.formats import Conversation
-from bft_megatron.data.masks import Rendered, tokenise
-from bft_megatron.data.template_limits import DEFAULT, Limits
-from bft_megatron.data.templates import Span
-from bft_megatron.data.turns import Turns
+from bft_megatron.conversations import roles, said
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
+from bft_megatron.conversations.masks import Rendered, tokenise
+from bft_megatron.conversations.template_limits import DEFAULT, Limits
+from bft_megatron.conversations.templates import Span
+from bft_megatron.conversations.turns import Turns
+from bft_megatron.reading.formats import Conversation
 
 Supervise = Literal["assistant", "last", "all"]
+
+_ADVICE = {
+    "turns": "set data.turns: split for a sample of each answer, or data.supervise: last to learn the last one alone",
+    "all": "leave out `loss: false` and `weight: 0` of messages, or set data.supervise: assistant and "
+    "data.turns: split",
+}
 
 
 def encode(
@@ -65,7 +71,8 @@ def render(
     messages = tokenizer.quote(habits.shaped(known))
     given = tokenizer.quote(conversation.tools), tokenizer.quote(conversation.template)
     with limits.held():
-        finder = Turns(messages, given, tokenizer, limits)
+        finder = Turns(messages, given, tokenizer, limits, _ADVICE["all" if supervise == "all" else "turns"])
+        said.check_readable(finder)
         wanted = turns[-1:] if supervise == "last" else turns
         supervised = [i for i in wanted if i not in conversation.masked]
         if supervise == "all":
@@ -77,6 +84,8 @@ def render(
         else:
             spans = _marked(finder, turns, supervised)
     notes = [habits.note] if any(messages[i].get("tool_calls") for i in supervised) else []
+    if not said.names_tools(finder.text, given[0]):
+        notes.append("has tools, which the chat template does not write")
     return Rendered(finder.text, spans, (*notes, *finder.notes))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from bft_megatron.data.readers import Chunk
+from bft_megatron.reading.readers import Chunk
 
 
 def portion(chunks: Iterator[Chunk], first: int, end: int | None) -> Iterator[Chunk]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bft_megatron.data.values import parsed, shown, text
 from bft_megatron.errors import UserError
+from bft_megatron.reading.values import parsed, shown, text
 
 
 def from_text(value: Any, where: str) -> list[dict[str, Any]]:
@@ -32,7 +32,7 @@ def read(calls: Any, where: str) -> list[dict[str, Any]]:
             raise UserError(
                 'must be {"type": "function", "function": {"name": ..., "arguments": ...}}', f"{where}[{i}]"
             )
-        if "arguments" in function and parsed(function["arguments"], dict, f"{where}[{i}].function.arguments") is None:
+        if parsed(function.get("arguments"), dict, f"{where}[{i}].function.arguments") is None:
             function = function | {"arguments": {}}
         function = {name: value for name, value in function.items() if value is not None}
         others = {name: value for name, value in call.items() if value is not None} if "function" in call else {}
@@ -47,7 +47,7 @@ def with_arguments(messages: list[dict[str, Any]], form: type) -> list[dict[str,
     """
 
     def changed(call: dict[str, Any]) -> dict[str, Any]:
-        arguments = call["function"].get("arguments", {})
+        arguments = call["function"]["arguments"]
         if not isinstance(arguments, form):
             arguments = json.loads(arguments) if form is dict else json.dumps(arguments, ensure_ascii=False)
         return call | {"function": call["function"] | {"arguments": arguments}}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bft_megatron.data.template_limits import Limits, TemplateFault
+from bft_megatron.conversations.template_limits import Limits, TemplateFault
 
 if TYPE_CHECKING:
     import jinja2

@@ -11,10 +11,10 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bft_megatron.data import known_templates
-from bft_megatron.data.chat_tokenizer import BREAK, ChatTokenizer
-from bft_megatron.data.template_limits import DEFAULT, Limits, TemplateFault
-from bft_megatron.data.templates import Template
+from bft_megatron.conversations import known_templates
+from bft_megatron.conversations.chat_tokenizer import BREAK, ChatTokenizer
+from bft_megatron.conversations.template_limits import DEFAULT, Limits, TemplateFault
+from bft_megatron.conversations.templates import Template
 from bft_megatron.errors import FieldError, UserError
 
 if TYPE_CHECKING:

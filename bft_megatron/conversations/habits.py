@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from bft_megatron.data import calls
+from bft_megatron.reading import calls
 
 Messages = list[dict[str, Any]]
 Write = Callable[[Messages, list[Any] | None], str | None]
@@ -90,20 +90,30 @@ def of_template(write: Write) -> Habits:
 
 def _written(write: Write, form: type, empty: Any) -> int:
     """Return how well the template writes a call with its arguments in a form and without content; 0 for not at all."""
+    best = 0
+    for talk, tools in product((_talk(form, empty)[:2], _talk(form, empty)), (None, [_TOOL])):
+        text = write(talk, tools)
+        if text is not None and not (empty is None and _prints_none(write, talk, tools, text)):
+            best = max(best, _found(text))
+    return best
+
+
+def _talk(form: type, empty: Any) -> Messages:
     arguments = _ARGUMENTS if form is dict else json.dumps(_ARGUMENTS)
     call = {"id": "bftcall00", "type": "function", "function": {"name": _NAME, "arguments": arguments}}
     calling = {"role": "assistant", "tool_calls": [call]} | ({} if empty is ABSENT else {"content": empty})
-    asked = {"role": "user", "content": "Where?"}
     answered = {"role": "tool", "content": "There.", "tool_call_id": "bftcall00", "name": _NAME}
-    for talk, tools in product(([asked, calling, answered], [asked, calling]), ([_TOOL], None)):
-        text = write(talk, tools)
-        if text is not None:
-            return _found(text)
-    return 0
+    return [{"role": "user", "content": "Where?"}, calling, answered]
+
+
+def _prints_none(write: Write, talk: Messages, tools: list[Any] | None, text: str) -> bool:
+    """Return whether the template prints a content that is null as Python does."""
+    with_text = write([talk[0], talk[1] | {"content": ""}, *talk[2:]], tools)
+    return with_text is not None and text.count("None") > with_text.count("None")
 
 
 def _found(text: str) -> int:
-    if _NAME not in text or "None" in text or str(_ARGUMENTS) in text:  # as Python prints them
+    if _NAME not in text or str(_ARGUMENTS) in text:  # as Python prints them
         return 0
     decoder = json.JSONDecoder()
     for at in (at for at, character in enumerate(text) if character == "{"):

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bft_megatron.data.chat_tokenizer import BREAK
-from bft_megatron.data.templates import Span
-from bft_megatron.data.turns import THOUGHTS, Turns, other_words
+from bft_megatron.conversations.chat_tokenizer import BREAK
+from bft_megatron.conversations.templates import Span
+from bft_megatron.conversations.turns import THOUGHTS, Turns, other_words
 from bft_megatron.errors import UserError
+
+_ESCAPED = BREAK.encode("ascii", "backslashreplace").decode()
 
 _TELLING = 8
 """Characters of words that a template hardly writes of its own, as it does a short word or the letters of a token."""
@@ -28,6 +30,22 @@ class _Words:
     name: str
     words: list[str]
     otherwise: dict[str, Any]
+
+
+def check_readable(turns: Turns) -> None:
+    """Raise UserError if the template wrote a message's control token so that it cannot be kept as text."""
+    if _ESCAPED in turns.text:
+        raise UserError(
+            "spells a control token in what the chat template escapes to ASCII, so that it would not be learned as it "
+            "is: take it out, or name it in data.special_tokens"
+        )
+
+
+def names_tools(text: str, tools: list[Any] | None) -> bool:
+    """Return whether a rendered conversation names each of its tools."""
+    functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
+    return all(name in text for name in names if isinstance(name, str))
 
 
 def check(turns: Turns, spans: dict[int, Span]) -> None:

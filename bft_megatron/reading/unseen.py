@@ -14,6 +14,7 @@ _MEDIUM = re.compile(r"(image|video|audio)s?(_?[0-9]+|_(url|path|file)s?)?", re.
 """Names of fields that hold a medium."""
 
 _PAIR = ("chosen", "rejected")
+_ASSISTANT = ("assistant", "gpt")
 _OTHERWISE = "or leave such rows out with data.on_error: skip"
 
 
@@ -86,7 +87,9 @@ def _holds(value: Any) -> bool:
         return any(map(_holds, value.values()))
     if isinstance(value, list | tuple):
         return any(map(_holds, value))
-    return bool(value)
+    if isinstance(value, str):  # a cell's, or one that was written without JSON
+        return value.strip().lower() not in ("", "[]", "{}", "null", "none", "nan")
+    return bool(value) and value == value  # not NaN
 
 
 def _is_false(value: Any, name: str) -> bool:
@@ -100,11 +103,10 @@ def _way_to_learn(row: dict[str, Any]) -> str:
     prompt = next(
         (name for name in ("prompt", "instruction", "conversations", "messages") if _holds(row.get(name))), ""
     )
-    chosen = row["chosen"]
-    first = chosen[0] if isinstance(chosen, list) else None
-    speaker = (first.get("role") or first.get("from")) if isinstance(first, dict) else None
-    if speaker not in (None, "assistant", "gpt"):  # it begins with the question
+    if _speaker(row["chosen"], 0) not in (None, *_ASSISTANT):  # it begins with the question
         columns = "{messages: chosen}"
+    elif prompt and _speaker(row[prompt], -1) in _ASSISTANT:  # the answer is there
+        columns = f"{{messages: {prompt}}}"
     elif prompt in ("conversations", "messages"):
         columns = f"{{prompt: {prompt}, response: chosen}}"
     elif prompt:
@@ -112,3 +114,9 @@ def _way_to_learn(row: dict[str, Any]) -> str:
     else:
         return f"write the chosen ones to a file as messages, {_OTHERWISE}"
     return f"to learn the chosen ones, set the source's `columns: {columns}`, {_OTHERWISE}"
+
+
+def _speaker(messages: Any, at: int) -> str | None:
+    """Return the role of a message of a list, or None if there is no such thing."""
+    message = messages[at] if isinstance(messages, list) and messages else None
+    return (message.get("role") or message.get("from")) if isinstance(message, dict) else None

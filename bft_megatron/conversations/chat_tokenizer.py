@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from bft_megatron.data import habits
-from bft_megatron.data.habits import Habits
-from bft_megatron.data.template_limits import DEFAULT, Limits, TemplateFault
-from bft_megatron.data.templates import Beginnings, Inputs, Span, Template
+from bft_megatron.conversations import habits
+from bft_megatron.conversations.habits import Habits
+from bft_megatron.conversations.template_limits import DEFAULT, Limits, TemplateFault
+from bft_megatron.conversations.templates import Beginnings, Inputs, Span, Template
 from bft_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class ChatTokenizer:
     @cached_property
     def has_markers(self) -> bool:
         """Whether the template marks the assistant's text with {% generation %}."""
-        return re.search(r"\{%-?\s*generation\s*-?%\}", self.template) is not None
+        source = re.sub(r"\{#.*?#\}", "", self.template, flags=re.DOTALL)  # without comments
+        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
 
     @cached_property
     def asks(self) -> bool:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from itertools import batched, count
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bft_megatron.data.compression import compression, open_plain, suffix
-from bft_megatron.data.json_lists import BLOCK, items_of, too_long
 from bft_megatron.errors import UserError
+from bft_megatron.reading.compression import compression, open_plain, suffix
+from bft_megatron.reading.json_lists import BLOCK, items_of, too_long
 
 if TYPE_CHECKING:
     import pyarrow

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bft_megatron.data.chat_tokenizer import ChatTokenizer
-from bft_megatron.data.templates import Span
+from bft_megatron.conversations.chat_tokenizer import ChatTokenizer
+from bft_megatron.conversations.templates import Span
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

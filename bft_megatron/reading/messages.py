@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bft_megatron.data import calls, unseen
-from bft_megatron.data.values import parsed, shown, text
 from bft_megatron.errors import UserError
+from bft_megatron.reading import calls, unseen
+from bft_megatron.reading.values import parsed, shown, text
 
 Messages = list[dict[str, Any]]
 
@@ -53,6 +53,8 @@ def _message(message: Any, columns: dict[str, str], roles: dict[str, str], where
         raise UserError(f"must be one of {names}, not {shown(role)}", f"{where}.{role_name}")
     role, content = roles[role], message.get(content_name)
     made = {k: v for k, v in message.items() if v is not None and k not in (role_name, content_name, "weight", "loss")}
+    if made.get("tool_calls") in ([], "", "[]"):  # as some write that there are none
+        del made["tool_calls"]
     unseen.check_media(made, where)
     old_call = parsed(made.pop(CALL, None), dict, f"{where}.{CALL}")
     if role == CALL:

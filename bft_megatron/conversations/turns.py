@@ -13,9 +13,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
-from bft_megatron.data.chat_tokenizer import BREAK, ChatTokenizer
-from bft_megatron.data.template_limits import Limits
-from bft_megatron.data.templates import Beginnings, Span
+from bft_megatron.conversations.chat_tokenizer import BREAK, ChatTokenizer
+from bft_megatron.conversations.template_limits import Limits
+from bft_megatron.conversations.templates import Beginnings, Span
 from bft_megatron.errors import UserError
 
 MANY = 5
@@ -57,6 +57,7 @@ class Turns:
     Args:
         messages: in the form that the template wants, quoted.
         given: functions that the assistant could call, and variables of the template.
+        advice: what to do where the template writes earlier turns differently once later ones are there.
 
     Attributes:
         text: what the template writes for the conversation.
@@ -65,10 +66,15 @@ class Turns:
     """
 
     def __init__(
-        self, messages: list[dict[str, Any]], given: tuple[Any, Any], tokenizer: ChatTokenizer, limits: Limits
+        self,
+        messages: list[dict[str, Any]],
+        given: tuple[Any, Any],
+        tokenizer: ChatTokenizer,
+        limits: Limits,
+        advice: str,
     ) -> None:
         self.messages, self.notes = messages, list[str]()
-        self._given, self.tokenizer, self._limits = given, tokenizer, limits
+        self._given, self.tokenizer, self._limits, self._advice = given, tokenizer, limits, advice
         self._known: dict[bool, Beginnings | None] = {False: None, True: None}
         self._common = self._rendered = 0
         self.text, self.marked = self._render(messages)
@@ -206,7 +212,7 @@ class Turns:
         lines = [k for k, line in enumerate(self.tokenizer.template.splitlines(), 1) if re.search(cause, line)]
         where = f" (see line {', '.join(map(str, lines[:5]))} of the template)" if lines else ""
         ways = (
-            "set data.turns: split for a sample of each answer, or data.supervise: last to learn the last one alone"
+            self._advice
             if i + 1 < n
             else "add {% generation %} markers to the template and name its file in data.chat_template"
         )

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from bft_megatron.data import messages as reading
-from bft_megatron.data import unseen, values
-from bft_megatron.data.messages import ALIASES, ROLES, SUPERVISED, SYSTEMS, Messages
 from bft_megatron.errors import UserError
+from bft_megatron.reading import messages as reading
+from bft_megatron.reading import unseen, values
+from bft_megatron.reading.messages import ALIASES, ROLES, SUPERVISED, SYSTEMS, Messages
 from bft_megatron.recipe.sources import COLUMNS, COMMON_COLUMNS, SourceSettings
 
 

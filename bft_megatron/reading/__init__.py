@@ -1,0 +1,1 @@
+"""Reading the files of a source: their rows, as conversations."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from bft_megatron import temporary
 from bft_megatron.errors import UserError
 
-_USERS = {errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+USERS = {errno.EACCES, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 """Errors that the user must mend; another try may succeed after the others, as where a disk was full."""
 
 
@@ -44,7 +44,7 @@ def appearing_whole(folder: Path) -> Iterator[Path]:
     except OSError as e:
         if not folder.exists():
             message = f"cannot write the prepared data: {e.strerror or e}"
-            if e.errno in _USERS:
+            if e.errno in USERS:
                 raise UserError(message, str(folder.parent)) from None
             raise OSError(f"{folder.parent}: {message}") from None
     finally:

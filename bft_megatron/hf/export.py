@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from bft_megatron.data.folders import USERS
 from bft_megatron.errors import UserError
 from bft_megatron.hf import shards, stops
 from bft_megatron.hf.architectures import companions, read_config
@@ -107,7 +108,10 @@ def written_whole(out: Path, content: str | None = None) -> Iterator[Path]:
                 if content is None or not any(partial.glob("*.safetensors")):
                     shutil.rmtree(partial, ignore_errors=True)
     except OSError as e:
-        raise UserError(f"cannot write the model: {e.strerror}", str(out)) from e
+        message = f"cannot write the model: {e.strerror or e}"
+        if e.errno in USERS:
+            raise UserError(message, str(out)) from e
+        raise OSError(f"{out}: {message}") from e
 
 
 def _clear_unless(content: str | None, partial: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ def _carry_sources(to: Conversion) -> None:
     elif share:
         if config.given("eval_dataset"):
             raise config.wrong("val_size", "and eval_dataset both name held-out data: give one of them")
-        held_out = [_split(to, source, count, sum(known)) for source, count in zip(train, known, strict=True)]
-        known = [int(source["rows"].removeprefix(":")) for source in train]
+        held = _held_out(known, share)
+        parts = zip(train, known, held, strict=True)
+        held_out = [_split(to, source, count, some) for source, count, some in parts if some]
+        known = [count - some for count, some in zip(known, held, strict=True)]
     to.samples = sum(known) if len(known) == len(train) else None
     to.carry("data", f"dataset {','.join(config.texts('dataset'))}{limit}", "data.train", train, _listed(train))
     if config.given("eval_dataset"):
@@ -47,13 +50,17 @@ def _carry_sources(to: Conversion) -> None:
         )
 
 
-def _split(to: Conversion, source: dict[str, Any], count: int, total: int) -> dict[str, Any]:
-    """Cut the held-out rows, which are the last, off a source, and return them as a source.
+def _held_out(counts: list[int], share: float) -> list[int]:
+    """Return the number of rows held out of each source: their share of all rows if below 1, else their number."""
+    total = sum(counts)
+    held = math.ceil(total * share) if share < 1 else int(share)
+    ends = [held * end // total for end in accumulate(counts)]
+    return [end - begin for begin, end in pairwise([0, *ends])]
 
-    `val_size` is their share of all rows if below 1, else their number.
-    """
-    share = to.config.number("val_size", 0.0)
-    edge = count - math.ceil(count * (share if share < 1 else share / total))
+
+def _split(to: Conversion, source: dict[str, Any], count: int, held: int) -> dict[str, Any]:
+    """Cut the held-out rows, which are the last, off a source, and return them as a source."""
+    edge = count - held
     if edge < 1:
         raise to.config.wrong("val_size", f"leaves none of the {count} rows of {_listed([source])} to train on")
     held_out = source | {"rows": f"{edge}:{count}"}

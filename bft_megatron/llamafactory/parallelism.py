@@ -127,6 +127,8 @@ def _carry_flags(to: Conversion) -> None:
     for name in _FLAGS:
         if value := config.raw(name):
             to.carry("Megatron", f"{name} {value}", f"megatron.{name.replace('_', '-')}", value)
+            if name == "optimizer_cpu_offload":  # which Megatron takes only together
+                to.carry("offloading", f"{name} {value}", "megatron.use-precision-aware-optimizer", True)
 
 
 def _carry_recomputation(to: Conversion) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from bft_megatron.errors import IN_USE, InUse
+from bft_megatron.errors import IN_USE, InUse, UserError
 from bft_megatron.processes import ranks, signals
 from bft_megatron.processes.owner import Found, Owner, find, subject
 
@@ -77,6 +77,7 @@ def held(place: Path, rows: str = "", *, share: bool = False) -> Iterator[None]:
 
     Raises:
         InUse: another command uses the folder.
+        UserError: something that is no lease is in its place.
     """
     if _is_ours(place) or ranks.rank() or (share and _has_same_rows(place, rows)):
         yield
@@ -112,7 +113,7 @@ def join(place: Path) -> None:
 def check(place: Path) -> None:
     """Raise InUse if another command has taken the lease that this process holds, or the one that started it."""
     if os.environ.get(TOKEN) and not _is_ours(place):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             if (found := find(place)) and found.file.name != os.environ[TOKEN]:
                 raise _lost(found)
 
@@ -184,7 +185,7 @@ class _Lease:
     def _renew(self) -> None:
         """Renew the lease, or take it again if someone has removed it; end this process if another has it."""
         while not self._ended.wait(self.owner.seconds / RENEWALS):
-            with contextlib.suppress(OSError):  # a full disk or a stale handle harms no healthy run
+            with contextlib.suppress(OSError, UserError):  # a full disk or a stale handle harms no healthy run
                 try:
                     os.utime(self.file)
                 except FileNotFoundError:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import socket
+import stat
 import sys
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from bft_megatron.errors import InUse, UserError
+from bft_megatron.errors import InUse, UserError, shortened
+
+_NAME = re.compile(r"([0-9]+\.[0-9]+\.)?[0-9a-f]{16}")
+_FOREIGN = "is no lease, and in its place: move it away"
 
 LASTING = "BFT_MEGATRON_LEASE_SECONDS"
 """Environment variable with the seconds without renewal after which a lease ends; default 120."""
@@ -65,7 +70,8 @@ class Owner:
 
     def __str__(self) -> str:
         job = f" of Slurm's job {self.job}" if self.job else ""
-        return f"process {self.process} on {self.host}{job}, since {self.started} ({self.command})"
+        said = f"process {self.process} on {self.host}{job}, since {self.started} ({self.command})"
+        return shortened(" ".join(said.split()), 500)
 
     def is_alive(self) -> bool | None:
         """Return whether the process exists, or None if that cannot be seen from here."""
@@ -121,9 +127,18 @@ def subject(place: Path) -> Path:
 
 
 def find(place: Path) -> Found | None:
-    """Return the lease in a folder of leases, or None. Raises OSError."""
+    """Return the lease in a folder of leases, or None.
+
+    Raises:
+        UserError: something else is in the way: it is never taken for a damaged lease, which would be removed.
+        OSError: the folder cannot be read.
+    """
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise UserError(_FOREIGN, str(place))
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(place)):
+            if not _NAME.fullmatch(name) or not stat.S_ISREG(os.lstat(place / name).st_mode):
+                raise UserError(_FOREIGN, str(place / name))
             with contextlib.suppress(FileNotFoundError), open(place / name, "rb") as file:  # opening asks a file server
                 return Found(place / name, os.fstat(file.fileno()).st_mtime_ns, _owner(file.read(1 << 20)))
     return None
@@ -135,7 +150,7 @@ def _owner(content: bytes) -> Owner | None:
     except (RecursionError, TypeError, ValueError):
         return None
     well = {k: type(v) for k, v in asdict(owner).items()} == {k: type(v) for k, v in here.items()}
-    return owner if well and 0 < owner.seconds < 86_400 else None
+    return owner if well and 0 < owner.seconds < 86_400 and 0 < owner.process < 1 << 31 else None
 
 
 def _lasting() -> float:

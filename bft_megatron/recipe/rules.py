@@ -253,6 +253,8 @@ def _not_finite(value: object) -> bool:
 def check_output(recipe: Recipe) -> None:
     """Raise FieldError if the run's folder cannot be made or written to."""
     folder = Path(recipe.output).absolute()
+    if folder.resolve() == Path("/"):
+        raise FieldError("output", "is the root folder: name a folder for the run")
     with reading(str(folder), "output"):
         nearest = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest.is_dir():

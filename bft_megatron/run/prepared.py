@@ -127,6 +127,9 @@ def _prepare_rows(recipe: Recipe, model_folder: Path, vocab_size: int) -> RunRow
         return _blend(sources, made)
 
     rows = _run_rows(recipe, blend)
+    warmup = recipe.train.warmup_iterations
+    if warmup and warmup >= rows.steps:
+        raise FieldError("train.warmup_iterations", f"must be below the {rows.steps:,} steps of train.epochs")
     highest = max(made.counts.highest_token for made in (rows.train, rows.valid) if made)
     if highest >= vocab_size:  # a sharded embedding would silently read another token's row
         raise FieldError(

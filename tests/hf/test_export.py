@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_nothing(models: list[SavedModel], checkpoints: Path,
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        with pytest.raises(UserError, match="cannot write the model: File too large"):
+        with pytest.raises(OSError, match="cannot write the model: File too large"):
             export(checkpoints / "llama", tmp_path / "out", models[0].folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bft_megatron import cli
 from bft_megatron.errors import UserError
-from bft_megatron.llamafactory import convert, print_table, recipe_text
+from bft_megatron.llamafactory import convert, data, print_table, recipe_text
 from bft_megatron.reading import sources
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.sources import SourceSettings
@@ -227,3 +227,11 @@ def test_command(tmp_path: Path):
     printed = CliRunner().invoke(cli.app, words, catch_exceptions=False)
     assert printed.stdout == recipe_text(convert(CONFIGS / "lora.yaml"))
     assert "LLaMA-Factory on 1 GPU" in printed.stderr
+
+
+@pytest.mark.parametrize(
+    ("counts", "share", "held"),
+    [([156], 100, [100]), ([25], 7, [7]), ([37, 23], 6, [3, 3]), ([100, 1], 0.1, [10, 1]), ([3, 100], 1, [0, 1])],
+)
+def test_as_many_rows_are_held_out_as_asked(counts: list[int], share: float, held: list[int]) -> None:
+    assert data._held_out(counts, share) == held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ def elsewhere(**fields: object) -> Owner:
 def write(place: Path, owner: Owner | str) -> Path:
     """A lease that nobody renews."""
     place.mkdir(parents=True)
-    file = place / "0123"
+    file = place / "0123456789abcdef"
     file.write_text(json.dumps(asdict(owner)) if isinstance(owner, Owner) else owner)
     return file
 
@@ -175,7 +176,7 @@ def test_a_training_that_lost_its_lease_saves_nothing(tmp_path: Path, seconds: s
     with Run(out, "train.save_every=1") as run:
         run.until("bft on tiny")
         (file,) = (out / "lease").iterdir()
-        (out / "lease" / "taken").write_text(json.dumps(asdict(elsewhere())))
+        (out / "lease" / "fedcba9876543210").write_text(json.dumps(asdict(elsewhere())))
         file.unlink()
         assert run.end() == IN_USE, run.said
     assert f"lost the lease: {out} is in use by process 4711 on node7" in run.said
@@ -298,11 +299,11 @@ def test_a_lease_that_cannot_be_renewed_ends_nothing(place: Path, monkeypatch: p
 def test_a_lost_lease_ends_its_owner_and_what_it_started(place: Path, holder: Fork):
     (file,) = place.iterdir()
     os.kill(holder.pid, 19)  # it stands still for longer than its lease lasts
-    file.rename(place / "taken")
-    (place / "taken").write_text(json.dumps(asdict(elsewhere())))
+    file.rename(place / "fedcba9876543210")
+    (place / "fedcba9876543210").write_text(json.dumps(asdict(elsewhere())))
     os.kill(holder.pid, 18)
     assert os.waitstatus_to_exitcode(os.waitpid(holder.pid, 0)[1]) == IN_USE
-    assert [f.name for f in place.iterdir()] == ["taken"]
+    assert [f.name for f in place.iterdir()] == ["fedcba9876543210"]
 
 
 def test_nothing_is_saved_in_a_folder_that_is_anothers(place: Path, monkeypatch: pytest.MonkeyPatch):
@@ -318,10 +319,14 @@ def test_a_folder_without_a_lease_is_used_all_the_same(place: Path, capfd: pytes
     with lease.held(Path("/proc/run/lease")):
         pass
     assert capfd.readouterr().err == ""
-    place.touch()
-    with lease.held(place):
-        pass
-    said = f"warning: {place.parent}: cannot keep other commands out of it: Not a directory\n"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))  # as on a full disk
+    try:
+        with lease.held(place):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = f"warning: {place.parent}: cannot keep other commands out of it: File too large\n"
     assert capfd.readouterr().err == said
 
 
@@ -392,3 +397,22 @@ def test_two_exports_to_one_folder(tmp_path: Path):
         assert (partial / "model.safetensors").read_text() == "half"
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert [f.name for f in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link", "fifo", "lease's name", "instead of it"])
+def test_what_is_no_lease_is_left_alone(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / "lease"
+    if kind == "instead of it":
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        file = place / ("0123456789abcdef" if kind == "lease's name" else "contract.pdf")
+        make = {
+            "file": file.touch,
+            "dangling link": lambda: file.symlink_to("nowhere"),
+            "fifo": lambda: os.mkfifo(file),
+        }
+        make.get(kind, file.mkdir)()
+    with pytest.raises(UserError, match="is no lease, and in its place: move it away"), lease.held(place):
+        pass
+    assert place.is_file() or [*place.iterdir()] == [file]

@@ -221,3 +221,9 @@ def test_a_folder_without_permission():
     status = os.waitpid(child, 0)[1]
     folder.rmdir()
     assert os.waitstatus_to_exitcode(status) == 7
+
+
+@pytest.mark.parametrize("output", ["/", "/tmp/.."])
+def test_the_root_folder_is_no_runs(output: str) -> None:
+    with pytest.raises(FieldError, match="is the root folder"):
+        rules.check_output(Recipe("m", DataSettings("x"), output))

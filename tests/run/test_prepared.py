@@ -75,6 +75,12 @@ def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(tmp_path: Path) -> 
         prepare_rows(made(tmp_path), TINY, 100)
 
 
+def test_a_warm_up_as_long_as_the_epochs_is_refused_once_the_rows_are_counted(tmp_path: Path) -> None:
+    epochs = ("train.iterations=null", "train.epochs=1", "train.warmup_iterations=100")
+    with pytest.raises(FieldError, match=r"train\.warmup_iterations: must be below the \d+ steps of train\.epochs"):
+        prepare_rows(made(tmp_path, *epochs), TINY, 512)
+
+
 def test_a_row_a_turn_learns_every_answer(tmp_path: Path) -> None:
     with pytest.raises(FieldError, match="split makes a sample of each"):
         rules.check_recipe(made(tmp_path, "data.turns=split", "data.supervise=last"), read_config(TINY))

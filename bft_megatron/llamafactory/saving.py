@@ -33,6 +33,10 @@ def _carry_validation(to: Conversion) -> None:
     every = _carry_interval(to, strategy, "no", "logging_steps" if by_logging else "eval_steps", _USUAL_STEPS)
     best, metric = config.flag("load_best_model_at_end"), config.text("metric_for_best_model", "loss")
     if "data.valid" not in to.fields:
+        if every:
+            to.lose(strategy, f"there is no data.valid; with one, set train.validate_every {every}")
+        if best:
+            to.lose("load_best_model_at_end", "there is no data.valid; with one, set train.keep_best 1")
         return
     if every:
         to.carry("validation", f"every {every} steps", "train.validate_every", every)

@@ -235,3 +235,10 @@ def test_command(tmp_path: Path):
 )
 def test_as_many_rows_are_held_out_as_asked(counts: list[int], share: float, held: list[int]) -> None:
     assert data._held_out(counts, share) == held
+
+
+def test_a_validation_without_its_data_is_named_with_the_fields_to_set(tmp_path: Path) -> None:
+    evaluated = {"val_size": 0.1, "eval_strategy": "steps", "eval_steps": 7, "load_best_model_at_end": True}
+    lost = {lost.name: lost.why for lost in convert(written(tmp_path, **evaluated)).lost}
+    assert "set train.validate_every 7" in lost["eval_strategy"]
+    assert "set train.keep_best 1" in lost["load_best_model_at_end"]

@@ -16,8 +16,8 @@ from bft_megatron.textfiles import read_object
 FILE = "generation_config.json"
 
 _OF_CONFIG = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""What transformers takes from config.json for a model without generation_config.json, and no longer once there is one
-(they are all that the supported architectures' config.json has for it)."""
+"""Fields of config.json that transformers reads for generation only where there is no generation_config.json. The
+supported architectures have no others."""
 
 
 def stop_tokens(folder: Path) -> list[int]:

@@ -8,7 +8,7 @@ NULLS_DROPPED = (
     "the table holds tool arguments or schemas as structs, whose nulls may be its own: they are left out; store them "
     "as JSON text to keep those that are meant"
 )
-"""Said of a row where a null that was left out may have been the data's own."""
+"""Note on a row that lost a null which may have been its own."""
 
 _FREE = {"arguments", "parameters", "properties"}
 """Fields with a user's own names below them, where a null may be meant."""

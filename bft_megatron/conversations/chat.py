@@ -20,11 +20,12 @@ from bft_megatron.reading.formats import Conversation
 
 Supervise = Literal["assistant", "last", "all"]
 
-_ADVICE = {
-    "turns": "set data.turns: split for a sample of each answer, or data.supervise: last to learn the last one alone",
-    "all": "leave out `loss: false` and `weight: 0` of messages, or set data.supervise: assistant and "
-    "data.turns: split",
-}
+_TO_LEARN_TURNS = (
+    "set data.turns: split for a sample of each answer, or data.supervise: last to learn the last one alone"
+)
+_TO_LEARN_ALL = (
+    "leave out `loss: false` and `weight: 0` of messages, or set data.supervise: assistant and data.turns: split"
+)
 
 
 def encode(
@@ -71,7 +72,8 @@ def render(
     messages = tokenizer.quote(habits.shaped(known))
     given = tokenizer.quote(conversation.tools), tokenizer.quote(conversation.template)
     with limits.held():
-        finder = Turns(messages, given, tokenizer, limits, _ADVICE["all" if supervise == "all" else "turns"])
+        advice = _TO_LEARN_ALL if supervise == "all" else _TO_LEARN_TURNS
+        finder = Turns(messages, given, tokenizer, limits, advice)
         said.check_readable(finder)
         wanted = turns[-1:] if supervise == "last" else turns
         supervised = [i for i in wanted if i not in conversation.masked]

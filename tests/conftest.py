@@ -6,6 +6,7 @@ import os
 import warnings
 
 import pytest
+from hypothesis import settings
 
 os.environ.update(
     OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1", CUDA_DEVICE_MAX_CONNECTIONS="1", TOKENIZERS_PARALLELISM="false"
@@ -22,5 +23,9 @@ with warnings.catch_warnings():
 
 pytest.register_assert_rewrite("tests.helpers")
 pytest_plugins = ["tests.helpers.fixtures"]
+
+settings.register_profile("the same examples each time", derandomize=True)  # `make fuzz` looks for new ones
+if "FUZZ_SECONDS" not in os.environ:
+    settings.load_profile("the same examples each time")
 
 torch.set_num_threads(1)  # a forked child must not inherit a thread pool

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._yaml import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from bft_megatron.errors import UserError, reading, shortened
@@ -102,7 +103,7 @@ def composed(text: str, place: Callable[[yaml.Node | yaml.Event, str], str]) -> 
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_LEVELS:
             raise UserError(f"nested deeper than {MOST_LEVELS} levels", place(event, ""))
-    node = yaml.compose(text)
+    node = yaml.compose(text, get_yaml_loader())  # OmegaConf's own: PyYAML's reads 0E0 as text, OmegaConf a number
     if node is not None and (count := _Checked(place).count(node, "")) > MOST_VALUES:
         raise UserError(f"{count:,} values with the aliases: at most {MOST_VALUES:,} are read", place(node, ""))
     return node

@@ -63,6 +63,7 @@ texts = st.text(max_size=5) | st.sampled_from(
         "a:b",
         ":",
         ":1",
+        "0E0",
     ]
 )
 numbers = (
@@ -159,7 +160,7 @@ keys = st.sampled_from([*names(), "megatron.x", "train", "lora", "data.train[0]"
 )
 overrides = st.builds("{}={}".format, keys, scalars | st.text("[]{}:,.$&*!|>'\"%@`#- \n\t0aé", max_size=9)) | texts
 odd = [
-    b"\xff\xfem\x00", "é: 1".encode("latin-1"), b"\x00", b"null: 1", b"? [a]\n: 1", b"a: !!set {b}",
+    b"\xff\xfem\x00", "é: 1".encode("latin-1"), b"\x00", b"null: 1", b"0E0: 1", b"? [a]\n: 1", b"a: !!set {b}",
     b"a: !!python/name:os",
     b"megatron: " + b"[" * 900, b"megatron: &a [*a]", b"a: &a {b: *a}", b"train: {<<: 1}", b"- 1", b"",
     b"a: !!binary x",

@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 
 from bft_megatron.data.dataset import validation_rows
 from bft_megatron.hf import reference
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.reference import Row
 from bft_megatron.processes import ranks
 from bft_megatron.processes.device import current_device

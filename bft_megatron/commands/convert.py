@@ -8,7 +8,7 @@ from typing import TextIO
 import torch.distributed as dist
 
 from bft_megatron.checkpoint.integrity import seal
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.training.model import build

@@ -14,10 +14,10 @@ from pathlib import Path
 from bft_megatron.checkpoint import integrity
 from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES, OPTIMIZER_BYTES
 from bft_megatron.errors import UserError
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.weights import parameter_count
 from bft_megatron.processes import lease
-from bft_megatron.recipe.rules import check_world
+from bft_megatron.recipe.layout_rules import check_world
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import open_rows

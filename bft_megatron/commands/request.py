@@ -13,10 +13,11 @@ from rich.console import Console
 
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf import stops
-from bft_megatron.hf.architectures import ModelConfig, read_config
+from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.processes import launcher, lease, ranks
-from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe import layout_rules, reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run import atomic, obstacles, same_model
 from bft_megatron.run.folder import RunFolder
@@ -63,7 +64,7 @@ class Request:
         if in_rank:
             ranks.check()
         processes = ranks.world_size() if in_rank else launcher.local_processes(self.recipe)
-        self.check(lambda: rules.check_world(self.recipe, processes))
+        self.check(lambda: layout_rules.check_world(self.recipe, processes))
         return in_rank, processes
 
     def folder_held(self) -> AbstractContextManager[None]:

@@ -22,7 +22,7 @@ from torch.utils.data import default_collate
 
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import RowDataset, validation_rows
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.processes import ranks
 from bft_megatron.reading.sources import open_source
 from bft_megatron.recipe.schema import Recipe

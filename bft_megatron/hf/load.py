@@ -18,10 +18,10 @@ from torch import Tensor
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import hub, shards
-from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.draw import generator
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
-from bft_megatron.hf.weights import Weight, global_path, join, weights
+from bft_megatron.hf.weights import Place, Weight, join, weights
 
 
 class Source(Protocol):
@@ -57,12 +57,22 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
         if config.kv_heads % tp:
             raise UserError(f"tensor parallelism {tp} does not divide the model's {config.kv_heads} key/value heads")
         for chunk in chunks:
-            layer_numbers = [layer.layer_number for layer in chunk.decoder.layers]
+            place = place_of(chunk, config)
             for name, parameter in chunk.named_parameters():
-                fill_part(parameter, table[global_path(name, layer_numbers)], source)
+                fill_part(parameter, table[place.path(name)], source)
         return chunks
 
     return fill
+
+
+def place_of(chunk: GPTModel, config: ModelConfig) -> Place:
+    """Return which layers and experts of the model a pipeline chunk of this rank holds."""
+    layers = tuple(layer.layer_number - 1 for layer in chunk.decoder.layers)
+    if config.experts is None:
+        return Place(layers)
+    local = config.experts.count // parallel_state.get_expert_model_parallel_world_size()
+    mixtures = frozenset(i for i in layers if config.has_experts(i))
+    return Place(layers, mixtures, parallel_state.get_expert_model_parallel_rank() * local)
 
 
 def open_source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
@@ -115,8 +125,7 @@ def _some(names: list[str]) -> str:
 
 def fill_part(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> None:
     """Copy this TP rank's part of a weight into the parameter, converting dtype and device."""
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    tp, rank = (1, 0) if weight.axis is None else (tp, rank)
+    tp, rank = tensor_parallel_of(weight)
     if weight.padded:
         rows = parameter.shape[0]
         (tensor,) = weight.tensors
@@ -131,6 +140,18 @@ def fill_part(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> 
     value = join(parts, max(weight.blocks // tp, 1))
     assert value.shape == parameter.shape, f"{weight.path}: {tuple(value.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(value)
+
+
+def tensor_parallel_of(weight: Weight) -> tuple[int, int]:
+    """Return the number of ranks that share a weight, and this rank's number among them."""
+    if weight.axis is None:
+        return 1, 0
+    if weight.expert is not None:
+        return (
+            parallel_state.get_expert_tensor_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_rank(),
+        )
+    return parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
 
 
 class _FromCheckpoint:

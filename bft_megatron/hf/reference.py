@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bft_megatron.hf import hub
-from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.load import open_source
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.trainer import batch_sum
 from bft_megatron.hf.weights import weights
 from bft_megatron.labels import IGNORE_INDEX

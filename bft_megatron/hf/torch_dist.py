@@ -31,8 +31,9 @@ class Checkpoint:
 
     Megatron stores a parameter of all layers as one tensor with a leading layer dimension
     (`decoder.layers.mlp.linear_fc1.weight`) or, if layers differ from each other, one by one
-    (`decoder.layers.7.mlp.linear_fc1.weight`). Both are read slice by slice; torch loads the stored chunks that a slice
-    touches, one at a time; a chunk is one layer's part on one tensor-parallel rank.
+    (`decoder.layers.7.mlp.linear_fc1.weight`). The experts of a layer are one tensor too, with an expert dimension
+    (`decoder.layers.mlp.experts.experts.linear_fc1.weight`). All are read slice by slice; torch loads the stored chunks
+    that a slice touches, one at a time; a chunk is one layer's or expert's part on one tensor-parallel rank.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +57,7 @@ class Checkpoint:
     def shape(self, weight: Weight) -> tuple[int, ...]:
         """Return the shape of the whole parameter, over all TP ranks; a vocabulary includes Megatron's padding."""
         key, stored = self._find(weight)
-        return tuple(stored.size)[1:] if self._stacked(weight, key) else tuple(stored.size)
+        return tuple(stored.size)[len(_lead(weight, key)) :]
 
     def read(self, weight: Weight, first: int, rows: int) -> Tensor:
         """Read rows [first, first + rows) of the whole parameter.
@@ -65,7 +66,7 @@ class Checkpoint:
             UserError: a file of the checkpoint is missing or broken, or no file has a part of the tensor.
         """
         key, stored = self._find(weight)
-        lead = [weight.layer] if weight.layer is not None and self._stacked(weight, key) else []
+        lead = _lead(weight, key)
         size = [rows, *self.shape(weight)[1:]]
         offsets = [*lead, first, *(0 for _ in size[1:])]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size([1] * len(lead) + size))
@@ -102,15 +103,20 @@ class Checkpoint:
             raise UserError(f"{weight.path} is {shape} in the checkpoint, {needed} by config.json", str(self.folder))
 
     def _find(self, weight: Weight) -> tuple[str, TensorStorageMetadata]:
-        stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
-        for key in (stacked, weight.path):
+        stacked, single = weight.name, weight.name
+        if weight.layer is not None:
+            stacked, single = f"decoder.layers.{weight.name}", f"decoder.layers.{weight.layer}.{weight.name}"
+        for key in (stacked, single):
             stored = self._metadata.state_dict_metadata.get(key)
             if isinstance(stored, TensorStorageMetadata):
                 return key, stored
         raise UserError(f"has no {weight.path}: it is a checkpoint of another model", str(self.folder))
 
-    def _stacked(self, weight: Weight, key: str) -> bool:
-        return weight.layer is not None and key != weight.path
+
+def _lead(weight: Weight, key: str) -> list[int]:
+    """Return a parameter's indices in the leading dimensions of its key: of the layer where stacked, of the expert."""
+    stacked = weight.layer is not None and not key.startswith(f"decoder.layers.{weight.layer}.")
+    return [i for i, leads in ((weight.layer, stacked), (weight.expert, True)) if leads and i is not None]
 
 
 def _check_seal(folder: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import Experts, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,25 @@ class Weight:
     """A whole parameter of Megatron's model (not sharded over TP) and its Hugging Face tensors."""
 
     name: str
-    """Name within its layer, or within the model, as in a checkpoint, where norms have Transformer Engine's names."""
+    """Name within its layer, or within the model, as in a checkpoint, where norms have Transformer Engine's names and
+    all experts one name, such as `mlp.experts.experts.linear_fc1.weight`."""
     layer: int | None
     """Layer number from 0 over the whole model; None outside the layers."""
     tensors: tuple[HFTensor, ...]
     axis: int | None
-    """The axis that is sharded over TP; None: every rank has the whole parameter."""
+    """The axis that is sharded over TP, of an expert over expert-TP; None: every rank has the whole parameter."""
     blocks: int = 1
     """Number of blocks of rows in which the tensors are interleaved; TP shards the blocks too."""
     padded: bool = False
     """Whether the rows are the vocabulary, to which Megatron adds rows of zeros."""
+    expert: int | None = None
+    """Expert number from 0 over the whole layer; None outside the experts."""
 
     @property
     def path(self) -> str:
-        """Name in the whole model, such as `decoder.layers.7.mlp.linear_fc1.weight`."""
-        return self.name if self.layer is None else f"decoder.layers.{self.layer}.{self.name}"
+        """Name in the whole model, such as `decoder.layers.7.mlp.experts.3.linear_fc1.weight`."""
+        name = self.name if self.expert is None else self.name.replace(".experts.experts.", f".experts.{self.expert}.")
+        return name if self.layer is None else f"decoder.layers.{self.layer}.{name}"
 
 
 def weights(config: ModelConfig) -> list[Weight]:
@@ -67,49 +71,124 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)
 
 
-def _layer_weights(config: ModelConfig, layer: int) -> list[Weight]:
-    h, ffn, d, groups = config.hidden, config.ffn, config.head_dim, config.kv_heads
-    q, kv = config.heads * d, groups * d
+class _Layer:
+    """A maker of the weights of one layer."""
 
-    def weight(name: str, tensors: dict[str, tuple[int, ...]], axis: int | None = None, blocks: int = 1) -> Weight:
-        return Weight(
-            name, layer, tuple(HFTensor(f"model.layers.{layer}.{n}", s) for n, s in tensors.items()), axis, blocks
-        )
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
 
-    def qkv(kind: str, *columns: int) -> Weight:
-        shapes = {f"self_attn.{x}_proj.{kind}": (n, *columns) for x, n in (("q", q), ("k", kv), ("v", kv))}
-        return weight(f"self_attention.linear_qkv.{kind}", shapes, axis=0, blocks=groups)
+    def weight(
+        self,
+        name: str,
+        tensors: dict[str, tuple[int, ...]],
+        axis: int | None = None,
+        blocks: int = 1,
+        expert: int | None = None,
+    ) -> Weight:
+        """Return a weight of the layer; `tensors` are the shapes by Hugging Face name without `model.layers.N.`."""
+        named = tuple(HFTensor(f"model.layers.{self.layer}.{n}", shape) for n, shape in tensors.items())
+        return Weight(name, self.layer, named, axis, blocks, expert=expert)
 
+    def network(
+        self, at: str, hf: str, matrices: tuple[str, str, str], h: int, ffn: int, expert: int | None = None
+    ) -> list[Weight]:
+        """Return the two weights of a gated feed-forward network.
+
+        Args:
+            at: Megatron's name of the network.
+            hf: Hugging Face's pattern of its matrices, with `{matrix}`.
+            matrices: Hugging Face's names of gate, up and down.
+        """
+        gate, up, down = (f"{hf.format(matrix=matrix)}.weight" for matrix in matrices)
+        return [
+            self.weight(f"{at}.linear_fc1.weight", {gate: (ffn, h), up: (ffn, h)}, axis=0, expert=expert),
+            self.weight(f"{at}.linear_fc2.weight", {down: (h, ffn)}, axis=1, expert=expert),
+        ]
+
+
+def _layer_weights(config: ModelConfig, number: int) -> list[Weight]:
+    layer, h = _Layer(number), config.hidden
+    if config.experts is not None and config.has_experts(number):
+        return [*_attention(config, layer), *_mixture(config.experts, layer, h)]
+    matrices = ("gate_proj", "up_proj", "down_proj")
     return [
-        weight("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
-        qkv("weight", h),
-        *([qkv("bias")] if config.qkv_bias else []),
-        *(
-            [weight(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": (d,)}) for x in "qk"]
-            if config.qk_norm
-            else []
-        ),
-        weight("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}, axis=1),
-        weight("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)}),
-        weight("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": (ffn, h), "mlp.up_proj.weight": (ffn, h)}, axis=0),
-        weight("mlp.linear_fc2.weight", {"mlp.down_proj.weight": (h, ffn)}, axis=1),
+        *_attention(config, layer),
+        layer.weight("mlp.linear_fc1.layer_norm_weight", {"post_attention_layernorm.weight": (h,)}),
+        *layer.network("mlp", "mlp.{matrix}", matrices, h, config.ffn),
     ]
 
 
-# In the local layer spec norms are separate modules, in Transformer Engine's they are part of the next linear layer.
-_NORMS = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-}
+def _attention(config: ModelConfig, layer: _Layer) -> list[Weight]:
+    h, d, groups = config.hidden, config.head_dim, config.kv_heads
+    q, kv = config.heads * d, groups * d
+
+    def qkv(kind: str, *columns: int) -> Weight:
+        shapes = {f"self_attn.{x}_proj.{kind}": (n, *columns) for x, n in (("q", q), ("k", kv), ("v", kv))}
+        return layer.weight(f"self_attention.linear_qkv.{kind}", shapes, axis=0, blocks=groups)
+
+    return [
+        layer.weight("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
+        qkv("weight", h),
+        *([qkv("bias")] if config.qkv_bias else []),
+        *(
+            [layer.weight(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": (d,)}) for x in "qk"]
+            if config.qk_norm
+            else []
+        ),
+        layer.weight("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}, axis=1),
+    ]
 
 
-def global_path(parameter: str, layer_numbers: Sequence[int]) -> str:
-    """Return the `Weight.path` of a parameter in a pipeline chunk with these layer numbers (from 1, over the model)."""
+def _mixture(experts: Experts, layer: _Layer, h: int) -> list[Weight]:
+    """Return a layer's norm, router, shared network and experts; the norm is a module of its own in every spec."""
+    names, found = experts.names, list[Weight]()
+    found.append(layer.weight("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": (h,)}))
+    found.append(layer.weight("mlp.router.weight", {f"{names.router}.weight": (experts.count, h)}))
+    if experts.shared_ffn:
+        found += layer.network("mlp.shared_experts", names.shared, names.matrices, h, experts.shared_ffn)
+    if experts.shared_gate:
+        found.append(layer.weight("mlp.shared_experts.gate_weight", {f"{names.shared_gate}.weight": (1, h)}))
+    for i in range(experts.count):
+        pattern = names.expert.replace("{expert}", str(i))
+        found += layer.network("mlp.experts.experts", pattern, names.matrices, h, experts.ffn, expert=i)
+    return found
 
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
-    if match is None:
-        return parameter
-    return f"decoder.layers.{layer_numbers[int(match[1])] - 1}.{_NORMS.get(match[2], match[2])}"
+
+# In the local layer spec the norms of a dense layer are separate modules, in Transformer Engine's they are part of the
+# next linear layer.
+_INPUT_NORM = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}
+_DENSE_NORM = {"pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """The part of the model that a rank's pipeline chunk holds."""
+
+    layers: tuple[int, ...]
+    """Numbers of its layers, from 0 over the model."""
+    mixtures: frozenset[int] = frozenset()
+    """Those of the model's layers that have experts."""
+    first_expert: int = 0
+    """Number of the rank's first expert in each of its layers."""
+
+    def path(self, parameter: str) -> str:
+        """Return the `Weight.path` of a parameter of the chunk, by its name in the chunk."""
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", parameter)
+        if match is None:
+            return parameter
+        layer, name = self.layers[int(match[1])], match[2]
+        norms = _INPUT_NORM if layer in self.mixtures else _INPUT_NORM | _DENSE_NORM
+        return f"decoder.layers.{layer}.{norms.get(name, self._of_expert(name))}"
+
+    def _of_expert(self, name: str) -> str:
+        """Return a name with the expert's number over the whole layer; another name as it is."""
+        for local in (
+            r"mlp\.experts\.local_experts\.(?P<i>\d+)\.(?P<matrix>linear_fc\d)\.weight",  # SequentialMLP
+            r"mlp\.experts\.(?P<matrix>linear_fc\d)\.weight(?P<i>\d+)",  # TEGroupedMLP
+        ):
+            if match := re.fullmatch(local, name):
+                return f"mlp.experts.{self.first_expert + int(match['i'])}.{match['matrix']}.weight"
+        return name
 
 
 def join(tensors: Sequence[Tensor], blocks: int) -> Tensor:

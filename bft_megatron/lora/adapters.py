@@ -22,9 +22,9 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bft_megatron.hf.architectures import ModelConfig
-from bft_megatron.hf.load import Source, fill_part
-from bft_megatron.hf.weights import Weight, global_path
+from bft_megatron.hf.load import Source, fill_part, place_of
+from bft_megatron.hf.model_config import ModelConfig
+from bft_megatron.hf.weights import Weight
 from bft_megatron.lora.factors import Adapted, Fresh, adapted, scale, settings_of
 from bft_megatron.lora.peft import AdapterFolder
 from bft_megatron.recipe.schema import LoraSettings, Recipe
@@ -65,9 +65,9 @@ def lora_hook(
     def adapt(chunks: list[GPTModel]) -> list[GPTModel]:
         for chunk in chunks:
             chunk.requires_grad_(False)
-            layer_numbers = [layer.layer_number for layer in chunk.decoder.layers]
+            place = place_of(chunk, config)
             for name, module in list(chunk.named_modules()):
-                entry = table.get(global_path(f"{name}.weight", layer_numbers))
+                entry = table.get(place.path(f"{name}.weight"))
                 if entry is not None:
                     _attach(module, Adapter(entry, settings, chunk.config.sequence_parallel, module.weight), source)
             if chunk.pre_process:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import hub, shards
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.torch_dist import newest_checkpoint
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run import atomic

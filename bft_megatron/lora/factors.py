@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bft_megatron.hf.architectures import ModelConfig
 from bft_megatron.hf.draw import generator
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.weights import HFTensor, Weight, weights
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import shards, stops
-from bft_megatron.hf.architectures import ModelConfig, companions, read_config
+from bft_megatron.hf.architectures import companions, read_config
 from bft_megatron.hf.export import refuse_used, write_model, written_whole
 from bft_megatron.hf.hub import find_model
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import weights
 from bft_megatron.lora.base import check_base

@@ -8,12 +8,12 @@ from itertools import batched
 from typing import Any
 
 from bft_megatron.errors import FieldError, UserError
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.plan import processes
 from bft_megatron.plan.budget import Verdict, verdict
 from bft_megatron.plan.hardware import Cluster
 from bft_megatron.plan.layout import Stage, of_each
-from bft_megatron.recipe import rules
+from bft_megatron.recipe import layout_rules, rules
 from bft_megatron.recipe.schema import Recipe
 
 ENOUGH = 3
@@ -83,7 +83,7 @@ def possible(recipe: Recipe, config: ModelConfig, world: int) -> bool:
     """Return whether the recipe passes the checks of `recipe.rules`; Megatron may still refuse it."""
     try:
         rules.check_recipe(recipe, config)
-        rules.check_world(recipe, world)
+        layout_rules.check_world(recipe, world)
     except FieldError:
         return False
     return True

@@ -11,7 +11,7 @@ from pathlib import Path
 from bft_megatron.commands.request import Request
 from bft_megatron.plan.hardware import Cluster, lookup, share_of_this_machine
 from bft_megatron.plan.known import model_config
-from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe import layout_rules, reader
 from bft_megatron.recipe.schema import Recipe
 
 
@@ -50,7 +50,7 @@ def run(request: Request, on: Cluster, *, as_json: bool, html: Path | None) -> b
         UserError: the recipe does not divide over the cluster, or Megatron refuses it.
     """
     recipe, config = request.recipe, request.config
-    request.check(lambda: rules.check_world(recipe, on.world))
+    request.check(lambda: layout_rules.check_world(recipe, on.world))
     quietly()
     from bft_megatron.plan import report
     from bft_megatron.plan.changes import changes

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from bft_megatron.data.dataset import VIRTUAL_LENGTH, full_row
-from bft_megatron.hf import architectures
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.megatron_flags import megatron_flags
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.plan.memory import Ledger
 from bft_megatron.plan.probe import Enough, StepProbe, Trace
 from bft_megatron.recipe.schema import Recipe
@@ -71,7 +71,7 @@ def run(
     arguments.check_passed_through(recipe)
     flags = arguments.megatron_arguments(
         recipe,
-        architectures.megatron_flags(config),
+        megatron_flags(config),
         initialize.CPU_FLAGS if on_cpu else initialize.GPU_FLAGS,
         iterations=MANY,
         validation=(0, 0),

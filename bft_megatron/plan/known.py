@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf.architectures import ModelConfig, read_config
+from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
+from bft_megatron.hf.model_config import ModelConfig
 
 
 def _sizes(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **more: Any) -> dict[str, Any]:

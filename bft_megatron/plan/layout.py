@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.plan import fake_step, processes
 from bft_megatron.plan.probe import Trace
 from bft_megatron.recipe.schema import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.plan.budget import Verdict, verdict
 from bft_megatron.plan.estimate import Estimate, estimate
 from bft_megatron.plan.hardware import Cluster

@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import product
 
 from bft_megatron.checkpoint.sizes import OPTIMIZER_BYTES
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.weights import parameter_count
 from bft_megatron.plan.budget import verdict
 from bft_megatron.plan.changes import possible

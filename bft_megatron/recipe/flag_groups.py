@@ -19,15 +19,27 @@ REFUSED = {
         attention-output-gate untie-embeddings-and-output-weights heterogeneous-layers-config-* use-mup mup-*
         multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim
         rotary-scaling-factor mscale mscale-all-dim cache-mla-latents mla-down-proj-fusion
-        experimental-attention-variant dsa-* no-dsa-* linear-*""",
+        experimental-attention-variant dsa-* no-dsa-* linear-* num-experts moe-layer-freq moe-ffn-hidden-size
+        moe-router-topk moe-router-topk-scaling-factor moe-router-pre-softmax moe-router-score-function
+        moe-router-num-groups moe-router-group-topk moe-router-enable-expert-bias moe-shared-expert-gate
+        moe-shared-expert-intermediate-size moe-latent-size moe-use-upcycling moe-upcycling-granularity""",
     "the weights come from the model's folder, or are drawn where the recipe has `init: random`": """
         no-initialization init-method-* embedding-init-method-std init-model-with-meta-device
         data-parallel-random-init""",
-    "the model has no mixture of experts": """
-        num-experts moe-* expert-model-parallel-size expert-tensor-* overlap-moe-expert-parallel-comm
-        overlap-dispatch-backward-with-experts-wgrad ep-overlap-early-attn-memory-release delay-wgrad-compute
-        high-priority-a2a-comm-stream use-grouped-gemm-for-shared-expert use-fused-weighted-squared-relu
-        save-tokens-per-expert-interval""",
+    "which tokens are dropped would depend on the layout": """
+        moe-expert-capacity-factor moe-expert-rank-capacity-factor moe-pad-expert-* moe-pad-experts-*
+        moe-token-drop-policy""",
+    "it sends tokens to other experts than the model does": """
+        moe-router-force-* moe-input-jitter-eps moe-enable-routing-replay moe-router-padding-for-*
+        moe-router-quantile-balancing-ema""",
+    "it was not tried with experts": """
+        moe-single-grouped-* moe-*-glu-interleave-size use-grouped-gemm-for-shared-expert moe-paged-stash*
+        moe-apply-probs-on-input expert-tensor-parallel-num-weight-shards use-fused-weighted-squared-relu
+        overlap-moe-expert-parallel-comm overlap-dispatch-backward-with-experts-wgrad
+        ep-overlap-early-attn-memory-release delay-wgrad-compute""",
+    "the router computes in fp32: rounding would choose the experts": "moe-router-dtype",
+    "such a loss depends on the layout, on micro_batch_size or on padding": """
+        moe-router-load-balancing-type moe-aux-loss-coeff moe-z-loss-coeff moe-router-bias-update-rate""",
     "models of this kind are not trained here": """
         is-hybrid-model hybrid-layer-pattern hybrid-override-pattern mamba-* disable-mamba-mem-eff-path
         bert-* output-bert-embeddings onnx-safe ict-* biencoder-* titles-data-path query-in-block-prob
@@ -123,6 +135,7 @@ NOT_MEGATRONS = {"label-smoothing": "exp(-loss) would no longer be the probabili
 MAY_CHANGE = {
     "activations that are computed again or offloaded": """
         recompute-granularity recompute-method recompute-num-layers recompute-modules recompute-activations
+        moe-layer-recompute
         distribute-saved-activations cpu-offloading-num-layers cpu-offloading-retain-pinned-cpu-buffers
         fine-grained-activation-offloading fine-grained-offloading-max-inflight-offloads offload-modules
         min-offloaded-tensor-size delta-offload-bytes-across-pp-ranks activation-offload-fraction
@@ -136,14 +149,16 @@ MAY_CHANGE = {
         no-align-grad-reduce no-align-param-gather ddp-num-buckets ddp-bucket-size ddp-pad-buckets-for-high-nccl-busbw
         create-all-gather-group tp-comm-* no-tp-comm-* use-ring-exchange-p2p pipeline-model-parallel-comm-backend
         nccl-communicator-config-path use-nccl-ub disable-symmetric-registration use-sharp sharp-enabled-group
-        high-priority-stream-groups disable-gloo-process-groups""",
+        high-priority-stream-groups disable-gloo-process-groups high-priority-a2a-comm-stream moe-token-dispatcher-type
+        moe-flex-dispatcher-* moe-enable-deepep moe-deepep-num-sms moe-hybridep-* moe-ncclep-*
+        moe-permute-fusion-into-hybridep moe-shared-expert-overlap""",
     "time-outs and watching": """
         distributed-timeout-minutes distributed-timeout-seconds-after-init flight-recorder-* no-flight-recorder-*
         check-weight-hash-across-dp-replicas-interval gpu-sniff-test-interval train-sync-interval""",
     "kernels": """
         attention-backend flash-attention-version use-flash-attn no-persist-layer-norm no-masked-softmax-fusion
         no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion no-gradient-accumulation-fusion
-        fused-residual-rmsnorm disable-jit-fuser
+        fused-residual-rmsnorm disable-jit-fuser moe-grouped-gemm moe-permute-fusion moe-router-fusion
         deterministic-mode no-clone-scatter-output-in-embedding""",
     "processes and memory of the host": """
         num-workers manual-gc manual-gc-interval no-manual-gc-eval
@@ -155,6 +170,7 @@ MAY_CHANGE = {
         distrib-optim-fully-reshardable-mem-efficient save-params-interval save-activations-interval
         save-wgrads-interval save-dgrads-interval dump-param-to-param-group-map""",
     "logs": """
+        moe-per-layer-logging moe-routing-trace-* save-tokens-per-expert-interval
         log-* no-log-* timing-log-level timing-log-option no-barrier-with-level-1-timing logging-level
         config-logger-dir tensorboard-log-interval tensorboard-queue-size wandb-* straggler-*
         disable-straggler-on-startup no-one-logger one-logger-* app-tag-run-*""",

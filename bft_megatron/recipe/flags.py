@@ -66,6 +66,11 @@ MADE = (
     ),
     Made("num-layers-per-virtual-pipeline-stage", _nothing, "parallel.virtual_pipeline"),
     Made("context-parallel-size", lambda inputs: inputs.recipe.parallel.context, "parallel.context"),
+    Made("expert-model-parallel-size", lambda inputs: inputs.recipe.parallel.expert, "parallel.expert"),
+    Made(  # Megatron's own default is the tensor-parallel size
+        "expert-tensor-parallel-size", lambda inputs: inputs.recipe.parallel.expert_tensor, "parallel.expert_tensor"
+    ),
+    Made("moe-token-dispatcher-type", lambda _: "alltoall"),
     Made("sequence-parallel", lambda inputs: inputs.recipe.parallel.sequence_parallel, "parallel.sequence"),
     # The batch and the schedule.
     _train("micro-batch-size", "micro_batch_size"),

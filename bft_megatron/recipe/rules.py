@@ -1,4 +1,4 @@
-"""Checks of a recipe that need more than one field: layout against model, batch and row length.
+"""Checks of a recipe that need more than one field; those of its layout are in `layout_rules`.
 
 They run before any process starts and name the field to change. They catch early, and report in the recipe's terms,
 settings that Megatron itself would refuse during start-up or in its first step.
@@ -10,10 +10,12 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bft_megatron import user_code
 from bft_megatron.errors import FieldError, reading, shortened
+from bft_megatron.recipe import layout_rules
+from bft_megatron.recipe.layout_rules import ModelShape
 from bft_megatron.recipe.limits import Range
 from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
 
@@ -21,38 +23,12 @@ TIME_OUT = "distributed-timeout-minutes"
 TIME_OUT_MINUTES = Range(above=0, at_most=366 * 24 * 60)
 
 
-class ModelShape(Protocol):
-    """The sizes of a model that the checks need; `hf.architectures.ModelConfig` provides them."""
-
-    @property
-    def layers(self) -> int:
-        """Number of transformer layers."""
-
-    @property
-    def heads(self) -> int:
-        """Number of attention heads."""
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key/value heads."""
-
-    @property
-    def ffn(self) -> int:
-        """Width of the feed-forward layer."""
-
-    @property
-    def max_positions(self) -> int:
-        """Longest sequence that the model supports, in tokens."""
-
-
 def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     """Raise FieldError if values are invalid, contradict each other, or do not divide the model's sizes."""
     _check_data(recipe)
     _check_objective(recipe)
     _check_schedule(recipe)
-    _check_layout(recipe)
-    _check_model(recipe, model)
-    _check_row_length(recipe, model)
+    layout_rules.check_layout(recipe, model)
     _check_lora(recipe)
     _check_flags(recipe)
 
@@ -61,47 +37,6 @@ def check_comparable(recipe: Recipe) -> None:
     """Raise FieldError if the recipe's model cannot be compared with transformers."""
     if recipe.lora is not None and recipe.lora.adapter is not None:
         raise FieldError("lora.adapter", "the base model is what is compared: leave it out (lora.adapter=null)")
-
-
-def check_world(recipe: Recipe, world_size: int) -> None:
-    """Raise FieldError if the number of processes does not fit the layout, or the batch does not divide over them."""
-    parallel, train = recipe.parallel, recipe.train
-    one_copy = parallel.model_parallel_size
-    if world_size % one_copy:
-        raise FieldError(
-            "parallel",
-            f"tensor x pipeline x context = {one_copy} processes hold the model once; {world_size} is not a multiple",
-        )
-    step_rows = world_size // one_copy * train.micro_batch_size
-    if train.global_batch_size % step_rows:
-        raise FieldError(
-            "train.global_batch_size",
-            f"{train.global_batch_size} is not a multiple of micro_batch_size x data-parallel size = {step_rows}",
-        )
-    if parallel.virtual_pipeline > 1 and train.global_batch_size // step_rows % parallel.pipeline:
-        raise FieldError(
-            "train.global_batch_size",
-            f"gives {train.global_batch_size // step_rows} micro-batches a step; with virtual_pipeline they must be a "
-            f"multiple of parallel.pipeline ({parallel.pipeline})",
-        )
-
-
-UNEVEN_SPLIT_FLAGS = {
-    "account-for-embedding-in-pipeline-split",
-    "account-for-loss-in-pipeline-split",
-    "decoder-first-pipeline-num-layers",
-    "decoder-last-pipeline-num-layers",
-    "pipeline-model-parallel-layout",
-}
-"""Flags under `megatron` with which pipeline stages may hold different numbers of layers."""
-
-
-def pad_multiple(recipe: Recipe) -> int:
-    """Return the number of tokens to a multiple of which packed samples are padded.
-
-    Its default is 2 x context, because context parallelism cuts every sample into that many chunks; 1 without it.
-    """
-    return recipe.data.pad_multiple or recipe.parallel.context_chunks
 
 
 def _check_data(recipe: Recipe) -> None:
@@ -161,53 +96,10 @@ def _check_schedule(recipe: Recipe) -> None:
         )
 
 
-def _check_layout(recipe: Recipe) -> None:
-    parallel = recipe.parallel
-    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
-        raise FieldError("parallel.virtual_pipeline", "needs parallel.pipeline above 1")
-    if parallel.sequence_parallel and parallel.tensor == 1:
-        raise FieldError("parallel.sequence", "sequence parallelism shards over tensor ranks: parallel.tensor is 1")
-
-
-def _check_model(recipe: Recipe, model: ModelShape) -> None:
-    parallel = recipe.parallel
-    for count, what in (
-        (model.heads, "attention heads"),
-        (model.kv_heads, "key/value heads"),
-        (model.ffn, "feed-forward columns"),
-    ):
-        if count % parallel.tensor:
-            raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide the model's {count} {what}")
-    chunks = parallel.pipeline * parallel.virtual_pipeline
-    if model.layers % chunks and not UNEVEN_SPLIT_FLAGS & recipe.megatron.keys():
-        raise FieldError(
-            "parallel.pipeline",
-            f"pipeline x virtual_pipeline = {chunks} does not divide the model's {model.layers} layers; for an uneven "
-            "split set `account-for-embedding-in-pipeline-split` or `decoder-first-pipeline-num-layers` under "
-            "`megatron`",
-        )
-
-
-def _check_row_length(recipe: Recipe, model: ModelShape) -> None:
-    parallel, data = recipe.parallel, recipe.data
-    if data.seq_length > model.max_positions:
-        raise FieldError("data.seq_length", f"the model was made for at most {model.max_positions} positions")
-    chunks = parallel.context_chunks
-    if pad_multiple(recipe) % chunks:
-        raise FieldError("data.pad_multiple", f"must be a multiple of 2 x parallel.context = {chunks}")
-    shards = chunks * (parallel.tensor if parallel.sequence_parallel else 1)
-    for need, why in (
-        (shards, "what context and sequence parallelism cut it into"),
-        (pad_multiple(recipe), "data.pad_multiple"),
-    ):
-        if data.seq_length % need:
-            raise FieldError("data.seq_length", f"{data.seq_length} is not a multiple of {need}, {why}")
-
-
 def _check_lora(recipe: Recipe) -> None:
     """Raise FieldError if the adapters' settings are invalid.
 
-    `_check_model` covers their layout too: a TP rank holds whole heads of q, k and v, of the adapters as of the model.
+    `layout_rules` covers their layout too: a TP rank holds whole heads of q, k and v, of the adapters as of the model.
     """
     lora = recipe.lora
     if lora is None:

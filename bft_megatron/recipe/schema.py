@@ -97,6 +97,10 @@ class ParallelSettings:
     """Groups of layers on each pipeline rank; above 1 the pipeline schedule is interleaved."""
     context: int = count(1)
     """Context-parallel size: GPUs that share each row's tokens."""
+    expert: int = count(1)
+    """Expert-parallel size: ranks that share the experts of a layer, taken from those of the other sizes."""
+    expert_tensor: int = count(1)
+    """Tensor-parallel size of the experts: ranks that share each expert's matrices."""
     data: int = count(1)
     """Data-parallel size of a run on the CPU. On GPUs it follows from their number and the other sizes."""
     sequence: bool | None = None
@@ -106,6 +110,11 @@ class ParallelSettings:
     def model_parallel_size(self) -> int:
         """Number of processes that hold the model once."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_model_parallel_size(self) -> int:
+        """Number of processes that hold the experts once."""
+        return self.expert * self.expert_tensor * self.pipeline
 
     @property
     def sequence_parallel(self) -> bool:

@@ -72,6 +72,7 @@ def describe_layout(recipe: Recipe, world: int) -> str:
     p = recipe.parallel
     data = world // p.model_parallel_size
     sizes = {"TP": p.tensor, "PP": p.pipeline, "VP": p.virtual_pipeline, "CP": p.context, "DP": data}
+    sizes |= {"EP": p.expert, "ETP": p.expert_tensor}
     names = [f"{name} {size}" for name, size in sizes.items() if size > 1] + ["SP"] * recipe.parallel.sequence_parallel
     return f"{' '.join(names) or 'no parallelism'} on {world} process{'es' if world > 1 else ''}"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from bft_megatron.errors import FieldError
 from bft_megatron.hf import hub, seal
 from bft_megatron.hf.architectures import companions
-from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe import layout_rules, reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run import atomic
 from bft_megatron.run.changes import changed
@@ -182,7 +182,7 @@ class RunFolder:
         """
         if recipe.data.pad_multiple is not None:
             return recipe
-        multiple = rules.pad_multiple(recipe)
+        multiple = layout_rules.pad_multiple(recipe)
         if self.goes_on():
             multiple, chunks = reader.load(self.config).data.pad_multiple or multiple, multiple
             if multiple % chunks:

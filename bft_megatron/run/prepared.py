@@ -27,7 +27,7 @@ from bft_megatron.data.ends import stop_tokens
 from bft_megatron.data.prepare import Prepared
 from bft_megatron.errors import FieldError, Unreadable, UserError
 from bft_megatron.processes import lease, ranks
-from bft_megatron.recipe.rules import pad_multiple
+from bft_megatron.recipe.layout_rules import pad_multiple
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.recipe.sources import SourceSettings
 from bft_megatron.run import trained_on

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from bft_megatron.data.blend import Blend
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows

@@ -7,7 +7,8 @@ those of a LoRA run's base are compared in `lora.base`.
 from __future__ import annotations
 
 from bft_megatron.errors import FieldError, UserError
-from bft_megatron.hf.architectures import ModelConfig, read_config
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.run.folder import RunFolder
 
 

@@ -23,7 +23,7 @@ def megatron_arguments(
     """Return the argument list of a run: the flags of `flags.MADE`, of the model, of the device and of `megatron:`.
 
     Args:
-        model_flags: the flags of the architecture (`hf.architectures.megatron_flags`).
+        model_flags: the flags of the architecture (`hf.megatron_flags`).
         device_flags: the flags of the device (`initialize.device_flags`).
         iterations: steps of the whole run.
         validation: (rows per iteration, iterations of a whole pass); (0, 0) without a validation set.

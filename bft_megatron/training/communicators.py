@@ -21,6 +21,11 @@ GROUPS: tuple[Callable[[], dist.ProcessGroup], ...] = (
     parallel_state.get_context_parallel_group,
     lambda: parallel_state.get_data_parallel_group(with_context_parallel=True),  # gradients and the divisor
     parallel_state.get_model_parallel_group,  # the gradient's norm
+    parallel_state.get_expert_model_parallel_group,
+    parallel_state.get_expert_tensor_parallel_group,
+    parallel_state.get_expert_tensor_and_model_parallel_group,
+    parallel_state.get_expert_tensor_model_pipeline_parallel_group,  # the norm of the experts' gradients
+    parallel_state.get_expert_data_parallel_group,
 )
 
 

@@ -21,7 +21,7 @@ from bft_megatron.checkpoint.saving import Saving
 from bft_megatron.checkpoint.stopping import Stop
 from bft_megatron.checkpoint.streak import Streak
 from bft_megatron.errors import BlownUp, FieldError
-from bft_megatron.hf import architectures
+from bft_megatron.hf.megatron_flags import megatron_flags
 from bft_megatron.processes import ranks, signals
 from bft_megatron.reporting.announce import notes, sentence
 from bft_megatron.reporting.peak import report_peak
@@ -77,7 +77,7 @@ def train(run: Run, console: TextIO) -> None:
     margs = command_line.parse(
         arguments.megatron_arguments(
             recipe,
-            architectures.megatron_flags(run.config),
+            megatron_flags(run.config),
             initialize.device_flags(on_cpu),
             run.steps,
             (run.validation.batch, run.validation.iterations),

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from bft_megatron.hf import architectures, load
-from bft_megatron.hf.architectures import ModelConfig, megatron_flags
+from bft_megatron.hf import load
+from bft_megatron.hf.megatron_flags import configure, megatron_flags
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.lora import adapters
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import arguments, initialize
@@ -36,7 +37,7 @@ def model_config(
 
     with command_line.refusals():
         model = gpt_config_from_args(margs)
-    architectures.configure(model, config)
+    configure(model, config)
     if initialize.torch_layers(on_cpu):
         from bft_megatron.layers.spec import layer_spec
 

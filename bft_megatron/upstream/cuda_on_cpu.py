@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bft_megatron.upstream import dataset_helpers, torch_adam
+from bft_megatron.upstream import dataset_helpers, experts_on_gloo, torch_adam
 from bft_megatron.upstream.change import Change
 
 _NEVER = "Megatron trains without CUDA"
@@ -93,6 +93,7 @@ def install(device: str = "cpu") -> None:
         change.put(stand_ins[change.target])
     torch_adam.install()
     dataset_helpers.without_compiling()
+    experts_on_gloo.install()
 
 
 class _CudaElsewhere(TorchFunctionMode):
@@ -133,6 +134,9 @@ class _Stream:
     def wait_event(self, *_: Any) -> None: ...
     def wait_stream(self, *_: Any) -> None: ...
     def synchronize(self) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event()
 
 
 class _Event:

@@ -12,7 +12,8 @@ import pytest
 from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES
 from bft_megatron.commands.preflight import preflight
 from bft_megatron.errors import FieldError, UserError
-from bft_megatron.hf.architectures import ModelConfig, read_config
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.weights import parameter_count
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import Recipe

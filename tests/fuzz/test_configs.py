@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf.architectures import ARCHITECTURES, ModelConfig, megatron_flags, read_config
+from bft_megatron.hf.architectures import ARCHITECTURES, read_config
+from bft_megatron.hf.megatron_flags import megatron_flags
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.llamafactory import convert, recipe_text
 from bft_megatron.recipe import reader
 from tests.fuzz.test_recipes import TINY, budget, mostly, trees

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from bft_megatron.data.blend import Blend
 from bft_megatron.data.dataset import training_rows, validation_rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.load import _Random
+from bft_megatron.hf.weights import weights
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.prepared import prepare_rows
 from tests.helpers import objective_reference as reference
@@ -54,7 +57,7 @@ def first_step(
     train = measure(made, model, [training[i] for i in range(batch)], windows_cp)
     report, loss = _report(made, train)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    gradients = _named_as_in_files(model, {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     norm = math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values()))
     sources = {
         name: {key: _report(made, own)[0][key] for key in ("loss", "mean_p", "samples", "tokens")}
@@ -75,15 +78,19 @@ def _by_source(blend: Blend, measured: list[Measured]) -> dict[str, list[Measure
 
 
 def whole_model(made: Recipe) -> torch.nn.Module:
-    """transformers' model in fp64 with the weights that the recipe draws."""
+    """transformers' model in fp64 with the weights that the recipe draws, its experts one after the other."""
     folder = find_model(made.model)
     config = read_config(folder)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager").double()
     draw = _Random(config, made.train.seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(draw(name, None, 0, 0))
-    return model
+    state = {t.name: draw(t.name, None, 0, 0) for w in weights(config) for t in w.tensors}
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float64}
+    of_files = AutoConfig.from_pretrained(folder)
+    return getattr(transformers, config.architecture).from_pretrained(None, config=of_files, state_dict=state, **plain)
+
+
+def _named_as_in_files(model: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters' values by the names of the files, of which transformers joins an expert's and all experts'."""
+    return values if not hasattr(model, "_weight_conversions") else revert_weight_conversion(model, values)
 
 
 def _samples(row: dict[str, Tensor]) -> Iterator[Sample]:

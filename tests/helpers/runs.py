@@ -19,7 +19,7 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.weights import part, weights
 from bft_megatron.processes.terminal import output_to
-from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe import layout_rules, reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
@@ -42,6 +42,8 @@ class Layout:
     context: int = 1
     data: int = 1
     sequence: bool = False
+    expert: int = 1
+    expert_tensor: int = 1
     micro_batch_size: int = 1
 
     @property
@@ -50,6 +52,7 @@ class Layout:
 
     def __str__(self) -> str:
         names = {"tensor": "tp", "pipeline": "pp", "virtual_pipeline": "vpp", "context": "cp", "data": "dp"}
+        names |= {"expert": "ep", "expert_tensor": "etp"}
         sizes = [f"{short}{getattr(self, name)}" for name, short in names.items() if getattr(self, name) > 1]
         sizes += ["sp"] * self.sequence + [f"mb{self.micro_batch_size}"] * (self.micro_batch_size > 1)
         return "-".join(sizes) or "one"
@@ -84,6 +87,38 @@ VARIANTS = {
         "model_type": "qwen3",
         "head_dim": 32,
         "tie_word_embeddings": True,
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    },
+    "qwen3_moe_dense": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [0],
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
     },
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 24},
 }
@@ -141,7 +176,7 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
         ],
     )
     rules.check_recipe(made, read_config(find_model(made.model)))
-    rules.check_world(made, layout.world)
+    layout_rules.check_world(made, layout.world)
     return made
 
 
@@ -196,8 +231,12 @@ def gradients(checkpoint: Path, made: Recipe) -> dict[str, Tensor]:
     found = {}
     for weight in weights(read_config(find_model(made.model))):
         stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
-        whole = moments[prefix + stacked]
-        whole = whole if weight.layer is None else whole[weight.layer]
+        if prefix + stacked in moments:
+            whole = moments[prefix + stacked]
+            whole = whole if weight.layer is None else whole[weight.layer]
+        else:  # of a model whose layers differ
+            whole = moments[f"{prefix}decoder.layers.{weight.layer}.{weight.name}"]
+        whole = whole if weight.expert is None else whole[weight.expert]
         whole = whole[: sum(t.shape[0] for t in weight.tensors)] / (1 - made.train.adam_beta1)
         found |= {tensor.name: part(weight, i, whole) for i, tensor in enumerate(weight.tensors)}
     return found

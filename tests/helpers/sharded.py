@@ -21,8 +21,9 @@ from megatron.training import global_vars
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from bft_megatron.hf.architectures import configure, megatron_flags, read_config
+from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import weights_hook
+from bft_megatron.hf.megatron_flags import configure, megatron_flags
 from bft_megatron.layers.spec import layer_spec
 from bft_megatron.training.initialize import CPU_FLAGS
 from bft_megatron.upstream import checkpoint_writer, command_line

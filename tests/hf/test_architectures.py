@@ -15,7 +15,9 @@ import transformers
 from megatron.training.arguments import add_megatron_arguments
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf.architectures import ModelConfig, companions, megatron_flags, read_config
+from bft_megatron.hf.architectures import companions, read_config
+from bft_megatron.hf.megatron_flags import megatron_flags
+from bft_megatron.hf.model_config import ModelConfig
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import SavedModel
 
@@ -128,7 +130,7 @@ def test_megatron_parses_the_flags(models: list[SavedModel]) -> None:
         ({"hidden_act": "gelu"}, "config.json: hidden_act: not supported: the activation 'gelu'"),
         ({"attention_bias": True}, "attention_bias: not supported: a bias"),
         ({"mlp_bias": True}, "mlp_bias: not supported: a bias"),
-        ({"num_local_experts": 8}, "num_local_experts: not supported: a mixture of experts"),
+        ({"num_local_experts": 8}, "num_local_experts: not supported: experts in a dense architecture"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: not supported: quantised weights"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of type 'linear' .llama3 is."),
@@ -173,7 +175,9 @@ def test_companions_are_all_but_the_weights(tmp_path: Path) -> None:
 
 def test_reading_a_configuration_does_not_import_torch(models: list[SavedModel]) -> None:
     code = (
-        "import sys; from pathlib import Path; from bft_megatron.hf.architectures import megatron_flags, read_config\n"
+        "import sys; from pathlib import Path\n"
+        "from bft_megatron.hf.architectures import read_config\n"
+        "from bft_megatron.hf.megatron_flags import megatron_flags\n"
         "megatron_flags(read_config(Path(sys.argv[1]))); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, models[0].folder], check=True, timeout=60)

@@ -16,7 +16,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf import shards
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import check_weights
-from bft_megatron.hf.weights import global_path, join, part, weights
+from bft_megatron.hf.weights import Place, join, part, weights
 from tests.helpers import sharded, tiny_models
 from tests.helpers.sharded import Sharding
 from tests.helpers.tiny_models import SavedModel
@@ -128,7 +128,7 @@ def test_both_layer_specs_names_of_the_norms() -> None:
         ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
         ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
     ):
-        paths = {global_path(f"decoder.layers.1.{name}", [3, 4]) for name in (local, fused)}
+        paths = {Place((2, 3)).path(f"decoder.layers.1.{name}") for name in (local, fused)}
         assert paths == {f"decoder.layers.3.{fused}"}
 
 

@@ -10,8 +10,9 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from bft_megatron.hf.architectures import megatron_flags, read_config
+from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import weights_hook
+from bft_megatron.hf.megatron_flags import megatron_flags
 from bft_megatron.layers.spec import layer_spec
 from bft_megatron.objective.view import zigzag
 from bft_megatron.recipe.schema import ObjectiveSettings

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bft_megatron.hf.architectures import ModelConfig
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.plan import fake_step
 from bft_megatron.plan.fake_step import kind_of_group
 from bft_megatron.plan.memory import Collective, Ledger

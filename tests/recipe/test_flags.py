@@ -11,7 +11,8 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from bft_megatron.errors import FieldError, UserError
-from bft_megatron.hf.architectures import megatron_flags, read_config
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.megatron_flags import megatron_flags
 from bft_megatron.recipe import flag_groups, flags, reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import initialize
@@ -85,7 +86,7 @@ def test_the_defaults_may_be_changed_and_the_rest_of_what_a_run_sets_may_not(tmp
         ("adam-beta1", "is set by the recipe's own field train.adam_beta1"),
         ("eval-iters", "is set by the recipe's own field data.valid"),
         ("fp16", "is set by the recipe's own field train.precision"),
-        ("num-experts", "cannot be used here: the model has no mixture of experts"),
+        ("num-experts", "cannot be used here: the architecture is the model"),
         ("hidden-dropout", "cannot be used here: each rank would draw its own mask"),
         ("optimizer", "cannot be used here: the optimizer is AdamW"),
         ("hidden-size", "from its config.json"),

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES
-from bft_megatron.hf.architectures import ModelConfig, megatron_flags, read_config
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.megatron_flags import megatron_flags
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.weights import parameter_count
 from bft_megatron.plan.known import CONFIGS
-from bft_megatron.recipe import reader, rules
+from bft_megatron.recipe import layout_rules, reader, rules
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import initialize
 from bft_megatron.training.arguments import check_passed_through, megatron_arguments
@@ -45,7 +47,7 @@ def test_recipe(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[made.model]))
     config = read_config(tmp_path)
     rules.check_recipe(made, config)
-    rules.check_world(made, gpus)
+    layout_rules.check_world(made, gpus)
     [seen] = run_world(1, accepted, made, config, gpus)
     one_copy = made.parallel.model_parallel_size
     assert seen["data_parallel_size"] == gpus // one_copy

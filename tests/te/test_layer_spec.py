@@ -11,7 +11,8 @@ from megatron.core.extensions import transformer_engine as te
 
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.export import export
-from bft_megatron.hf.weights import global_path, weights
+from bft_megatron.hf.load import place_of
+from bft_megatron.hf.weights import weights
 from tests.helpers import sharded
 from tests.helpers.exported import assert_same, tensors
 from tests.helpers.sharded import TRANSFORMER_ENGINE, Sharding, stored_tensors
@@ -29,8 +30,8 @@ def _contents(folders: list[Path], layout: Sharding, flags: tuple[str, ...]) -> 
         with sharded.model(folder, layout, flags=flags) as chunks:
             parameters, stored = {}, set()
             for chunk in chunks:
-                numbers = [layer.layer_number for layer in chunk.decoder.layers]
-                parameters |= {global_path(n, numbers): p.detach() for n, p in chunk.named_parameters()}
+                place = place_of(chunk, read_config(folder))
+                parameters |= {place.path(n): p.detach() for n, p in chunk.named_parameters()}
                 stored |= stored_tensors(chunk)
             found.append({"parameters": parameters, "stored": stored})
     return found

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bft_megatron.errors import FieldError
-from bft_megatron.hf.architectures import megatron_flags, read_config
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.megatron_flags import megatron_flags
 from bft_megatron.recipe import reader
 from bft_megatron.training.arguments import megatron_arguments
 from bft_megatron.training.initialize import CPU_FLAGS

@@ -1,0 +1,75 @@
+"""The sizes and options of a decoder and of its experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's sizes and options, read from `config.json` by `read_config`."""
+
+    architecture: str
+    """Class name in transformers, such as `LlamaForCausalLM`."""
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab_size: int
+    """Rows of the embedding in the files; Megatron's own embedding is padded."""
+    tied: bool
+    """Whether the output layer shares the embedding's weight."""
+    rope_theta: float
+    rope_factor: float | None
+    """Factor of Llama 3's rotary frequency scaling; None: no scaling."""
+    norm_eps: float
+    qkv_bias: bool
+    qk_norm: bool
+    """Whether query and key are normalised per head, before the rotary embedding."""
+    window: int | None
+    """Sliding window: number of tokens that a token attends to, itself included; None: full causal attention."""
+    max_positions: int
+    initializer_range: float
+    dtype: str | None
+    """Dtype of the files as the config names it, such as `bfloat16`."""
+    experts: Experts | None = None
+    """The experts of a mixture; None: a dense model."""
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether a layer, numbered from 0, has experts in place of one feed-forward network."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Hugging Face names of a layer's tensors, without `model.layers.N.` and `.weight`."""
+
+    router: str = "mlp.gate"
+    expert: str = "mlp.experts.{expert}.{matrix}"
+    matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared: str = "mlp.shared_expert.{matrix}"
+    shared_gate: str = "mlp.shared_expert_gate"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a layer and the router that sends each token to some of them."""
+
+    count: int
+    """Experts of a layer."""
+    per_token: int
+    """Experts that a token is sent to."""
+    ffn: int
+    """Width of an expert's feed-forward network."""
+    scores: Literal["softmax of chosen", "softmax of all"]
+    """Weights of the chosen experts: a softmax over their logits alone, or their part of the softmax over all."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers, numbered from 0, that have one feed-forward network of width `ffn` of the model."""
+    shared_ffn: int = 0
+    """Width of the network that every token goes through besides; 0: there is none."""
+    shared_gate: bool = False
+    """Whether the shared network's output is scaled by a learned gate of each token."""
+    names: ExpertNames = ExpertNames()

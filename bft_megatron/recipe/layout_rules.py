@@ -1,0 +1,169 @@
+"""Checks of a recipe's layout against the model's sizes, the length of a row, the batch and the number of processes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from bft_megatron.errors import FieldError
+from bft_megatron.recipe.schema import Recipe
+
+
+class ModelShape(Protocol):
+    """The sizes of a model that the checks need; `hf.architectures.ModelConfig` provides them."""
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer layers."""
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+
+    @property
+    def ffn(self) -> int:
+        """Width of the feed-forward layer."""
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence that the model supports, in tokens."""
+
+    @property
+    def experts(self) -> ExpertShape | None:
+        """The experts of a mixture; None: a dense model."""
+
+
+class ExpertShape(Protocol):
+    """The sizes of a mixture that the checks need; `hf.model_config.Experts` provides them."""
+
+    @property
+    def count(self) -> int:
+        """Number of experts of a layer."""
+
+    @property
+    def ffn(self) -> int:
+        """Width of an expert's feed-forward network."""
+
+    @property
+    def shared_ffn(self) -> int:
+        """Width of the network that every token goes through besides, or 0."""
+
+
+def check_layout(recipe: Recipe, model: ModelShape) -> None:
+    """Raise FieldError if the parallel sizes contradict each other, or do not divide the model's sizes or the rows."""
+    _check_sizes(recipe)
+    _check_model(recipe, model)
+    _check_experts(recipe, model.experts)
+    _check_row_length(recipe, model)
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """Raise FieldError if the number of processes does not fit the layout, or the batch does not divide over them."""
+    parallel, train = recipe.parallel, recipe.train
+    one_copy = parallel.model_parallel_size
+    if world_size % one_copy:
+        raise FieldError(
+            "parallel",
+            f"tensor x pipeline x context = {one_copy} processes hold the model once; {world_size} is not a multiple",
+        )
+    if world_size % (experts := parallel.expert_model_parallel_size):
+        raise FieldError(
+            "parallel.expert",
+            f"expert x expert_tensor x pipeline = {experts} processes hold the experts once; {world_size} is not a "
+            "multiple",
+        )
+    step_rows = world_size // one_copy * train.micro_batch_size
+    if train.global_batch_size % step_rows:
+        raise FieldError(
+            "train.global_batch_size",
+            f"{train.global_batch_size} is not a multiple of micro_batch_size x data-parallel size = {step_rows}",
+        )
+    if parallel.virtual_pipeline > 1 and train.global_batch_size // step_rows % parallel.pipeline:
+        raise FieldError(
+            "train.global_batch_size",
+            f"gives {train.global_batch_size // step_rows} micro-batches a step; with virtual_pipeline they must be a "
+            f"multiple of parallel.pipeline ({parallel.pipeline})",
+        )
+
+
+UNEVEN_SPLIT_FLAGS = {
+    "account-for-embedding-in-pipeline-split",
+    "account-for-loss-in-pipeline-split",
+    "decoder-first-pipeline-num-layers",
+    "decoder-last-pipeline-num-layers",
+    "pipeline-model-parallel-layout",
+}
+"""Flags under `megatron` with which pipeline stages may hold different numbers of layers."""
+
+
+def pad_multiple(recipe: Recipe) -> int:
+    """Return the number of tokens to a multiple of which packed samples are padded.
+
+    Its default is 2 x context, because context parallelism cuts every sample into that many chunks; 1 without it.
+    """
+    return recipe.data.pad_multiple or recipe.parallel.context_chunks
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    parallel = recipe.parallel
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise FieldError("parallel.virtual_pipeline", "needs parallel.pipeline above 1")
+    if parallel.sequence_parallel and parallel.tensor == 1:
+        raise FieldError("parallel.sequence", "sequence parallelism shards over tensor ranks: parallel.tensor is 1")
+
+
+def _check_model(recipe: Recipe, model: ModelShape) -> None:
+    parallel = recipe.parallel
+    for count, what in (
+        (model.heads, "attention heads"),
+        (model.kv_heads, "key/value heads"),
+        (model.ffn, "feed-forward columns"),
+    ):
+        if count % parallel.tensor:
+            raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide the model's {count} {what}")
+    chunks = parallel.pipeline * parallel.virtual_pipeline
+    if model.layers % chunks and not UNEVEN_SPLIT_FLAGS & recipe.megatron.keys():
+        raise FieldError(
+            "parallel.pipeline",
+            f"pipeline x virtual_pipeline = {chunks} does not divide the model's {model.layers} layers; for an uneven "
+            "split set `account-for-embedding-in-pipeline-split` or `decoder-first-pipeline-num-layers` under "
+            "`megatron`",
+        )
+
+
+def _check_experts(recipe: Recipe, experts: ExpertShape | None) -> None:
+    parallel = recipe.parallel
+    if experts is None:
+        for name in ("expert", "expert_tensor"):
+            if getattr(parallel, name) > 1:
+                raise FieldError(f"parallel.{name}", "the model has no experts: leave it out")
+        return
+    if experts.count % parallel.expert:
+        raise FieldError("parallel.expert", f"{parallel.expert} does not divide the model's {experts.count} experts")
+    if experts.ffn % parallel.expert_tensor:
+        what = f"the {experts.ffn} feed-forward columns of an expert"
+        raise FieldError("parallel.expert_tensor", f"{parallel.expert_tensor} does not divide {what}")
+    if experts.shared_ffn % parallel.tensor:
+        what = f"the {experts.shared_ffn} feed-forward columns of the shared experts"
+        raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide {what}")
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise FieldError("parallel.sequence", "a model with experts and parallel.tensor above 1 needs it: leave it out")
+
+
+def _check_row_length(recipe: Recipe, model: ModelShape) -> None:
+    parallel, data = recipe.parallel, recipe.data
+    if data.seq_length > model.max_positions:
+        raise FieldError("data.seq_length", f"the model was made for at most {model.max_positions} positions")
+    chunks = parallel.context_chunks
+    if pad_multiple(recipe) % chunks:
+        raise FieldError("data.pad_multiple", f"must be a multiple of 2 x parallel.context = {chunks}")
+    shards = chunks * (parallel.tensor if parallel.sequence_parallel else 1)
+    for need, why in (
+        (shards, "what context and sequence parallelism cut it into"),
+        (pad_multiple(recipe), "data.pad_multiple"),
+    ):
+        if data.seq_length % need:
+            raise FieldError("data.seq_length", f"{data.seq_length} is not a multiple of {need}, {why}")

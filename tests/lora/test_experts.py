@@ -1,0 +1,142 @@
+"""Adapters on the experts of a mixture: an expert's own, whatever the layout, and read by `peft` over transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bft_megatron.hf.architectures import read_config
+from bft_megatron.lora.adapter_config import adapter_config
+from bft_megatron.lora.factors import adapted, all_factors
+from bft_megatron.lora.peft import CONFIG, PREFIX, WEIGHTS
+from bft_megatron.recipe.schema import LoraSettings, Recipe
+from bft_megatron.run.folder import RunFolder
+from bft_megatron.run.prepared import prepare_rows
+from tests.helpers import model_reference as reference
+from tests.helpers.runs import Case, Layout, Result, make_recipe, read_metrics, train_rank
+from tests.helpers.world import run_world
+
+SETTINGS = LoraSettings(rank=4, alpha=8)
+
+
+def write_adapter(folder: Path, model: Path) -> Path:
+    """A folder with random factors, as an export writes it."""
+    config, generator = read_config(model), torch.Generator().manual_seed(3)
+    shapes = {t.name: t.shape for w in all_factors(adapted(config, SETTINGS)) for t in w.tensors}
+    folder.mkdir()
+    save_file(
+        {PREFIX + name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+        folder / WEIGHTS,
+    )
+    (folder / CONFIG).write_text(json.dumps(adapter_config(str(model), config, SETTINGS)))
+    return folder
+
+
+def with_adapter(folder: Path, model: torch.nn.Module) -> torch.nn.Module:
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True).double()
+
+
+def apart(joined: dict[str, Tensor], model: Path) -> dict[str, Tensor]:
+    """Gradients of `peft`'s parameters by the names of the files, of which it joins those of a layer's experts."""
+    config, r = read_config(model), SETTINGS.rank
+    known = {name.removeprefix(PREFIX).replace(".default.", "."): value for name, value in joined.items()}
+    found = {}
+    for weight in all_factors(adapted(config, SETTINGS)):
+        [tensor] = weight.tensors
+        if weight.expert is None:
+            found[tensor.name] = known[tensor.name]
+            continue
+        layer, _, rest = tensor.name.replace("block_sparse_moe", "mlp").partition(f".experts.{weight.expert}.")
+        matrix, factor, _ = rest.split(".")
+        index = config.experts.names.matrices.index(matrix)
+        whole = known[f"{layer}.experts.{'' if index == 2 else 'base_layer.'}{factor}.weight"]
+        matrices = 1 if index == 2 else 2
+        if factor == "lora_A":  # [experts x matrices x rank, in]
+            value = whole.unflatten(0, (config.experts.count, matrices, r))[weight.expert, index % 2]
+        else:  # [matrices x out, matrices x rank x experts], of which the blocks off the diagonal are not the adapter's
+            value = whole.unflatten(0, (matrices, -1)).unflatten(2, (matrices, r, -1))
+            value = value[index % 2, :, index % 2, :, weight.expert]
+        found[tensor.name] = value
+    return found
+
+
+def run(made: Recipe, world: int) -> Result:
+    model = Path(made.model)
+    prepared = prepare_rows(made, model, read_config(model).vocab_size)
+    run_world(world, train_rank, made, prepared, lambda: None, megatron=True)
+    return Result(*read_metrics(RunFolder.of(made).metrics), gradients(made))
+
+
+def gradients(made: Recipe) -> dict[str, Tensor]:
+    """Of step 1, out of Adam's first moment, by the factors' names."""
+    reader, prefix = dcp.FileSystemReader(RunFolder.of(made).checkpoint(1)), "optimizer.state.exp_avg."
+    stored = reader.read_metadata().state_dict_metadata
+    moments = {key: torch.empty(m.size) for key, m in stored.items() if key.startswith(prefix)}
+    dcp.load(moments, storage_reader=reader, no_dist=True)
+    found = {}
+    for weight in all_factors(adapted(read_config(Path(made.model)), made.lora)):
+        whole = moments[prefix + weight.name] / (1 - made.train.adam_beta1)
+        found[weight.tensors[0].name] = whole if weight.expert is None else whole[weight.expert]
+    return found
+
+
+def differences(found: Result, expected: Result, own: dict[str, Tensor]) -> dict[str, float]:
+    """Relative to each gradient's largest element, and of the numbers of step 1."""
+    norm = math.sqrt(sum(float(g.pow(2).sum()) for g in own.values()))
+    numbers = {**expected.train[0], "grad_norm": norm}
+    off = {k: abs(found.train[0][k] / numbers[k] - 1) for k in ("loss", "lm_loss", "grad_norm")}
+    for name, gradient in own.items():
+        largest = float(gradient.abs().max()) or 1.0  # an expert that no token was sent to has none
+        off[name] = float((found.gradients[name] - gradient).abs().max()) / largest
+    return off
+
+
+LAYOUTS = [Layout(), Layout(data=2, expert=2), Layout(tensor=2, sequence=True, data=2, expert=2, expert_tensor=2)]
+SLOW = [
+    Layout(data=2, expert_tensor=2),
+    Layout(tensor=2, sequence=True),
+    Layout(tensor=2, sequence=True, expert_tensor=2),
+    Layout(tensor=2, sequence=True, expert=2),
+    Layout(context=2, data=2, expert=4),
+    Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2),
+    Layout(data=4, expert=2, expert_tensor=2),
+]
+
+
+def compare(model: str, data: Path, tmp_path: Path, layouts: list[Layout]) -> dict[str, float]:
+    """The worst difference of each layout."""
+    adapter = write_adapter(tmp_path / "adapter", data / model)
+    words = f"lora={{rank: 4, alpha: 8, adapter: {adapter}}}"
+    plain = make_recipe(tmp_path / "plain", data, Case(model=model), Layout(), 1, words)
+    expected = reference.first_step(plain, adapt=partial(with_adapter, adapter))
+    own = apart(expected.gradients, data / model)
+    worst = {}
+    for layout in layouts:
+        made = make_recipe(tmp_path / str(layout), data, Case(model=model), layout, 1, words)
+        found = run(made, layout.world)
+        assert found.gradients.keys() == own.keys()
+        off = differences(found, expected, own)
+        worst[str(layout)] = max((value, name) for name, value in off.items())
+    return worst
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe"])
+def test_gradients_are_those_of_peft(model: str, data: Path, tmp_path: Path):
+    worst = compare(model, data, tmp_path, LAYOUTS)
+    assert all(value <= 1e-5 for value, _ in worst.values()), worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen3_moe", "qwen3_moe_dense", "qwen2_moe", "mixtral"])
+def test_gradients_are_those_of_peft_on_every_layout(model: str, data: Path, tmp_path: Path):
+    worst = compare(model, data, tmp_path, SLOW)
+    assert all(value <= 1e-5 for value, _ in worst.values()), worst

@@ -63,9 +63,7 @@ def scale(settings: LoraSettings) -> float:
     return settings.alpha / settings.rank
 
 
-def _factors(
-    weight: Weight, tensor: HFTensor, settings: LoraSettings, own_names: dict[str, str]
-) -> Factors | None:
+def _factors(weight: Weight, tensor: HFTensor, settings: LoraSettings, own_names: dict[str, str]) -> Factors | None:
     """Return a tensor's factors, or None if it is not the matrix of a module that the settings name.
 
     Args:

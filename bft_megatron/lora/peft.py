@@ -22,8 +22,8 @@ from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import weights
-from bft_megatron.lora.base import check_base
 from bft_megatron.lora.adapter_config import adapter_config
+from bft_megatron.lora.base import check_base
 from bft_megatron.lora.factors import Factors, adapted, all_factors, scale, settings_of
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder

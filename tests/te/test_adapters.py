@@ -11,8 +11,10 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.lora.adapters import adapters, lora_hook, unfused_spec
+from bft_megatron.lora.adapters import lora_hook
 from bft_megatron.lora.factors import Fresh, adapted
+from bft_megatron.lora.layers import adapters
+from bft_megatron.lora.unfused import unfused_spec
 from bft_megatron.recipe.schema import LoraSettings
 from tests.helpers import sharded
 from tests.helpers.sharded import TRANSFORMER_ENGINE, Sharding, stored_tensors

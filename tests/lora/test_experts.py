@@ -55,7 +55,7 @@ def apart(joined: dict[str, Tensor], model: Path) -> dict[str, Tensor]:
         if weight.expert is None:
             found[tensor.name] = known[tensor.name]
             continue
-        layer, _, rest = tensor.name.replace("block_sparse_moe", "mlp").partition(f".experts.{weight.expert}.")
+        layer, _, rest = tensor.name.partition(f".experts.{weight.expert}.")
         matrix, factor, _ = rest.split(".")
         index = config.experts.names.matrices.index(matrix)
         whole = known[f"{layer}.experts.{'' if index == 2 else 'base_layer.'}{factor}.weight"]

@@ -48,32 +48,36 @@ def _as_chained(state: State, optimizers: list[Any]) -> State:
     """Return a loaded state in the form that this many optimizers load.
 
     Args:
-        state: the settings as they were saved, merged with the tensors where these optimizers asked for them: each at
-            the top for one optimizer, under an optimizer's number for several.
+        state: what was saved of each optimizer, merged with the tensors that these optimizers asked for: at the top
+            for one optimizer, under each one's number for several. A stage without experts asks for none of theirs.
     """
-    saved = _of_each(state, "optimizer")
-    if len(saved) == len(optimizers):
-        return state
-    groups = {_identity(group): group for part in saved for group in part["optimizer"]["param_groups"]}
-    tensors = [state] if len(optimizers) == 1 else [state[i] for i in range(len(optimizers))]
+    saved = _parts(state)
+    settings = _settings([group for part in saved for group in part["optimizer"]["param_groups"]])
+    tensors = [state] if len(optimizers) == 1 else [state.get(i, {}) for i in range(len(optimizers))]
     parts = [
-        {**saved[0], "optimizer": {"param_groups": _groups(groups, optimizer)}, "param_state": own["param_state"]}
+        {**saved[0], **own, "optimizer": {"param_groups": [settings(group) for group in optimizer.optimizer.param_groups]}}
         for optimizer, own in zip(optimizers, tensors, strict=True)
     ]
     return parts[0] if len(parts) == 1 else dict(enumerate(parts))
 
 
-def _of_each(state: State, key: str) -> list[State]:
-    """Return the part of each optimizer that has the key."""
-    return [part for part in (state, *(state[k] for k in sorted(k for k in state if isinstance(k, int)))) if key in part]
+def _parts(state: State) -> list[State]:
+    """Return what was saved of each optimizer."""
+    return [state] if "optimizer" in state else [part for _, part in sorted(state.items(), key=str) if "optimizer" in part]
 
 
-def _groups(saved: dict[tuple[Any, ...], State], optimizer: Any) -> list[State]:
-    """Return the saved settings of an optimizer's groups, whichever optimizer they were saved of."""
-    return [
-        {**saved[_identity(group)], "is_expert_parallel": group["is_expert_parallel"]}
-        for group in optimizer.optimizer.param_groups
-    ]
+def _settings(saved: list[State]) -> Callable[[State], State]:
+    """Return a function from a parameter group of the run to its settings among those that were saved.
+
+    Adam has counted no step for a group without parameters, such as the experts' on a pipeline stage without any.
+    """
+    by_identity = {_identity(group): group for group in saved}
+    steps = max(group.get("step", 0) for group in saved)
+
+    def of(group: State) -> State:
+        return {**by_identity[_identity(group)], "is_expert_parallel": group["is_expert_parallel"], "step": steps}
+
+    return of
 
 
 def _identity(group: State) -> tuple[Any, ...]:

@@ -33,7 +33,7 @@ from bft_megatron.training import arguments, communicators, initialize, measurin
 from bft_megatron.training.datasets import datasets, rows_of_step
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
-from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, signal_handler
+from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, expert_optimizers, signal_handler
 from bft_megatron.upstream.training_loop import TrainingLoop
 
 WITHOUT_TRANSFORMER_ENGINE = (
@@ -133,6 +133,7 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     checkpoint_writer.name_causes()
     # Before the first save or load of an optimizer.
     bucket_padding.mend()
+    expert_optimizers.install()
     # Before the first event, which writes a line: the lines of steps that run again must be dropped first.
     reporter.begin(start)
     # Before `pretrain`, which looks up the loop's functions as it calls them.

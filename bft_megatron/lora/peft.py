@@ -86,7 +86,7 @@ def export_adapter(
         checkpoint.check_shape(weight)
     tensors = [
         shards.Output(
-            PREFIX + weight.name,
+            PREFIX + t.name,
             dtype or checkpoint.dtype(weight),
             t.shape,
             partial(checkpoint.read_tensor, weight, 0),

@@ -128,7 +128,7 @@ def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dty
     """Return tensor number `index` of a weight as an output that reads it when it is written."""
     tensor = weight.tensors[index]
     checkpoint.check_shape(weight)
-    dtype = dtype or checkpoint.dtype(weight)
+    dtype = torch.float32 if weight.buffer else dtype or checkpoint.dtype(weight)
     if dtype not in shards.DTYPES.values():
         raise UserError(f"{weight.path} has the dtype {dtype}: choose one with --dtype", str(checkpoint.folder))
     return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))

@@ -22,8 +22,9 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.hf.load import weights_hook
+from bft_megatron.hf.load import buffers_hook, weights_hook
 from bft_megatron.hf.megatron_flags import configure, megatron_flags
+from bft_megatron.layers.norm_after_rotary import norm_after_rotary
 from bft_megatron.layers.spec import layer_spec
 from bft_megatron.training.initialize import CPU_FLAGS
 from bft_megatron.upstream import checkpoint_writer, command_line
@@ -93,7 +94,10 @@ def model(
         if args.transformer_impl == "local":
             gpt.transformer_layer_spec = layer_spec
         gpt.pre_wrap_hooks.append(weights_hook(None if random else folder, config, seed=seed))
+        gpt.post_wrap_hooks.append(buffers_hook(None if random else folder, config, seed=seed))
         adapt(gpt)
+        if config.norm_after_rotary:
+            gpt.transformer_layer_spec = norm_after_rotary(gpt.transformer_layer_spec)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         yield [chunk.eval() for chunk in GPTModelBuilder(gpt).build_distributed_models(groups, wrap_with_ddp=False)]
 

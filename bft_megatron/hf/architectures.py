@@ -7,6 +7,7 @@ and its own tensors to `weights`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,10 @@ class Architecture:
     """Default part of each head that has the rotary embedding; None: always the whole head."""
     rope_alpha: bool = False
     """Whether `dynamic` rope scaling with an `alpha` is a larger base of the rotary embedding."""
+    rope_theta: float = 10000.0
+    """Default base of the rotary embedding."""
+    prediction_layers: int | None = None
+    """Default number of layers for multi-token prediction; None: the architecture has none."""
     head_dim: int | None = None
     """Default if the config has no head_dim; None: hidden size / heads."""
     experts: Callable[[ConfigFile], Experts] | None = None
@@ -68,11 +73,13 @@ ARCHITECTURES = {
     "MistralForCausalLM": Architecture(window=_mistral_window),
     "Qwen2MoeForCausalLM": Architecture(window=_qwen_window, qkv_bias=True, experts=experts.qwen2_moe),
     "Qwen3MoeForCausalLM": Architecture(window=_qwen_window, qk_norm=True, experts=experts.qwen3_moe),
-    "MixtralForCausalLM": Architecture(window=_mixtral_window, experts=experts.mixtral),
+    "MixtralForCausalLM": Architecture(window=_mixtral_window, rope_theta=1e6, experts=experts.mixtral),
     "HunYuanMoEV1ForCausalLM": Architecture(
         qk_norm=True, norm_after_rotary=True, rope_alpha=True, experts=experts.hunyuan
     ),
-    "Glm4MoeForCausalLM": Architecture(qkv_bias=None, qk_norm=None, rotary_part=0.5, experts=experts.glm4_moe),
+    "Glm4MoeForCausalLM": Architecture(
+        qkv_bias=None, qk_norm=None, rotary_part=0.5, prediction_layers=1, experts=experts.glm4_moe
+    ),
 }
 
 
@@ -101,7 +108,6 @@ def _config(raw: ConfigFile) -> ModelConfig:
     hidden, heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")
     head_dim = _head_dim(raw, architecture)
     rope = _rope(raw, architecture)
-    alpha = _rope_alpha(raw, rope) if architecture.rope_alpha else None
     return ModelConfig(
         architecture=names[0],
         layers=raw.integer("num_hidden_layers"),
@@ -112,8 +118,8 @@ def _config(raw: ConfigFile) -> ModelConfig:
         ffn=raw.integer("intermediate_size"),
         vocab_size=raw.integer("vocab_size"),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        rope_theta=raw.number("rope_theta", 10000.0, rope) * (alpha or 1.0) ** (head_dim / (head_dim - 2)),
-        rope_factor=None if alpha else _rope_factor(raw, rope),
+        rope_theta=_rope_base(raw, rope, architecture, head_dim),
+        rope_factor=_rope_factor(raw, rope, architecture),
         norm_eps=raw.number("rms_norm_eps", 1e-6),
         qkv_bias=_given(architecture.qkv_bias, raw, "attention_bias"),
         qk_norm=_given(architecture.qk_norm, raw, "use_qk_norm"),
@@ -123,8 +129,14 @@ def _config(raw: ConfigFile) -> ModelConfig:
         dtype=raw.get("dtype", raw.get("torch_dtype", None)),
         norm_after_rotary=architecture.norm_after_rotary,
         rotary_part=_rotary_part(raw, rope, architecture),
+        prediction_layers=_prediction_layers(raw, architecture),
         experts=experts.checked(raw, architecture.experts(raw)) if architecture.experts else None,
     )
+
+
+def _prediction_layers(raw: ConfigFile, architecture: Architecture) -> int:
+    default = architecture.prediction_layers
+    return 0 if default is None else raw.integer("num_nextn_predict_layers", default, least=0)
 
 
 def companions(folder: Path) -> list[Path]:
@@ -172,15 +184,25 @@ def _rotary_part(raw: ConfigFile, rope: dict[str, Any], architecture: Architectu
     return raw.number("partial_rotary_factor", architecture.rotary_part or 1.0, rope)
 
 
-def _rope_alpha(raw: ConfigFile, rope: dict[str, Any]) -> float | None:
-    """Return the alpha of a rope scaling that is called dynamic but does not depend on the length; None without."""
-    dynamic = rope.get("rope_type", rope.get("type")) == "dynamic"
-    return raw.number("alpha", 1.0, rope) if dynamic and rope.get("alpha") else None
+def _kind(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))
 
 
-def _rope_factor(raw: ConfigFile, rope: dict[str, Any]) -> float | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+def _larger_base(rope: dict[str, Any], architecture: Architecture) -> bool:
+    return architecture.rope_alpha and _kind(rope) == "dynamic" and bool(rope.get("alpha"))
+
+
+def _rope_base(raw: ConfigFile, rope: dict[str, Any], architecture: Architecture, head_dim: int) -> float:
+    """Return the base of the rotary embedding, which an alpha enlarges; that does not depend on the length."""
+    base = raw.number("rope_theta", architecture.rope_theta, rope)
+    if _larger_base(rope, architecture):
+        base *= math.pow(raw.number("alpha", 1.0, rope), head_dim / (head_dim - 2))
+    return base
+
+
+def _rope_factor(raw: ConfigFile, rope: dict[str, Any], architecture: Architecture) -> float | None:
+    kind = _kind(rope)
+    if kind == "default" or _larger_base(rope, architecture):
         return None
     if kind != "llama3":
         raise raw.unsupported(f"rope scaling of type {kind!r} (llama3 is)", "rope_parameters")

@@ -36,6 +36,8 @@ def qwen3_moe(raw: ConfigFile) -> Experts:
 
 def qwen2_moe(raw: ConfigFile) -> Experts:
     """Return the experts of `Qwen2MoeForCausalLM`: as Qwen3's, with a gated shared network."""
+    if not raw.get("qkv_bias", True):
+        raise raw.unsupported("query, key and value without a bias", "qkv_bias")
     return Experts(
         count=_count(raw),
         per_token=raw.integer("num_experts_per_tok", 4),

@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf import hub, shards
+from bft_megatron.hf import hub, prediction, shards
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
@@ -136,8 +136,9 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Return whether a tensor can be ignored: rotary frequencies in old files, and a tied output layer."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+    """Return whether a tensor can be ignored: of old files, of a tied output layer, of multi-token prediction."""
+    tied = config.tied and name == "lm_head.weight"
+    return tied or name.endswith(".rotary_emb.inv_freq") or prediction.is_predicting(name, config)
 
 
 def _some(names: list[str]) -> str:

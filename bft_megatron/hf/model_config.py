@@ -39,6 +39,8 @@ class ModelConfig:
     """Whether query and key are normalised after the rotary embedding in place of before it."""
     rotary_part: float = 1.0
     """Part of each head, its first elements, that has the rotary embedding."""
+    prediction_layers: int = 0
+    """Layers for multi-token prediction after the model's own in its files, which are not trained."""
     experts: Experts | None = None
     """The experts of a mixture; None: a dense model."""
 

@@ -24,11 +24,13 @@ from tests.helpers.tiny_models import SavedModel
 from tests.helpers.world import run_world
 from tests.hf.test_load import counting, logits_are_close
 
-LAYOUTS = [Sharding(tp=2, dp=2, ep=2, etp=2), Sharding(tp=2, pp=2, ep=2)]
+WRITTEN, READ = Sharding(tp=2, ep=2), Sharding(tp=2, dp=2, ep=2, etp=2)
+Visited = list[tuple[int, torch.Tensor | None]]
+"""Of each model: the elements that a rank read, and its logits."""
 
 
-def _visit(folders: dict[Path, Path], layout: Sharding) -> list[tuple[int, torch.Tensor | None]]:
-    """Of each model: the elements that this rank read, and its logits; a checkpoint of each is left where mapped to."""
+def _visit(folders: dict[Path, Path], layout: Sharding) -> Visited:
+    """A checkpoint of each model is left where it is mapped to."""
     found = []
     for folder, checkpoints in folders.items():
         with counting() as pieces, sharded.model(folder, layout) as chunks:
@@ -37,26 +39,46 @@ def _visit(folders: dict[Path, Path], layout: Sharding) -> list[tuple[int, torch
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_logits_files_and_what_is_read(layout: Sharding, mixtures: list[SavedModel], tmp_path: Path) -> None:
-    saved = {m.folder: tmp_path / m.name for m in mixtures}
-    ranks = run_world(layout.world, _visit, saved, layout, megatron=True)
+@pytest.fixture(scope="module")
+def written(mixtures: list[SavedModel], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Visited]]:
+    """A folder with a checkpoint of each model, under its name, and what each rank found."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    saved = {m.folder: folder / m.name for m in mixtures}
+    return folder, run_world(WRITTEN.world, _visit, saved, WRITTEN, megatron=True)
+
+
+def test_logits_files_and_what_a_rank_reads(
+    mixtures: list[SavedModel], written: tuple[Path, list[Visited]], tmp_path: Path
+) -> None:
+    checkpoints, ranks = written
     for model, *of_ranks in zip(mixtures, *ranks, strict=True):
-        logits_are_close(model, layout, [logits for _, logits in of_ranks])
-        assert sum(elements for elements, _ in of_ranks) == _elements_read(model.folder, layout)
-        export(saved[model.folder], tmp_path / "out" / model.name, model.folder)
+        logits_are_close(model, WRITTEN, [logits for _, logits in of_ranks])
+        assert sum(elements for elements, _ in of_ranks) == _elements_read(model.folder, WRITTEN)
+        export(checkpoints / model.name, tmp_path / model.name, model.folder)
+        assert_same(tensors(model.folder), tensors(tmp_path / model.name))
+
+
+def test_checkpoints_are_models_of_another_layout(
+    mixtures: list[SavedModel], written: tuple[Path, list[Visited]], tmp_path: Path
+) -> None:
+    checkpoints, _ = written
+    chosen = [m for m in mixtures if m.name in ("qwen3_moe", "glm")]
+    for model in chosen:
+        shutil.copyfile(model.folder / "config.json", checkpoints / model.name / "config.json")
+    again = {checkpoints / m.name: tmp_path / m.name for m in chosen}
+    ranks = run_world(READ.world, _visit, again, READ, megatron=True)
+    for model, *of_ranks in zip(chosen, *ranks, strict=True):
+        logits_are_close(model, READ, [logits for _, logits in of_ranks])
+        export(tmp_path / model.name, tmp_path / "out" / model.name, model.folder)
         assert_same(tensors(model.folder), tensors(tmp_path / "out" / model.name))
 
 
 def _elements_read(folder: Path, layout: Sharding) -> int:
-    """By all ranks: a tensor whole is read by as many as have a copy of it, whole or in parts."""
-    config, ranks = read_config(folder), layout.world // layout.pp
+    """By all ranks of a layout without pipeline: a tensor as often as there are copies of it, whole or in parts."""
     total = 0
-    for weight in weights(config):
+    for weight in weights(read_config(folder)):
         parts = layout.etp * layout.ep if weight.expert is not None else layout.tp
-        copies = ranks if weight.axis is None else ranks // parts
-        if config.tied and weight.padded and layout.pp > 1:
-            copies *= 2  # the last stage's output layer
+        copies = layout.world // (1 if weight.axis is None else parts)
         total += copies * sum(torch.Size(t.shape).numel() for t in weight.tensors)
     return total
 

@@ -28,16 +28,16 @@ from tests.helpers.world import run_world
 SETTINGS = LoraSettings(rank=4, alpha=8)
 
 
-def write_adapter(folder: Path, model: Path) -> Path:
+def write_adapter(folder: Path, model: Path, settings: LoraSettings = SETTINGS) -> Path:
     """A folder with random factors, as an export writes it."""
     config, generator = read_config(model), torch.Generator().manual_seed(3)
-    shapes = {t.name: t.shape for w in all_factors(adapted(config, SETTINGS)) for t in w.tensors}
+    shapes = {t.name: t.shape for w in all_factors(adapted(config, settings)) for t in w.tensors}
     folder.mkdir()
     save_file(
         {PREFIX + name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
         folder / WEIGHTS,
     )
-    (folder / CONFIG).write_text(json.dumps(adapter_config(str(model), config, SETTINGS)))
+    (folder / CONFIG).write_text(json.dumps(adapter_config(str(model), config, settings)))
     return folder
 
 

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ class AdapterFolder:
     def __init__(self, folder: Path, config: ModelConfig, settings: LoraSettings) -> None:
         _check_config(folder / CONFIG, adapter_config("", config, settings))
         entries = shards.read_header(folder / WEIGHTS)
+        _refuse_joined(folder / WEIGHTS, entries)
         expected = {PREFIX + t.name: t.shape for w in all_factors(adapted(config, settings)) for t in w.tensors}
         found = {name: entry.shape for name, entry in entries.items()}
         differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -132,7 +135,9 @@ def export_merged(
         return (value.float() + scale(settings) * (b @ a)).to(dtype or value.dtype)
 
     tensors = [
-        shards.Output(t.name, dtype or source(t.name, 0, 0, 1).dtype, t.shape, partial(read, t.name))
+        shards.Output(
+            t.name, (None if w.buffer else dtype) or source(t.name, 0, 0, 1).dtype, t.shape, partial(read, t.name)
+        )
         for w in weights(config)
         for t in w.tensors
     ]
@@ -149,6 +154,17 @@ def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoi
                 checkpoint.check_shape(factors.b)
                 found[tensor.name] = factors
     return found
+
+
+def _refuse_joined(path: Path, entries: Iterable[str]) -> None:
+    """Raise UserError if factors are of all experts of a layer, which join those of gate and up."""
+    joined = [name for name in entries if re.search(r"\.experts\.(base_layer\.)?lora_[AB]\.", name)]
+    if joined:
+        raise UserError(
+            f"{len(joined)} factors join all experts of a layer, as peft writes them with transformers 5, the first "
+            f"{min(joined)}: read are each expert's own, as an export has them",
+            str(path),
+        )
 
 
 def _check_config(path: Path, expected: dict[str, Any]) -> None:

@@ -11,13 +11,16 @@ import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core import parallel_state
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.lora.adapter_config import adapter_config
-from bft_megatron.lora.factors import adapted, all_factors
-from bft_megatron.lora.peft import CONFIG, PREFIX, WEIGHTS
+from bft_megatron.lora.factors import adapted, all_factors, settings_of
+from bft_megatron.lora.layers import GroupedAdapters, adapter_of
+from bft_megatron.lora.peft import CONFIG, PREFIX, WEIGHTS, AdapterFolder
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
@@ -146,3 +149,62 @@ def test_gradients_are_those_of_peft(data: Path, tmp_path: Path):
 def test_gradients_are_those_of_peft_on_every_layout(model: str, data: Path, tmp_path: Path):
     worst = compare(model, data, tmp_path, SLOW[model])
     assert all(value <= 1e-5 for value, _ in worst.values()), worst
+
+
+REFUSALS = [
+    ("qwen3_moe", "{target: [gate_proj, down_proj]}", "", "lora.target: down_proj, gate_proj: peft joins"),
+    ("mixtral", "{target: [q_proj, gate_proj, up_proj]}", "", "lora.target: gate_proj, up_proj: peft joins"),
+    ("qwen3_moe", "{target: mlp, experts: false}", "", "lora.experts: leaves no module with an adapter"),
+    ("qwen2_moe", "{}", "megatron.moe-shared-expert-overlap=true", "megatron.moe-shared-expert-overlap: takes"),
+]
+
+
+@pytest.mark.parametrize(("model", "lora", "flag", "said"), REFUSALS)
+def test_what_cannot_be_is_refused_by_name(model: str, lora: str, flag: str, said: str, data: Path, tmp_path: Path):
+    with pytest.raises(FieldError) as error:
+        make_recipe(tmp_path, data, Case(model=model), Layout(), 1, f"lora={lora}", *([flag] if flag else []))
+    assert said in str(error.value)
+
+
+ALLOWED = [("qwen3_moe", "{target: [down_proj]}"), ("qwen2_moe", "{target: mlp, experts: false}")]
+
+
+@pytest.mark.parametrize(("model", "lora"), ALLOWED)
+def test_what_peft_can_read_is_allowed(model: str, lora: str, data: Path, tmp_path: Path):
+    made = make_recipe(tmp_path, data, Case(model=model), Layout(), 1, f"lora={lora}")
+    assert adapted(read_config(data / model), settings_of(made))
+
+
+def test_an_adapter_that_joins_the_experts_is_refused(data: Path, tmp_path: Path):
+    """As peft itself writes one with transformers 5."""
+    model = reference.whole_model(make_recipe(tmp_path / "run", data, Case(model="qwen3_moe"), Layout(), 1))
+    with_adapter(write_adapter(tmp_path / "own", data / "qwen3_moe"), model).save_pretrained(tmp_path / "joined")
+    (tmp_path / "joined" / CONFIG).write_text((tmp_path / "own" / CONFIG).read_text())
+    with pytest.raises(UserError, match="factors join all experts of a layer"):
+        AdapterFolder(tmp_path / "joined", read_config(data / "qwen3_moe"), SETTINGS)
+
+
+def test_grouped_adapters_give_each_expert_its_own_tokens(data: Path):
+    [differences] = run_world(1, _grouped, data / "qwen3_moe", megatron=True)
+    assert max(differences) <= 1e-6
+
+
+def _grouped(folder: Path) -> list[float]:
+    """Of the adapters of a layer's experts, joined as on layers of grouped products, from the factors themselves."""
+    config, tokens, found = read_config(folder), [3, 0, 1, 2, 0, 5, 1, 4], []
+    table = [e for e in adapted(config, SETTINGS) if e.weight.expert is not None and e.weight.layer == 0]
+    parallel_state.initialize_model_parallel()
+    for matrix in ("linear_fc1", "linear_fc2"):
+        own = [e for e in table if matrix in e.weight.name]
+        joined = GroupedAdapters([adapter_of(e, SETTINGS, False, torch.empty(0)) for e in own])
+        for parameter in joined.parameters():
+            torch.nn.init.normal_(parameter)
+        x = torch.randn(sum(tokens), own[0].weight.tensors[0].shape[1])
+        pairs = [[a.get_parameter(n) for n in a.weights] for a in joined]
+        parts = [
+            torch.cat([2 * part @ a.T @ b.T for a, b in zip(f[::2], f[1::2], strict=True)], -1)
+            for f, part in zip(pairs, x.split(tokens), strict=True)
+        ]
+        expected = torch.cat(parts)
+        found.append(float((joined(x, tokens) - expected).abs().max() / expected.abs().max()))
+    return found

@@ -107,20 +107,26 @@ def differences(
     return off
 
 
-LAYOUTS = [Layout(data=2, expert=2), Layout(tensor=2, sequence=True, data=2, expert=2, expert_tensor=2)]
+LAYOUTS = [
+    Layout(tensor=2, sequence=True, expert_tensor=2),
+    Layout(tensor=2, sequence=True, data=2, expert=2),  # each expert on two ranks, which are not of one TP group
+]
 SLOW = {
     "qwen3_moe": [
         Layout(),
+        Layout(data=2, expert=2),
         Layout(data=2, expert_tensor=2),
         Layout(tensor=2, sequence=True),
-        Layout(tensor=2, sequence=True, expert_tensor=2),
         Layout(tensor=2, sequence=True, expert=2),
         Layout(context=2, data=2, expert=4),
         Layout(data=4, expert=2, expert_tensor=2),
+        Layout(tensor=2, sequence=True, data=4, expert=2, expert_tensor=2),
     ],
-    "qwen3_moe_dense": [Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2), LAYOUTS[1]],
+    "qwen3_moe_dense": [Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2), *LAYOUTS],
     "qwen2_moe": LAYOUTS,
     "mixtral": LAYOUTS,
+    "hunyuan": LAYOUTS,
+    "glm": LAYOUTS,
 }
 
 

@@ -1,4 +1,8 @@
-"""Reading the experts of a mixture from a model's `config.json`, one function an architecture."""
+"""Reading the experts of a mixture from a model's `config.json`, one function an architecture.
+
+Their number has no default: files of the hub and releases of transformers name it differently, and a model that was
+read without it would be a dense one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ def checked(raw: ConfigFile, experts: Experts) -> Experts:
 def qwen3_moe(raw: ConfigFile) -> Experts:
     """Return the experts of `Qwen3MoeForCausalLM`: no shared network, dense layers where the config says so."""
     return Experts(
-        count=_count(raw),
+        count=raw.any_of("num_experts", "num_local_experts"),
         per_token=raw.integer("num_experts_per_tok", 8),
         ffn=raw.integer("moe_intermediate_size", 768),
         scores="softmax of chosen" if raw.get("norm_topk_prob", False) else "softmax of all",
@@ -39,7 +43,7 @@ def qwen2_moe(raw: ConfigFile) -> Experts:
     if not raw.get("qkv_bias", True):
         raise raw.unsupported("query, key and value without a bias", "qkv_bias")
     return Experts(
-        count=_count(raw),
+        count=raw.any_of("num_experts", "num_local_experts"),
         per_token=raw.integer("num_experts_per_tok", 4),
         ffn=raw.integer("moe_intermediate_size", 1408),
         scores="softmax of chosen" if raw.get("norm_topk_prob", False) else "softmax of all",
@@ -52,7 +56,7 @@ def qwen2_moe(raw: ConfigFile) -> Experts:
 def mixtral(raw: ConfigFile) -> Experts:
     """Return the experts of `MixtralForCausalLM`, as wide as a dense model's network."""
     return Experts(
-        count=_count(raw),
+        count=raw.any_of("num_local_experts", "num_experts"),
         per_token=raw.integer("num_experts_per_tok", 2),
         ffn=raw.integer("intermediate_size"),
         scores="softmax of chosen",
@@ -76,7 +80,7 @@ def hunyuan(raw: ConfigFile) -> Experts:
         if raw.same_in_all_layers(key, one) != one:
             raise raw.unsupported(f"another value than {one}, which transformers has", key)
     return Experts(
-        count=_count(raw),
+        count=raw.any_of("num_experts", "num_local_experts"),
         per_token=raw.any_of("moe_topk", "num_experts_per_tok"),
         ffn=ffn,
         scores="softmax of chosen",
@@ -92,9 +96,10 @@ def glm4_moe(raw: ConfigFile) -> Experts:
         raise raw.unsupported("sigmoid scores that are not divided by their sum", "norm_topk_prob")
     if per_token == 1:
         raise raw.unsupported("sigmoid scores of one expert a token, divided by themselves", "num_experts_per_tok")
-    groups, chosen = _groups(raw, per_token)
+    count = raw.any_of("n_routed_experts", "num_local_experts")
+    groups, chosen = _groups(raw, count, per_token)
     return Experts(
-        count=raw.any_of("n_routed_experts", "num_local_experts"),
+        count=count,
         per_token=per_token,
         ffn=width,
         scores="sigmoid",
@@ -107,19 +112,16 @@ def glm4_moe(raw: ConfigFile) -> Experts:
     )
 
 
-def _groups(raw: ConfigFile, per_token: int) -> tuple[int, int]:
+def _groups(raw: ConfigFile, count: int, per_token: int) -> tuple[int, int]:
     """Return the number of groups and of those a token's experts are in; where all are, there are no groups."""
     groups, chosen = raw.integer("n_group", 1), raw.integer("topk_group", 1)
+    if count % groups:
+        raise raw.unsupported(f"{groups} groups of {count} experts", "n_group")
     if chosen >= groups:
         return 1, 1
     if per_token // chosen != 2:  # Megatron scores a group by its best so many experts, transformers by its best two
         raise raw.unsupported(f"{per_token} experts a token from {chosen} groups (twice as many are)", "n_group")
     return groups, chosen
-
-
-def _count(raw: ConfigFile) -> int:
-    """Return the number of experts: transformers 5 writes `num_local_experts`, files of the hub have `num_experts`."""
-    return raw.any_of("num_experts", "num_local_experts")
 
 
 def _qwen_dense_layers(raw: ConfigFile) -> tuple[int, ...]:

@@ -135,7 +135,7 @@ def export_merged(
         for w in weights(config)
         for t in w.tensors
     ]
-    write_model(out, run.model, tensors, checkpoint.identity)
+    write_model(out, run.model, tensors, checkpoint.identity, base=folder)
 
 
 def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[str, Factors]:

@@ -45,8 +45,13 @@ def model_config(
     if fill:
         source = model_folder if recipe.init == "pretrained" else None
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
+        model.post_wrap_hooks.append(load.buffers_hook(source, config, seed=recipe.train.seed))
     if recipe.lora is not None:
         adapters.install(model, recipe, config, torch_layers=initialize.torch_layers(on_cpu))
+    if config.norm_after_rotary:
+        from bft_megatron.layers.norm_after_rotary import norm_after_rotary
+
+        model.transformer_layer_spec = norm_after_rotary(model.transformer_layer_spec)
     return model
 
 

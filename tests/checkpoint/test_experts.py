@@ -48,7 +48,7 @@ OTHERS = [
 """Where the experts have an optimizer of their own: with EP above 1, and where ETP is not TP."""
 
 
-HALF_DENSE = "half_dense"
+MODEL, HALF_DENSE = "qwen3_moe", "half_dense"
 
 
 @pytest.fixture(scope="module")
@@ -111,26 +111,44 @@ def _tensors(folder: Path) -> dict[str, Any]:
     return tensors(RunFolder(folder).checkpoint(STEPS))
 
 
-@pytest.mark.parametrize("layout", [DP2_EP2, pytest.param(TP2_EP2, marks=pytest.mark.slow)], ids=str)
-def test_the_same_layout_goes_on_to_the_bit(data: Path, tmp_path: Path, layout: Layout):
-    whole, expected = _undisturbed(data, "qwen3_moe", layout)
-    shutil.copytree(whole, tmp_path / "run")
-    assert _resumed(data, "qwen3_moe", tmp_path / "run", layout, STEPS - 1) == expected
-    assert_same_tensors(*(RunFolder(folder).checkpoint(STEPS) for folder in (tmp_path / "run", whole)))
+@pytest.fixture(scope="module")
+def moved(data: Path) -> tuple[Path, Result]:
+    """A run that began on one process and went on at EP 2 after half of its steps."""
+    whole, _ = _undisturbed(data, MODEL, ONE)
+    shutil.copytree(whole, data / "moved")
+    return data / "moved", _resumed(data, MODEL, data / "moved", DP2_EP2, SAVED)
 
 
-def test_one_optimizer_takes_what_two_saved_and_two_what_one_saved(data: Path, tmp_path: Path):
-    """One after the other: the third step on one process, the fourth at EP 2."""
-    whole, expected = _undisturbed(data, "qwen3_moe", DP2_EP2)
-    shutil.copytree(whole, tmp_path / "run")
-    _resumed(data, "qwen3_moe", tmp_path / "run", ONE, SAVED)
-    _assert_close(_resumed(data, "qwen3_moe", tmp_path / "run", DP2_EP2, SAVED + 1), expected)
+def test_two_optimizers_take_what_one_saved(data: Path, moved: tuple[Path, Result]):
+    _assert_close(moved[1], _undisturbed(data, MODEL, ONE)[1])
+
+
+def test_one_optimizer_takes_what_two_saved(data: Path, moved: tuple[Path, Result], tmp_path: Path):
+    shutil.copytree(moved[0], tmp_path / "run")
+    result = _resumed(data, MODEL, tmp_path / "run", ONE, STEPS - 1)
+    _assert_close(result, _undisturbed(data, MODEL, ONE)[1])
+
+
+def test_the_same_layout_goes_on_to_the_bit(data: Path, moved: tuple[Path, Result], tmp_path: Path):
+    _check_bits(data, *moved, DP2_EP2, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [TP2_EP2, TP2_ETP2], ids=str)
+def test_other_layouts_go_on_to_the_bit(data: Path, tmp_path: Path, layout: Layout):
+    _check_bits(data, *_undisturbed(data, MODEL, layout), layout, tmp_path / "run")
+
+
+def _check_bits(data: Path, whole: Path, expected: Result, layout: Layout, folder: Path) -> None:
+    shutil.copytree(whole, folder)
+    assert _resumed(data, MODEL, folder, layout, STEPS - 1) == expected
+    assert_same_tensors(*(RunFolder(root).checkpoint(STEPS) for root in (folder, whole)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), OTHERS, ids=str)
 def test_another_layout_goes_on_with_the_same_numbers(data: Path, tmp_path: Path, first: Layout, then: Layout):
-    _check(data, "qwen3_moe", first, then, tmp_path / "run")
+    _check(data, MODEL, first, then, tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_changing_one_sample_changes_no_other(tensor: int, context: int):
     _check(MODEL, tensor, context)
 
 
-@pytest.mark.parametrize("context", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", [1, 2])
 def test_nor_does_it_where_samples_share_experts(data: Path, context: int):
     """With as many groups of experts as context-parallel ranks."""
     _check(data / "qwen3_moe", 1, context)

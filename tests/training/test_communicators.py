@@ -44,20 +44,15 @@ def _noting(groups: set[str], call: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
-        ("qwen3_moe", Layout(data=2, expert=2)),
-        *(
-            pytest.param(model, layout, marks=pytest.mark.slow)
-            for model, layout in [
-                ("tiny", Layout(tensor=2, pipeline=2, sequence=True)),
-                ("qwen3", Layout(pipeline=2, virtual_pipeline=2, context=2)),
-                ("qwen3_moe", Layout(tensor=2, data=2, expert=2, sequence=True)),
-                ("qwen3_moe", Layout(data=4, expert=2, expert_tensor=2)),
-                ("qwen3_moe", Layout(pipeline=2, context=2, expert=2)),
-            ]
-        ),
+        ("tiny", Layout(tensor=2, pipeline=2, sequence=True)),
+        ("qwen3", Layout(pipeline=2, virtual_pipeline=2, context=2)),
+        ("qwen3_moe", Layout(tensor=2, data=2, expert=2, sequence=True)),
+        ("qwen3_moe", Layout(data=4, expert=2, expert_tensor=2)),
+        ("qwen3_moe", Layout(pipeline=2, context=2, expert=2)),
     ],
     ids=str,
 )

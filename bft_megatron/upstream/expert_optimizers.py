@@ -55,11 +55,7 @@ def _as_chained(state: State, optimizers: list[Any]) -> State:
     settings = _settings([group for part in saved for group in part["optimizer"]["param_groups"]])
     tensors = [state] if len(optimizers) == 1 else [state.get(i, {}) for i in range(len(optimizers))]
     parts = [
-        {
-            **saved[0],
-            **own,
-            "optimizer": {"param_groups": [settings(group) for group in optimizer.optimizer.param_groups]},
-        }
+        {**saved[0], **own, "optimizer": {"param_groups": list(map(settings, optimizer.optimizer.param_groups))}}
         for optimizer, own in zip(optimizers, tensors, strict=True)
     ]
     return parts[0] if len(parts) == 1 else dict(enumerate(parts))
@@ -67,9 +63,9 @@ def _as_chained(state: State, optimizers: list[Any]) -> State:
 
 def _parts(state: State) -> list[State]:
     """Return what was saved of each optimizer."""
-    return (
-        [state] if "optimizer" in state else [part for _, part in sorted(state.items(), key=str) if "optimizer" in part]
-    )
+    if "optimizer" in state:
+        return [state]
+    return [state[i] for i in sorted(key for key in state if isinstance(key, int))]
 
 
 def _settings(saved: list[State]) -> Callable[[State], State]:

@@ -22,8 +22,8 @@ _TEST = "tests/upstream/test_checkpoints.py"
 STATE_DICT = Change(
     f"{_OPTIMIZER}.state_dict",
     "wrapped",
-    "Adam has no state before its first step, and none at all for the experts of a pipeline stage without any. Megatron "
-    "asserts exactly one step count at every save and load.",
+    "Adam has no state before its first step, and never any for the experts of a pipeline stage without experts. "
+    "Megatron asserts exactly one step count at every save and load.",
     _UNTIL,
     _TEST,
     ("self",),

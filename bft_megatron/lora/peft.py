@@ -135,9 +135,7 @@ def export_merged(
         return (value.float() + scale(settings) * (b @ a)).to(dtype or value.dtype)
 
     tensors = [
-        shards.Output(
-            t.name, (None if w.buffer else dtype) or source(t.name, 0, 0, 1).dtype, t.shape, partial(read, t.name)
-        )
+        shards.Output(t.name, dtype or source(t.name, 0, 0, 1).dtype, t.shape, partial(read, t.name))
         for w in weights(config)
         for t in w.tensors
     ]

@@ -30,6 +30,7 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_schedule(recipe)
     layout_rules.check_layout(recipe, model)
     _check_lora(recipe)
+    _check_moe(recipe, model)
     _check_flags(recipe)
 
 
@@ -115,6 +116,12 @@ def _check_lora(recipe: Recipe) -> None:
     if unknown or not lora.modules:
         what = ", ".join(map(str, unknown)) or "an empty list"
         raise FieldError("lora.target", f"{what}: takes all, attention, mlp, or a list of {', '.join(known)}")
+
+
+def _check_moe(recipe: Recipe, model: ModelShape) -> None:
+    """Raise FieldError if a dense model's recipe has settings of experts."""
+    if model.experts is None and (given := [name for name, value in vars(recipe.moe).items() if value]):
+        raise FieldError(f"moe.{given[0]}", "the model has no experts: leave it out")
 
 
 def _check_flags(recipe: Recipe) -> None:

@@ -100,8 +100,8 @@ def test_padded_rows_hold_one_sample_each(
 
 
 def test_types_and_shapes(packed: Prepared, padded: Prepared) -> None:
-    kinds = {"weight": torch.float32, "cu_seqlens": torch.int32}
-    whole = {"tokens", "labels", "position_ids"}
+    kinds = {"weight": torch.float32, "cu_seqlens": torch.int32, "padding": torch.bool}
+    whole = {"tokens", "labels", "position_ids", "padding"}
     for prepared in (packed, padded):
         for row in (training_rows(prepared, seed=0, limit=1)[i] for i in range(2)):  # a row, and one past the end
             assert all(value.dtype == kinds.get(name, torch.int64) for name, value in row.items())

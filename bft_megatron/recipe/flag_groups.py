@@ -127,10 +127,10 @@ REFUSED_VALUES = {
         ("torch", "torch_dcp", "fsdp_dtensor"), "recovery, export and resuming read the format torch_dist"
     ),
     "moe-router-load-balancing-type": {
-        "aux_loss": "it balances a micro-batch, so its gradient depends on train.micro_batch_size, by 12 % from 1 to 2 "
-        "rows and by 19 % from 1 to 4; moe.balance balances each row",
-        "global_aux_loss": "it averages over the micro-batches so far and divides by the data-parallel size: on 2 ranks "
-        "its gradient is half of that on 1; moe.balance is the same on every layout",
+        "aux_loss": "it balances each micro-batch, so its gradient depends on train.micro_batch_size (12 % off at 2 "
+        "rows, 19 % at 4); moe.balance balances each row",
+        "global_aux_loss": "it averages over the micro-batches so far and divides by the data-parallel size (on 2 "
+        "ranks its gradient is half of that on 1); moe.balance is the same on every layout",
         "sinkhorn": "it sends tokens to other experts in training than the model does",
         "quantile_balancing": "it sends tokens to other experts than the model does",
     },

@@ -32,6 +32,7 @@ def loss_scale(run: Run, reduce: Reduce) -> Callable[[int], Tensor]:
     def of(step: int) -> Tensor:
         counts = rows.counts(of_step(step))
         divisor = counts.samples if reduce == "samples" else counts.supervised
-        return torch.tensor(divisor / counts.tokens, device=current_device())
+        scale = divisor / max(counts.tokens, 1)  # the validation after the last step asks for a step without rows
+        return torch.tensor(scale, device=current_device())
 
     return of

@@ -58,6 +58,6 @@ def spread(probs: Tensor, chosen: Tensor, padding: Tensor, top: int) -> tuple[Te
         top: experts that a token is sent to; Megatron's dispatcher takes as many of every token.
     """
     experts = chosen.shape[-1]
-    number = padding.cumsum(0)[:, None] * top + torch.arange(top, device=padding.device)
+    number = (padding.cumsum(0)[:, None] - 1) * top + torch.arange(top, device=padding.device)
     in_turn = torch.zeros_like(chosen).scatter_(1, number % experts, True)
     return probs.masked_fill(padding[:, None], 0), torch.where(padding[:, None], in_turn, chosen)

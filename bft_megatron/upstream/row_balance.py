@@ -72,9 +72,7 @@ def install() -> None:
         with_padding_mask: bool = False,
     ) -> Tensor:
         shape = (seq_length, bsz, self.num_experts)
-        loss, tokens = row_losses(
-            scores_for_aux_loss.view(shape), routing_map.view(shape), self.topk, self.tp_cp_group
-        )
+        loss, tokens = row_losses(scores_for_aux_loss.view(shape), routing_map.view(shape), self.topk, self.tp_cp_group)
         get_moe_metrics_tracker().record(
             "seq_load_balancing_loss",
             loss.detach() / tokens.sum().clamp(min=1),

@@ -35,7 +35,14 @@ from bft_megatron.training.balance import loss_scale
 from bft_megatron.training.datasets import datasets, rows_of_step
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
-from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, row_balance, signal_handler
+from bft_megatron.upstream import (
+    bucket_padding,
+    checkpoint_writer,
+    command_line,
+    expert_bias,
+    row_balance,
+    signal_handler,
+)
 from bft_megatron.upstream.training_loop import TrainingLoop
 
 WITHOUT_TRANSFORMER_ENGINE = (
@@ -118,6 +125,7 @@ def with_experts(model: Any, run: Run, step: Step, reporter: Reporter) -> Expert
     config = run.config
     assert config.experts is not None, "a dense model has no routers"
     load = ExpertLoad([i for i in range(config.layers) if config.has_experts(i)], config.experts.count)
+    expert_bias.install()
     model.pre_wrap_hooks.append(routers.watch(load))
     if run.recipe.moe.balance or run.recipe.moe.z_loss:
         row_balance.install()

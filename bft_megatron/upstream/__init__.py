@@ -5,7 +5,8 @@ signal_handler     the request to save and stop        torch_adam      save and 
 checkpoint_writer  a save without a helper process     without_values  a step over tensors without values
 bucket_padding     optimizer state saved whole         gpu_kernels     stand-ins for kernels that need a GPU
 command_line       the argument list                   model_chunk     what a model chunk saves; its hooks
-experts_on_gloo    how tokens reach experts on gloo     row_balance     the loss that balances experts
+experts_on_gloo    how tokens reach experts on gloo    row_balance     the loss that balances experts in a row
+expert_bias        counts of tokens without padding
 change             how a change is declared and made   page            docs/megatron.md, made from the declarations
 
 Nothing outside this package assigns to a module or a class of Megatron or torch; tests/upstream checks it.

@@ -78,6 +78,17 @@ def test_a_micro_batch_without_samples_adds_nothing(data: Path, defined: Callabl
     assert_same(result, defined(PADDED, *of_the_end))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_layers_that_are_computed_again_count_once(how: str, data: Path, defined: Callable[..., Result]):
+    flags = {
+        "full": ("megatron.recompute-method=uniform", "megatron.recompute-num-layers=1"),
+        "selective": ("megatron.recompute-modules=moe",),
+    }[how]
+    layout = Layout(tensor=2, pipeline=2, sequence=True, micro_batch_size=2)
+    assert_same(balanced(data, PADDED, layout, f"megatron.recompute-granularity={how}", *flags), defined(PADDED))
+
+
 def test_the_losses_matter(data: Path, defined: Callable[..., Result], plain: Callable[[Case, int], Result]):
     """Without them the gradients are others by far more than the tolerance."""
     assert differences(plain(PADDED, 1), defined(PADDED))["gradient model.layers.1.mlp.gate.weight"] > 1000 * TOLERANCE

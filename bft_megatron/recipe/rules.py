@@ -30,6 +30,7 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_schedule(recipe)
     layout_rules.check_layout(recipe, model)
     _check_lora(recipe, model)
+    _check_moe(recipe, model)
     _check_flags(recipe)
 
 
@@ -138,6 +139,12 @@ def _check_lora_of_experts(recipe: Recipe, lora: LoraSettings, experts: ExpertSh
             "takes the shared network's collectives out of its layers, and its adapters would not know: leave it out, "
             "or set lora.target to attention",
         )
+
+
+def _check_moe(recipe: Recipe, model: ModelShape) -> None:
+    """Raise FieldError if a dense model's recipe has settings of experts."""
+    if model.experts is None and (given := [name for name, value in vars(recipe.moe).items() if value]):
+        raise FieldError(f"moe.{given[0]}", "the model has no experts: leave it out")
 
 
 def _check_flags(recipe: Recipe) -> None:

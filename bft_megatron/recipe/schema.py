@@ -213,6 +213,18 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class MoeSettings:
+    """`moe:`, the routers of a mixture of experts."""
+
+    balance: float = number(0.0, at_least=0)
+    """Coefficient of the loss that evens out how many tokens of a row each expert gets; 0 leaves it out."""
+    z_loss: float = number(0.0, at_least=0)
+    """Coefficient of the loss that keeps the routers' logits small; 0 leaves it out."""
+    freeze_router: bool = False
+    """Leaves the routers as they are: their weights have no gradient and no optimizer state."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run."""
 
@@ -234,5 +246,7 @@ class Recipe:
     """The layout on processes."""
     train: TrainSettings = field(default_factory=TrainSettings)
     """The schedule and the optimizer."""
+    moe: MoeSettings = field(default_factory=MoeSettings)
+    """The routers of a mixture of experts; a dense model has none."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Megatron-LM's own flags by name, such as `recompute-granularity: selective`; underscores are read as dashes."""

@@ -24,16 +24,26 @@ from bft_megatron.errors import BlownUp, FieldError
 from bft_megatron.hf.megatron_flags import megatron_flags
 from bft_megatron.processes import ranks, signals
 from bft_megatron.reporting.announce import notes, sentence
+from bft_megatron.reporting.expert_load import ExpertLoad
 from bft_megatron.reporting.peak import report_peak
 from bft_megatron.reporting.reporter import Reporter
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.resolved import Run
 from bft_megatron.training import arguments, communicators, initialize, kernels, measuring
+from bft_megatron.training.balance import loss_scale
 from bft_megatron.training.datasets import datasets, rows_of_step
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
-from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, expert_optimizers, signal_handler
+from bft_megatron.upstream import (
+    bucket_padding,
+    checkpoint_writer,
+    command_line,
+    expert_bias,
+    expert_optimizers,
+    row_balance,
+    signal_handler,
+)
 from bft_megatron.upstream.training_loop import TrainingLoop
 
 
@@ -61,7 +71,8 @@ def train(run: Run, console: TextIO) -> None:
     if ranks.rank() == 0:
         announce(run, start, on_cpu, console)
     meter = Meter(recipe.data.most_sources)
-    step = Step(recipe.objective, run.config.vocab_size, measuring.into(meter))
+    mixture = run.config.experts is not None
+    step = Step(recipe.objective, run.config.vocab_size, measuring.into(meter), mask_padding=mixture)
     reporter = Reporter(meter, folder.metrics, console, step.objective.name, run.steps, *run.rows.sources_apart)
     reporter.rows_of = rows_of_step(run)
     streak = Streak(folder, start, recipe.train.max_skipped, lambda: meter.totals)
@@ -81,7 +92,8 @@ def train(run: Run, console: TextIO) -> None:
     fill = start == 0 or recipe.lora is not None  # a LoRA run's checkpoints hold only its adapters
     model = model_config(recipe, run.config, run.model_folder, margs, on_cpu, fill=fill)
     model.pre_wrap_hooks.append(communicators.warm_up)
-    model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter)
+    reporter.load = with_experts(model, run, step, reporter) if mixture else None
+    model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter, reporter.load)
     with situation(run, reporter, step, streak):
         with stops(stop):
             pretrain(margs, model, step, datasets(run))
@@ -100,6 +112,22 @@ def train(run: Run, console: TextIO) -> None:
     dist.destroy_process_group()
     if copies:
         copies.stop() if stop.reason else copies.complete()
+
+
+def with_experts(model: Any, run: Run, step: Step, reporter: Reporter) -> ExpertLoad:
+    """Make a mixture's `GPTModelConfig` count its experts' load and weigh its routers' own losses; return the load."""
+    from bft_megatron.training import routers
+
+    config = run.config
+    assert config.experts is not None, "a dense model has no routers"
+    load = ExpertLoad([i for i in range(config.layers) if config.has_experts(i)], config.experts.count)
+    expert_bias.install()
+    model.pre_wrap_hooks.append(routers.watch(load))
+    if run.recipe.moe.balance or run.recipe.moe.z_loss:
+        row_balance.install()
+        scale = loss_scale(run, step.objective.reduce)
+        model.transformer.moe_grad_scale_func = lambda: scale(reporter.iteration + 1)
+    return load
 
 
 def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:

@@ -46,6 +46,10 @@ def model_config(
         source = model_folder if recipe.init == "pretrained" else None
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
         model.post_wrap_hooks.append(load.buffers_hook(source, config, seed=recipe.train.seed))
+    if recipe.moe.freeze_router:
+        from bft_megatron.training import routers
+
+        model.pre_wrap_hooks.append(routers.freeze)
     if recipe.lora is not None:
         adapters.install(model, recipe, config, torch_layers=initialize.torch_layers(on_cpu))
     if config.norm_after_rotary:

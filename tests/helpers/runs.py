@@ -260,7 +260,9 @@ def gradients(checkpoint: Path, made: Recipe) -> dict[str, Tensor]:
             whole = moments[prefix + stacked]
             whole = whole if weight.layer is None else whole[weight.layer]
         else:  # of a model whose layers differ
-            whole = moments[f"{prefix}decoder.layers.{weight.layer}.{weight.name}"]
+            whole = moments.get(f"{prefix}decoder.layers.{weight.layer}.{weight.name}")
+        if whole is None:  # of a frozen weight
+            continue
         whole = whole if weight.expert is None else whole[weight.expert]
         whole = whole[: sum(t.shape[0] for t in weight.tensors)] / (1 - made.train.adam_beta1)
         found |= {tensor.name: part(weight, i, whole) for i, tensor in enumerate(weight.tensors)}

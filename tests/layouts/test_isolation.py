@@ -48,6 +48,7 @@ def packed_row(changed: bool) -> dict[str, Tensor]:
         "position_ids": at,
         "samples": torch.tensor([len(EDGES) - 2]),
         "weight": torch.ones(1, len(EDGES) - 1),
+        "padding": torch.arange(EDGES[-1])[None] >= EDGES[-2],
         "real_tokens": torch.tensor([EDGES[-2]]),
         "row": torch.tensor([0]),
         "source": torch.tensor([0]),

@@ -18,6 +18,9 @@ from bft_megatron.hf import experts, hub
 from bft_megatron.hf.config_file import ConfigFile
 from bft_megatron.hf.model_config import Experts, ModelConfig
 
+PREDICTION_LAYERS = "num_nextn_predict_layers"
+"""The key of config.json with the number of layers for multi-token prediction."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -136,7 +139,7 @@ def _config(raw: ConfigFile) -> ModelConfig:
 
 def _prediction_layers(raw: ConfigFile, architecture: Architecture) -> int:
     default = architecture.prediction_layers
-    return 0 if default is None else raw.integer("num_nextn_predict_layers", default, least=0)
+    return 0 if default is None else raw.integer(PREDICTION_LAYERS, default, least=0)
 
 
 def companions(folder: Path) -> list[Path]:

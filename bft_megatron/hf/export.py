@@ -22,7 +22,7 @@ from rich.progress import Progress
 from bft_megatron.data.folders import USERS
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf import hub, prediction, shards, stops
-from bft_megatron.hf.architectures import companions, read_config
+from bft_megatron.hf.architectures import PREDICTION_LAYERS, companions, read_config
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import Weight, weights
 from bft_megatron.processes import lease
@@ -95,7 +95,7 @@ def write_model(
     """
     config = read_config(hf_folder)
     more = prediction.carried(base, config)
-    changes: dict[str, Any] = {} if more or not config.prediction_layers else {prediction.KEY: 0}
+    changes: dict[str, Any] = {} if more or not config.prediction_layers else {PREDICTION_LAYERS: 0}
     everything = [*tensors, *more]
     with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in everything]}") as partial:
         _copy_companions(hf_folder, partial, tensors[0].dtype, changes)

@@ -13,10 +13,8 @@ import torch
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import hub, shards
+from bft_megatron.hf.architectures import PREDICTION_LAYERS
 from bft_megatron.hf.model_config import ModelConfig
-
-KEY = "num_nextn_predict_layers"
-"""The key of config.json with their number."""
 
 
 def is_predicting(name: str, config: ModelConfig) -> bool:
@@ -42,10 +40,12 @@ def carried(base: Path | None, config: ModelConfig) -> list[shards.Output]:
 
 def announce(config: ModelConfig, tensors: list[shards.Output]) -> None:
     """Print what an export has of these layers, if the model has any."""
-    if config.prediction_layers and tensors:
-        print(f"multi-token prediction: {len(tensors)} tensors of the base model, unchanged, not trained", flush=True)
-    elif config.prediction_layers:
-        print(f"multi-token prediction: left out, {KEY} is 0 (the base model's weights are not there)", flush=True)
+    if not config.prediction_layers:
+        return
+    what = f"left out, {PREDICTION_LAYERS} is 0 (the base model's weights are not there)"
+    if tensors:
+        what = f"{len(tensors)} tensors of the base model, unchanged, not trained"
+    print(f"multi-token prediction: {what}", flush=True)
 
 
 def _entries(base: Path) -> dict[str, shards.Entry]:

@@ -57,7 +57,7 @@ class Matrix:
             with tempfile.TemporaryDirectory(dir=self.folder) as out:
                 result = run(make_recipe(Path(out) / "run", self.folder, case, layout, 1), layout.world, before=_quiet)
         except AssertionError as e:
-            console.print(f"{name} failed:\n{e}")
+            console.print(f"{name} failed:\n{e}", markup=False)
             return float("inf"), f"{case}: failed"
         found = differences(result, self.plain(case, layout.context if case.cp_windows == "per_rank" else 1))
         where = max(found, key=found.__getitem__)

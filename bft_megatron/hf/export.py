@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def write_model(
 ) -> None:
     """Write a model folder of these tensors, reading each just before it is written; otherwise as `export`.
 
+    Buffers are written in fp32 whatever the dtype of the weights.
     Prints the model's stop tokens where they are not only those of its config.json, and what becomes of its layers for
     multi-token prediction.
 
@@ -96,7 +98,8 @@ def write_model(
     config = read_config(hf_folder)
     more = prediction.carried(base, config)
     changes: dict[str, Any] = {} if more or not config.prediction_layers else {PREDICTION_LAYERS: 0}
-    everything = [*tensors, *more]
+    buffers = {t.name for w in weights(config) if w.buffer for t in w.tensors}
+    everything = [*(replace(t, dtype=torch.float32) if t.name in buffers else t for t in tensors), *more]
     with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in everything]}") as partial:
         _copy_companions(hf_folder, partial, tensors[0].dtype, changes)
         _write_shards(partial, everything, shard_bytes)
@@ -150,7 +153,7 @@ def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dty
     """Return tensor number `index` of a weight as an output that reads it when it is written."""
     tensor = weight.tensors[index]
     checkpoint.check_shape(weight)
-    dtype = torch.float32 if weight.buffer else dtype or checkpoint.dtype(weight)
+    dtype = dtype or checkpoint.dtype(weight)
     if dtype not in shards.DTYPES.values():
         raise UserError(f"{weight.path} has the dtype {dtype}: choose one with --dtype", str(checkpoint.folder))
     return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))

@@ -53,7 +53,7 @@ class ExpertShape(Protocol):
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
-        """Layers that have one feed-forward network of the model's own width."""
+        """Layers without experts."""
 
 
 def check_layout(recipe: Recipe, model: ModelShape) -> None:

@@ -195,7 +195,10 @@ class LoraSettings:
     dropout: float = number(0.0, at_least=0, below=1)
     """Must be 0: dropout in the adapters would make a run depend on its layout."""
     target: Any = "all"
-    """`all`, `attention`, `mlp`, or a list of Hugging Face module names such as `[q_proj, v_proj]`."""
+    """`all`, `attention`, `mlp`, or a list of Hugging Face module names such as `[q_proj, v_proj]`. In a mixture `mlp`
+    is the dense layers' networks, the shared ones and, by `experts`, the experts; a router has no adapter."""
+    experts: bool = True
+    """Whether `gate_proj` and the like are also those of a mixture's experts, each with adapters of its own."""
     adapter: str | None = field(default=None, metadata=PATH)
     """PEFT folder to start from. Left out: fresh adapters, which do not change the model's output."""
 

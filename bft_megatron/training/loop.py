@@ -29,17 +29,12 @@ from bft_megatron.reporting.reporter import Reporter
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.resolved import Run
-from bft_megatron.training import arguments, communicators, initialize, measuring
+from bft_megatron.training import arguments, communicators, initialize, kernels, measuring
 from bft_megatron.training.datasets import datasets, rows_of_step
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
-from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, signal_handler
+from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, expert_optimizers, signal_handler
 from bft_megatron.upstream.training_loop import TrainingLoop
-
-WITHOUT_TRANSFORMER_ENGINE = (
-    "Transformer Engine is not installed: the layers are torch's, with flash attention in bf16 and fp16, without its "
-    "fused norms, rotary embedding and FP8"
-)
 
 
 def train(run: Run, console: TextIO) -> None:
@@ -78,7 +73,7 @@ def train(run: Run, console: TextIO) -> None:
         arguments.megatron_arguments(
             recipe,
             megatron_flags(run.config),
-            initialize.device_flags(on_cpu),
+            initialize.device_flags(on_cpu, experts=run.config.experts is not None),
             run.steps,
             (run.validation.batch, run.validation.iterations),
         )
@@ -108,10 +103,12 @@ def train(run: Run, console: TextIO) -> None:
 
 
 def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
-    """Print the first lines of the run, and a note if a GPU lacks Transformer Engine."""
+    """Print the first lines of the run, and what a GPU does more slowly than it could."""
     print(sentence(run, start), *notes(run), sep="\n", file=console, flush=True)
-    if initialize.torch_layers(on_cpu) and not on_cpu:
-        print(WITHOUT_TRANSFORMER_ENGINE, file=console, flush=True)
+    if not on_cpu:
+        experts = run.config.experts is not None
+        for line in kernels.missing(torch_layers=initialize.torch_layers(on_cpu), experts=experts):
+            print(line, file=console, flush=True)
 
 
 def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: Saving, start: int) -> None:
@@ -133,6 +130,7 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     checkpoint_writer.name_causes()
     # Before the first save or load of an optimizer.
     bucket_padding.mend()
+    expert_optimizers.install()
     # Before the first event, which writes a line: the lines of steps that run again must be dropped first.
     reporter.begin(start)
     # Before `pretrain`, which looks up the loop's functions as it calls them.

@@ -74,7 +74,7 @@ def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[s
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    all_flags = [*initialize.device_flags(on_cpu), *(flags or [])]
+    all_flags = [*initialize.device_flags(on_cpu, experts=config.experts is not None), *(flags or [])]
     margs = command_line.parse(arguments.megatron_arguments(recipe, megatron_flags(config), all_flags, 1, (0, 0)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

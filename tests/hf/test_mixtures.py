@@ -18,6 +18,7 @@ from bft_megatron.hf.export import export
 from bft_megatron.hf.load import check_weights
 from bft_megatron.hf.weights import weights
 from tests.helpers import sharded, tiny_models
+from tests.helpers.commands import run_command
 from tests.helpers.exported import assert_same, tensors
 from tests.helpers.sharded import Sharding
 from tests.helpers.tiny_models import SavedModel
@@ -91,6 +92,13 @@ def test_the_reference_is_transformers(mixtures: list[SavedModel]) -> None:
             torch.testing.assert_close(loaded(input_ids=ids[:1]).logits, model.logits[:1])
 
 
+RECIPE = """\
+model: {model}
+data: {{train: none.jsonl, seq_length: 24}}
+train: {{iterations: 5, precision: fp32}}
+device: cpu
+output: {out}
+"""
 CORRECTION = "mlp.gate.e_score_correction_bias"
 
 
@@ -131,26 +139,28 @@ def _with_prediction(model: SavedModel, folder: Path) -> dict[str, torch.Tensor]
 
 
 def test_an_export_has_the_bases_layers_for_multi_token_prediction_or_announces_none(
-    mixtures: list[SavedModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    mixtures: list[SavedModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    whole = _with_prediction(mixtures[-1], tmp_path / "base")
-    run_world(1, sharded.save_loaded, {tmp_path / "base": tmp_path / "checkpoints"}, Sharding(), megatron=True)
-    capfd.readouterr()
+    base, out = tmp_path / "base", tmp_path / "out"
+    whole = _with_prediction(mixtures[-1], base)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(model=base, out=out))
+    assert run_command(monkeypatch, "convert", tmp_path / "recipe.yaml") == 0
 
-    def exported(name: str, base: str | None) -> tuple[int, str]:
-        export(tmp_path / "checkpoints", tmp_path / name, tmp_path / "base", base=base, dtype=torch.float32)
+    def exported(name: str) -> tuple[int, str]:
+        capfd.readouterr()
+        assert run_command(monkeypatch, "export", out, tmp_path / name, "--dtype", "float32") == 0
         config = json.loads((tmp_path / name / "config.json").read_text())
         return config["num_nextn_predict_layers"], capfd.readouterr().out
 
-    announced, said = exported("with", str(tmp_path / "base"))
+    announced, said = exported("with")
     assert announced == 1
     assert "multi-token prediction: 2 tensors of the base model, unchanged" in said
     assert_same(whole, tensors(tmp_path / "with"))
-    for name, base in (("gone", str(tmp_path / "nowhere")), ("drawn", None)):
-        announced, said = exported(name, base)
-        assert announced == 0
-        assert "num_nextn_predict_layers is 0" in said
-        assert_same({n: t for n, t in whole.items() if "layers.4" not in n}, tensors(tmp_path / name))
+    base.rename(tmp_path / "elsewhere")
+    announced, said = exported("without")
+    assert announced == 0
+    assert "num_nextn_predict_layers is 0" in said
+    assert_same({n: t for n, t in whole.items() if "layers.4" not in n}, tensors(tmp_path / "without"))
 
 
 def test_layers_beyond_those_announced_are_unknown_tensors(mixtures: list[SavedModel], tmp_path: Path) -> None:

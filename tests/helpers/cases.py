@@ -48,8 +48,7 @@ CHOSEN = [
     (Case("bft", cp_windows="per_rank"), Layout(tensor=2, context=2, sequence=True)),
     (Case("bft", confidence="arithmetic", cp_windows="per_rank"), Layout(context=4, data=2)),
     (Case(OWN, cp_windows="per_rank"), Layout(pipeline=2, context=2)),
-    # Biases, norms of heads, tied embeddings on two stages, a sliding window: what the tiny Llama has not.
-    (Case(model="qwen2"), Layout(tensor=2, sequence=True)),
+    # Norms of heads, tied embeddings on two stages, a sliding window: what the tiny Llama has not.
     (Case(model="qwen3"), Layout(tensor=2, pipeline=2, sequence=True)),
     (Case(model="qwen3", packing=False), Layout(pipeline=2, virtual_pipeline=2)),
     (Case(model="mistral"), Layout(tensor=2, context=2)),
@@ -57,7 +56,7 @@ CHOSEN = [
     (Case(model="qwen3_moe"), Layout(data=2, expert=2)),
     (Case(model="qwen3_moe"), Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)),
     (Case("sft", packing=False, model="qwen3_moe_dense"), Layout(pipeline=2, data=2, expert=2, micro_batch_size=2)),
-    (Case(OWN, model="qwen2_moe"), Layout(tensor=2, sequence=True, expert=2)),
+    (Case(OWN, model="qwen2_moe"), Layout(tensor=2, sequence=True, expert=2)),  # with biases
     (Case("dft", packing=False, model="mixtral"), Layout(data=2, expert_tensor=2)),
     (Case(model="mixtral"), Layout(context=2, data=2, expert=4)),
     (Case(model="hunyuan"), Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2)),

@@ -17,6 +17,7 @@ from torch import Tensor
 from bft_megatron.hf import hub
 from bft_megatron.hf.load import open_source
 from bft_megatron.hf.model_config import ModelConfig
+from bft_megatron.hf.routing import Routing, differing
 from bft_megatron.hf.trainer import batch_sum
 from bft_megatron.hf.weights import weights
 from bft_megatron.labels import IGNORE_INDEX
@@ -37,6 +38,8 @@ class Reference:
 
     outputs: list[list[Tensor]] = field(repr=False)
     """By row and stage, fp32: [s, h], for the logits [s, v]; 0 at places without a sample."""
+    chosen: list[list[Tensor]] = field(repr=False, default_factory=list)
+    """By row and layer that has experts: those that the router chooses, [s, k]; -1 at places without a sample."""
     loss: float = 0.0
     """The objective's value."""
     lm_loss: float = 0.0
@@ -52,19 +55,38 @@ class Reference:
         worst = [torch.stack([(x - y).abs().max() for x, y in zip(*pair, strict=True)]) for pair in rows]
         return torch.stack(worst).amax(0) / self.scale()
 
+    def rerouted(self, other: Reference) -> Tensor:
+        """Return the share of tokens for which the two models' routers choose other experts, [layers with experts]."""
+        found = []
+        for layer in zip(
+            *(zip(*pair, strict=True) for pair in zip(self.chosen, other.chosen, strict=True)), strict=True
+        ):
+            own, others = (torch.cat(rows) for rows in zip(*layer, strict=True))
+            found.append(differing(own, others)[own[:, 0] >= 0].float().mean())
+        return torch.stack(found) if found else torch.zeros(0)
+
 
 @torch.no_grad()
-def compute(model: torch.nn.Module, rows: list[Row], objective: Objective) -> Reference:
-    """Run a transformers model over each sample of the rows, and the objective over its logits."""
+def compute(
+    model: torch.nn.Module, rows: list[Row], objective: Objective, experts: int = 0, routed_as: Reference | None = None
+) -> Reference:
+    """Run a transformers model over each sample of the rows, and the objective over its logits.
+
+    Args:
+        experts: number of experts of a layer; 0: there are none.
+        routed_as: what has the experts that tokens are sent to, of the same rows; None: those that the routers choose.
+    """
     made, total, count, nll = Reference([]), 0.0, 0, 0.0
-    for row in rows:
+    for r, row in enumerate(rows):
         whole: list[Tensor] = []
+        chosen: list[Tensor] = []
         for where, weight in _samples(row):
-            outputs = _outputs(model, row["tokens"][where])
+            forced = None if routed_as is None else [x[where] for x in routed_as.chosen[r]]
+            with Routing(experts, forced) as routing:
+                outputs = _outputs(model, row["tokens"][where])
             labels = row["labels"][where]
-            whole = whole or [torch.zeros(len(row["tokens"]), x.shape[-1]) for x in outputs]
-            for target, x in zip(whole, outputs, strict=True):
-                target[where] = x
+            whole = _put(whole, where, outputs, len(row["tokens"]), 0)
+            chosen = _put(chosen, where, routing.chosen, len(row["tokens"]), -1)
             # The drop-in function shifts labels; pad one position on each so that the labels stay where they are.
             padded = torch.nn.functional.pad(outputs[-1], (0, 0, 0, 1))
             part = batch_sum(objective, padded[None], torch.nn.functional.pad(labels, (1, 0), value=IGNORE_INDEX)[None])
@@ -72,6 +94,7 @@ def compute(model: torch.nn.Module, rows: list[Row], objective: Objective) -> Re
             nll += torch.nn.functional.cross_entropy(outputs[-1].double(), labels, reduction="sum").item()
             made.tokens += int((labels != IGNORE_INDEX).sum())
         made.outputs.append(whole)
+        made.chosen.append(chosen)
     made.loss, made.lm_loss = total / max(count, 1), nll / max(made.tokens, 1)
     return made
 
@@ -96,6 +119,14 @@ def load(folder: Path, config: ModelConfig, *, pretrained: bool, seed: int) -> t
     # transformers joins the experts' tensors as it loads them.
     model: torch.nn.Module = kind.from_pretrained(None, config=of_files, state_dict=state, **options)
     return model.eval()
+
+
+def _put(whole: list[Tensor], where: slice, parts: list[Tensor], length: int, empty: int) -> list[Tensor]:
+    """Return `whole`, tensors [length, ...] of `empty` at first, with a sample's part of each put in its place."""
+    whole = whole or [x.new_full((length, x.shape[-1]), empty) for x in parts]
+    for target, x in zip(whole, parts, strict=True):
+        target[where] = x
+    return whole
 
 
 def _samples(row: Row) -> Iterator[tuple[slice, float]]:

@@ -22,7 +22,8 @@ CARRIED: dict[str, dict[str, Any]] = {
     "parallelism": {
         "use_mca": False, "use_megatron_bridge": False, "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1, "virtual_pipeline_model_parallel_size": None, "context_parallel_size": 1,
-        "hyper_parallel_cp_size": 1, "sequence_parallel": False, "account_for_embedding_in_pipeline_split": None,
+        "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "hyper_parallel_cp_size": 1,
+        "sequence_parallel": False, "account_for_embedding_in_pipeline_split": None,
         "account_for_loss_in_pipeline_split": None, "pipeline_model_parallel_layout": None,
         "overlap_param_gather": False, "overlap_grad_reduce": False, "optimizer_cpu_offload": False,
         "optimizer_offload_fraction": 0.0, "recompute_granularity": None, "recompute_method": None,

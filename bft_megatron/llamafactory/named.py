@@ -75,13 +75,22 @@ NAMED: dict[str, dict[str, Any]] = {
     "is not asked for: name the folder of that revision as `model`": {"model_revision": "main"},
     "attention is whole": {"shift_attn": False},
     "every token goes through every layer": {"mixture_of_depths": None},
-    "there are no mixtures of experts here": {
-        "expert_model_parallel_size": 1, "expert_tensor_parallel_size": None, "moe_aux_loss_coef": None,
-        "moe_aux_loss_coeff": None, "moe_layer_recompute": False, "moe_token_dispatcher_type": "allgather",
-        "moe_grouped_gemm": None, "moe_expert_capacity_factor": None, "moe_pad_expert_input_to_capacity": None,
-        "moe_token_drop_policy": None, "moe_shared_expert_overlap": False, "moe_enable_routing_replay": False,
-        "moe_router_dtype": None,
+    "experts are balanced by another function, off by default, whose coefficient is moe.balance": {
+        "moe_aux_loss_coef": None, "moe_aux_loss_coeff": None,
     },
+    "tokens go to their experts by an all-to-all: for another way set megatron.moe-token-dispatcher-type": {
+        "moe_token_dispatcher_type": "allgather",
+    },
+    "no token is dropped, since which one is depends on the layout": {
+        "moe_expert_capacity_factor": None, "moe_pad_expert_input_to_capacity": None, "moe_token_drop_policy": None,
+    },
+    "experts are computed together where the GPU's libraries can: megatron.moe-grouped-gemm decides it by hand": {
+        "moe_grouped_gemm": None,
+    },
+    "set megatron.moe-layer-recompute": {"moe_layer_recompute": False},
+    "set megatron.moe-shared-expert-overlap": {"moe_shared_expert_overlap": False},
+    "a token goes where the router sends it": {"moe_enable_routing_replay": False},
+    "routers compute in fp32": {"moe_router_dtype": None},
     "no multi-token prediction is trained": {"mtp_num_layers": 0},
     "weights come from `model`": {"megatron_pretrained_checkpoint": None},
     "the tokenizer is the model's own": {"resize_vocab": False},

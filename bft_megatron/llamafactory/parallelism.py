@@ -15,6 +15,7 @@ _SIZES = {
     "pipeline_model_parallel_size": "parallel.pipeline",
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline",
     "context_parallel_size": "parallel.context",
+    "expert_model_parallel_size": "parallel.expert",
 }
 
 # Fields of both backends, each one of Megatron's own flags.
@@ -92,12 +93,23 @@ def _carry_sizes(to: Conversion) -> None:
         to.carry("layout", f"autotp_size {size} of the DeepSpeed file", "parallel.tensor", size)
     if (size := config.integer("hyper_parallel_cp_size", 1)) > 1:
         to.carry("layout", f"hyper_parallel_cp_size {size}", "parallel.context", size)
+    _carry_expert_tensor(to)
     tensor = to.fields.get("parallel.tensor", 1)
     sequence = config.flag("sequence_parallel")
     if tensor > 1 and config.given("sequence_parallel"):
         to.carry("layout", f"sequence_parallel {str(sequence).lower()}", "parallel.sequence", sequence)
     elif sequence:
         to.lose("sequence_parallel", "it shards over tensor ranks, of which there is one")
+
+
+def _carry_expert_tensor(to: Conversion) -> None:
+    """Convert the tensor-parallel size of experts, by default that of the other layers in a mixture."""
+    config = to.config
+    name, ours = "expert_tensor_parallel_size", "parallel.expert_tensor"
+    if config.given(name):
+        to.carry_field("layout", name, ours, config.integer(name, 1))
+    elif to.fields.get("parallel.expert", 1) > 1 and (size := tensor_size(config)) > 1:
+        to.carry("layout", f"{name}, by default the tensor-parallel size", ours, size)
 
 
 def _carry_sharding(to: Conversion) -> None:

@@ -79,6 +79,17 @@ def check_world(recipe: Recipe, world_size: int) -> None:
             f"expert x expert_tensor x pipeline = {experts} processes hold the experts once; {world_size} is not a "
             "multiple",
         )
+    instances = recipe.megatron.get("num-distributed-optimizer-instances", 1)
+    if (
+        experts > parallel.pipeline
+        and isinstance(instances, int)
+        and instances > 1
+        and world_size // experts % instances
+    ):
+        raise FieldError(
+            "megatron.num-distributed-optimizer-instances",
+            f"{instances} does not divide the {world_size // experts} processes that share an expert",
+        )
     step_rows = world_size // one_copy * train.micro_batch_size
     if train.global_batch_size % step_rows:
         raise FieldError(
@@ -120,11 +131,13 @@ def _check_sizes(recipe: Recipe) -> None:
 
 
 def _check_model(recipe: Recipe, model: ModelShape) -> None:
-    parallel = recipe.parallel
+    parallel, experts = recipe.parallel, model.experts
+    dense = experts is None or experts.dense_layers
     for count, what in (
         (model.heads, "attention heads"),
         (model.kv_heads, "key/value heads"),
-        (model.ffn, "feed-forward columns"),
+        (model.ffn if dense else 0, "feed-forward columns"),
+        (experts.shared_ffn if experts else 0, "feed-forward columns of shared experts"),
     ):
         if count % parallel.tensor:
             raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide the model's {count} {what}")
@@ -144,17 +157,25 @@ def _check_experts(recipe: Recipe, experts: ExpertShape | None) -> None:
         for name in ("expert", "expert_tensor"):
             if getattr(parallel, name) > 1:
                 raise FieldError(f"parallel.{name}", "the model has no experts: leave it out")
+        if moe := sorted(flag for flag in recipe.megatron if flag.startswith("moe-")):
+            raise FieldError(f"megatron.{moe[0]}", "the model has no experts: leave it out")
         return
     if experts.count % parallel.expert:
         raise FieldError("parallel.expert", f"{parallel.expert} does not divide the model's {experts.count} experts")
     if experts.ffn % parallel.expert_tensor:
         what = f"the {experts.ffn} feed-forward columns of an expert"
         raise FieldError("parallel.expert_tensor", f"{parallel.expert_tensor} does not divide {what}")
-    if experts.shared_ffn % parallel.tensor:
-        what = f"the {experts.shared_ffn} feed-forward columns of the shared experts"
-        raise FieldError("parallel.tensor", f"{parallel.tensor} does not divide {what}")
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         raise FieldError("parallel.sequence", "a model with experts and parallel.tensor above 1 needs it: leave it out")
+    if recipe.device == "cpu":
+        _check_kernels(recipe)
+
+
+def _check_kernels(recipe: Recipe) -> None:
+    """Refuse what Megatron would look for in the first step alone."""
+    for flag, value in {"moe-router-fusion": True, "moe-token-dispatcher-type": "flex"}.items():
+        if recipe.megatron.get(flag) == value:
+            raise FieldError(f"megatron.{flag}", "its kernels are for GPUs, and device is cpu: leave it out")
 
 
 def _check_row_length(recipe: Recipe, model: ModelShape) -> None:

@@ -12,7 +12,7 @@ import torch
 from bft_megatron.hf import load
 from bft_megatron.hf.weights import Weight
 from tests.helpers.commands import run_command
-from tests.helpers.runs import MODEL, VARIANTS
+from tests.helpers.runs import MODEL
 
 
 def check(
@@ -31,10 +31,23 @@ LAYOUTS = {
     "vpp2-padded": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "data.packing=false", "objective.name=dft"],
     "cp2-dp2": ["parallel.context=2", "parallel.data=2", "objective.reduce=tokens"],
     "padded-mb2-tp2": ["parallel.tensor=2", "data.packing=false", "train.micro_batch_size=2", "objective.name=sft"],
+    "tp2-ep2-etp2-dp2": ["parallel.tensor=2", "parallel.data=2", "parallel.expert=2", "parallel.expert_tensor=2"],
+    "vpp2-ep2": ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "parallel.data=2", "parallel.expert=2"],
+    "cp2-padded": ["parallel.context=2", "data.packing=false", "train.micro_batch_size=2"],
 }
+MODELS = [
+    ("tiny", "tp2-pp2"),
+    ("qwen2", "vpp2-padded"),
+    ("qwen3", "cp2-dp2"),
+    ("mistral", "padded-mb2-tp2"),
+    ("qwen3_moe", "tp2-ep2-etp2-dp2"),
+    ("glm", "vpp2-ep2"),
+    *(pytest.param(name, "cp2-padded", marks=pytest.mark.slow) for name in ("qwen3_moe_dense", "qwen2_moe", "mixtral")),
+    pytest.param("hunyuan", "vpp2-padded", marks=pytest.mark.slow),
+]
 
 
-@pytest.mark.parametrize(("layout", "model"), list(zip(LAYOUTS, ["tiny", *VARIANTS], strict=True)))
+@pytest.mark.parametrize(("model", "layout"), MODELS)
 def test_green(
     layout: str,
     model: str,
@@ -59,6 +72,32 @@ def test_bf16_is_held_to_what_bf16_does_to_transformers(
     status, said = check(data, tmp_path, monkeypatch, capfd, "train.precision=bf16", "parallel.tensor=2")
     assert status == 0
     assert "bf16, TP 2" in said
+
+
+def test_a_mixture_in_bf16_is_compared_under_the_routing_of_transformers(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    words = [f"model={data / 'qwen3_moe'}", "train.precision=bf16", "parallel.context=2", "parallel.expert=2"]
+    status, said = check(data, tmp_path, monkeypatch, capfd, *words)
+    assert status == 0
+    here, allowed = re.findall(r"tokens rerouted .+?([\d.]+)% +│ +([\d.]+)%", said)[0]
+    assert 0 < float(here) <= float(allowed) < 10
+
+
+def test_red_names_the_layer_whose_router_chooses_other_experts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    fill = load.fill_part
+
+    def fill_wrongly(parameter: torch.nn.Parameter, weight: Weight, source: Any) -> None:
+        fill(parameter, weight, source)
+        if weight.path == "decoder.layers.2.mlp.router.expert_bias":
+            parameter[3] += 1  # it is added for the choice alone, which then no output shows
+
+    monkeypatch.setattr(load, "fill_part", fill_wrongly)
+    status, said = check(data, tmp_path, monkeypatch, capfd, f"model={data / 'glm'}", "train.precision=bf16")
+    assert status == 1
+    assert said.splitlines()[-1] == "red: the first whose router chooses other experts than transformers is layer 3"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 from tests.helpers.runs import Case, Layout
@@ -24,6 +26,9 @@ OBJECTIVES = [
 ]
 """The list of records, ours and one of a user's, with both divisors: whoever adds one is held to it on every layout."""
 
+MIXTURES = ("qwen3_moe", "qwen3_moe_dense", "qwen2_moe", "mixtral", "hunyuan", "glm")
+"""Those of `runs.VARIANTS` that have experts: of every kind of router, with shared experts and dense layers."""
+
 CHOSEN = [
     # Padded rows: every dimension alone and together, one and two rows a micro-batch.
     (Case("bft", packing=False), Layout(tensor=2, sequence=True, micro_batch_size=2)),
@@ -43,11 +48,19 @@ CHOSEN = [
     (Case("bft", cp_windows="per_rank"), Layout(tensor=2, context=2, sequence=True)),
     (Case("bft", confidence="arithmetic", cp_windows="per_rank"), Layout(context=4, data=2)),
     (Case(OWN, cp_windows="per_rank"), Layout(pipeline=2, context=2)),
-    # Biases, norms of heads, tied embeddings on two stages, a sliding window: what the tiny Llama has not.
-    (Case(model="qwen2"), Layout(tensor=2, sequence=True)),
+    # Norms of heads, tied embeddings on two stages, a sliding window: what the tiny Llama has not.
     (Case(model="qwen3"), Layout(tensor=2, pipeline=2, sequence=True)),
     (Case(model="qwen3", packing=False), Layout(pipeline=2, virtual_pipeline=2)),
     (Case(model="mistral"), Layout(tensor=2, context=2)),
+    # Mixtures: the experts alone on ranks of their own, and with each other dimension; every architecture once.
+    (Case(model="qwen3_moe"), Layout(data=2, expert=2)),
+    (Case(model="qwen3_moe"), Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)),
+    (Case("sft", packing=False, model="qwen3_moe_dense"), Layout(pipeline=2, data=2, expert=2, micro_batch_size=2)),
+    (Case(OWN, model="qwen2_moe"), Layout(tensor=2, sequence=True, expert=2)),  # with biases
+    (Case("dft", packing=False, model="mixtral"), Layout(data=2, expert_tensor=2)),
+    (Case(model="mixtral"), Layout(context=2, data=2, expert=4)),
+    (Case(model="hunyuan"), Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2)),
+    (Case("sft", model="glm"), Layout(tensor=2, sequence=True, expert=2)),
 ]
 
 
@@ -61,21 +74,41 @@ def every_layout() -> list[Layout]:
         if 8 // data % pipeline and virtual > 1:
             continue
         for sequence in (False, True) if tensor > 1 else (False,):
-            found.append(Layout(tensor, pipeline, virtual, context, data, sequence))
+            found.append(replace(layout, sequence=sequence))
     return found
 
 
-def every_case() -> list[tuple[Case, Layout]]:
+def every_layout_of_experts() -> list[Layout]:
+    """All layouts with each expert-parallel and expert-tensor-parallel size that a stage's processes can hold."""
+    return [
+        replace(layout, expert=expert, expert_tensor=expert_tensor)
+        for layout, expert, expert_tensor in product(every_layout(), (1, 2, 4, 8), (1, 2, 4))
+        if not layout.world // layout.pipeline % (expert * expert_tensor) and layout.sequence == (layout.tensor > 1)
+    ]
+
+
+def dense_cases() -> list[tuple[Case, Layout]]:
     """Every layout with every objective, packed and padded, and both kinds of windows where they differ."""
+    return _cases(every_layout(), ["tiny"])
+
+
+def mixture_cases() -> list[tuple[Case, Layout]]:
+    """The same of every mixture on every layout of its experts."""
+    return _cases(every_layout_of_experts(), MIXTURES)
+
+
+def _cases(layouts: Sequence[Layout], models: Sequence[str]) -> list[tuple[Case, Layout]]:
     found = []
-    for layout, objective, packing in product(every_layout(), OBJECTIVES, (True, False)):
+    for layout, model, objective, packing in product(layouts, models, OBJECTIVES, (True, False)):
         for windows in ("exact", "per_rank") if layout.context > 1 else ("exact",):
-            case = Case(objective.objective, objective.reduce, objective.confidence, windows, packing)
-            found.append((case, layout))
+            found.append((replace(objective, cp_windows=windows, packing=packing, model=model), layout))
     return found
 
 
 def drawn(count: int) -> list[tuple[Case, Layout]]:
-    """`count` others than CHOSEN by SEED, those of fewer processes likelier, so that a run of the tests stays short."""
-    rng, pool = random.Random(SEED), [pair for pair in every_case() if pair not in CHOSEN]
-    return sorted(pool, key=lambda pair: rng.random() ** pair[1].world, reverse=True)[:count]
+    """`count` others than CHOSEN by SEED, half of them mixtures, those of fewer processes likelier for a short run."""
+    rng, found = random.Random(SEED), []
+    for cases in (dense_cases(), mixture_cases()):
+        pool = [pair for pair in cases if pair not in CHOSEN]
+        found += sorted(pool, key=lambda pair: rng.random() ** pair[1].world, reverse=True)[: count // 2]
+    return found

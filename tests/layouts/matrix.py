@@ -1,7 +1,8 @@
 """Every objective on every layout, as a table: `make matrix`, or a sample of it with `make matrix N=200 SEED=1`.
 
-What `test_layouts` does for some is done here for all that eight processes can hold. It takes hours on two cores; an
-interrupt ends it with the table so far.
+What `test_layouts` does for some is done here for all that eight processes can hold; of a sample half are mixtures of
+experts, of which it would be nine tenths otherwise. All take days on two cores; an interrupt ends it with the table so
+far.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.table import Table
 
 import tests.conftest  # noqa: F401  torch and Megatron, once, before any fork
 from tests.helpers import model_reference as reference
-from tests.helpers.cases import SEED, every_case
+from tests.helpers.cases import SEED, dense_cases, mixture_cases
 from tests.helpers.comparing import TOLERANCE, differences
 from tests.helpers.runs import Case, Layout, Result, make_recipe, run, write_data
 
@@ -29,12 +30,13 @@ console = Console()
 
 def main(count: int | None) -> int:
     """Run all cases, or `count` of them, and print a line a layout; 1 if a difference is above the tolerance."""
-    pool = every_case()
-    chosen = pool if count is None else random.Random(SEED).sample(pool, min(count, len(pool)))
+    kinds, rng = (dense_cases(), mixture_cases()), random.Random(SEED)
+    total = sum(map(len, kinds))
+    chosen = [pair for pool in kinds for pair in rng.sample(pool, min((count or 2 * total) // 2, len(pool)))]
     worst: dict[str, list[tuple[float, str]]] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         matrix = Matrix(Path(folder))
-        for case, layout in track(chosen, f"{len(chosen)} of {len(pool)} cases, SEED={SEED}", console=console):
+        for case, layout in track(chosen, f"{len(chosen)} of {total} cases, SEED={SEED}", console=console):
             worst.setdefault(str(layout), []).append(matrix.worst(case, layout))
     console.print(table(worst))
     return int(any(difference > TOLERANCE for found in worst.values() for difference, _ in found))
@@ -55,7 +57,7 @@ class Matrix:
             with tempfile.TemporaryDirectory(dir=self.folder) as out:
                 result = run(make_recipe(Path(out) / "run", self.folder, case, layout, 1), layout.world, before=_quiet)
         except AssertionError as e:
-            console.print(f"{name} failed:\n{e}")
+            console.print(f"{name} failed:\n{e}", markup=False)
             return float("inf"), f"{case}: failed"
         found = differences(result, self.plain(case, layout.context if case.cp_windows == "per_rank" else 1))
         where = max(found, key=found.__getitem__)

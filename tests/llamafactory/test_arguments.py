@@ -43,6 +43,7 @@ ANOTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "max_samples": (5, {}),
     "val_size": (2, {"dataset_dir": "tests/llamafactory/configs/data", "dataset": "identity"}),
     "virtual_pipeline_model_parallel_size": (2, MEGATRON),
+    "expert_tensor_parallel_size": (4, {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}),
     "sequence_parallel": (True, {"tensor_model_parallel_size": 2}),
     "recompute_granularity": ("full", MEGATRON),
     "recompute_method": ("block", MEGATRON | {"recompute_granularity": "full"}),

@@ -165,6 +165,15 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"hyper_parallel_cp_size": 4, "cutoff_len": 99}, {"parallel.context": 4, "data.seq_length": 104}),
     ({"tensor_model_parallel_size": 2}, {"parallel.tensor": 2, "parallel.sequence": None}),
     ({"tensor_model_parallel_size": 2, "sequence_parallel": False}, {"parallel.sequence": False}),
+    ({"expert_model_parallel_size": 4}, {"parallel.expert": 4, "parallel.expert_tensor": 1}),
+    (
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+        {"parallel.expert": 2, "parallel.tensor": 2, "parallel.expert_tensor": 2},
+    ),
+    (
+        {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1},
+        {"parallel.expert": 2, "parallel.expert_tensor": 1},
+    ),
     ({"ray_num_workers": 4}, {"train.global_batch_size": 32}),
 ]  # fmt: skip
 

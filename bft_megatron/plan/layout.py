@@ -47,15 +47,19 @@ def stages(recipe: Recipe, config: ModelConfig, world: int, load: float = 1.0) -
     return found
 
 
-def ends(
-    recipes: list[Recipe], config: ModelConfig, world: int, load: float = 1.0
-) -> list[list[Stage] | UserError]:
+def ends(recipes: list[Recipe], config: ModelConfig, world: int, load: float = 1.0) -> list[list[Stage] | UserError]:
     """Return two stages of each recipe, the first (which stands for all but the last) and the last.
 
     Faster than `stages` and enough to compare layouts: the first holds the most micro-batches, the last the head. For a
     recipe that Megatron refuses, the result is the UserError instead.
     """
     return of_each(recipes, config, world, _end_spans, load, refusals=True)
+
+
+def fullest_under(recipe: Recipe, config: ModelConfig, world: int, fullest: Stage, load: float) -> Stage:
+    """Return the stage traced again, with another load of its experts."""
+    [[found]] = of_each([recipe], config, world, lambda _: [(fullest.first, fullest.last)], load)
+    return found
 
 
 def of_each(

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig
@@ -40,6 +40,7 @@ MODELLED = {
     "[Megatron core/tensor_parallel/layers.py]",
 }
 """Kernel -> its assumed allocations [and their source]."""
+
 
 @kernel("norm(Tensor x, Tensor weight) -> (Tensor, Tensor)")
 def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

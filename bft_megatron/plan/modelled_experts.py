@@ -17,8 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from bft_megatron.plan.kernels import OPS, kernel
 
 MODELLED = {
-    "experts' products": "keep their input; the gradients of all their weights are made at once, then added [Transformer "
-    "Engine module/grouped_linear.py]",
+    "experts' products": "keep their input; the gradients of all their weights are made at once, then added "
+    "[Transformer Engine module/grouped_linear.py]",
     "experts' SwiGLU": "keeps its input and the weights of the choices, no temporaries [Megatron "
     "core/fusions/fused_bias_swiglu.py, weighted_bias_swiglu_impl]",
 }

@@ -103,6 +103,8 @@ class _TwoSteps(BaseException):
 def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
     ledger = _RealLedger("cpu", kind_of_group, real=True)
     recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    if config.experts is not None:
+        _balance_routing()
     with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console, recorder, ledger:
         _mark_moments(ledger)
         with contextlib.suppress(_TwoSteps):
@@ -116,6 +118,22 @@ def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
         rise=moments.highest("step 2", "step 2 done") - moments.at("step 2"),
         collectives=_without_phases(ledger.step.collectives),
     )
+
+
+def _balance_routing() -> None:
+    """Let each token of a rank go to the next experts in turn, whatever its router says."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    routing = TopKRouter.routing
+
+    def balanced(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights, chosen = routing(self, *args, **kwargs)
+        k, (tokens, experts) = self.config.moe_router_topk, chosen.shape
+        turns = torch.arange(tokens * k).remainder(experts).view(tokens, k)
+        chosen.data.zero_().scatter_(1, turns, True)
+        return weights, chosen
+
+    TopKRouter.routing = balanced
 
 
 def _mark_moments(ledger: Ledger) -> None:

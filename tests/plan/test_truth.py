@@ -44,7 +44,7 @@ def test_layout(layout: Layout, data: Path, tmp_path: Path):
 
 
 EXPERT_LAYOUTS = {
-    "dp2-ep2": Layout(data=2, expert=2),
+    "dp2-ep2": pytest.param(Layout(data=2, expert=2), marks=pytest.mark.plan),
     "tp2-sp-etp2": pytest.param(Layout(tensor=2, sequence=True, expert_tensor=2), marks=pytest.mark.plan),
     "tp2-sp-ep2": pytest.param(Layout(tensor=2, sequence=True, expert=2), marks=pytest.mark.plan),
     "tp2-sp-dp2-ep2-etp2": pytest.param(

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import gc
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
     return Sizes(
         weights=moments.grown("setup", "model"),
         gradients=moments.grown("setup", "optimizer") - moments.grown("setup", "model"),
-        optimizer=moments.grown("optimizer", "optimizer done") + moments.grown("adam", "adam done"),
+        optimizer=moments.grown("optimizer", "optimizer done") + moments.grown_in_all("adam"),
         saved=moments.grown("forward", "forward done"),
         rise=moments.highest("step 2", "step 2 done") - moments.at("step 2"),
         collectives=_without_phases(ledger.step.collectives),
@@ -196,12 +196,13 @@ class _Moments:
 
     def __init__(self, recorder: profile) -> None:
         events = sorted(recorder.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-        self.balance, self.times, now = [], {}, 0
+        self.balance, self.times, self.all, now = [], {}, defaultdict(list), 0
         for event in events:
             if event.name() == "[memory]":
                 now += event.nbytes()
                 self.balance.append(now)
             elif event.name().startswith("moment: "):
+                self.all[event.name().removeprefix("moment: ")].append(now)
                 self.times.setdefault(event.name().removeprefix("moment: "), len(self.balance))
 
     def at(self, moment: str) -> int:
@@ -210,6 +211,10 @@ class _Moments:
 
     def grown(self, start: str, end: str) -> int:
         return self.at(end) - self.at(start)
+
+    def grown_in_all(self, what: str) -> int:
+        """The growth within all moments of the name: experts may have an optimizer of their own."""
+        return sum(self.all[f"{what} done"]) - sum(self.all[what])
 
     def highest(self, start: str, end: str) -> int:
         return max(self.balance[self.times[start] : self.times[end]])

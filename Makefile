@@ -84,6 +84,7 @@ plan-recipes: $(STAMP)
 # A run that is killed, damaged and starved of disk thirty times must end with the bits of one left alone; some ten minutes.
 soak: $(STAMP)
 	$(BIN)/python -m tests.checkpoint.soak --events 30
+	$(BIN)/python -m tests.checkpoint.soak --events 30 --experts
 
 # Random recipes, data files and flipped bits of a run's folder for FUZZ_SECONDS each, drawn by SEED; `make test` takes seconds.
 fuzz: $(STAMP)

@@ -218,7 +218,8 @@ def export(
     else:
         from bft_megatron.hf.export import export
 
-        export(source.checkpoints, folder, source.model, iteration=iteration, dtype=chosen)
+        base = recipe.model if recipe is not None and recipe.init == "pretrained" else None
+        export(source.checkpoints, folder, source.model, base=base, iteration=iteration, dtype=chosen)
     print(f"wrote {folder}")
 
 

@@ -32,6 +32,7 @@ GROUPS = {
     "parallel": schema.ParallelSettings,
     "train": schema.TrainSettings,
     "lora": schema.LoraSettings,
+    "moe": schema.MoeSettings,
 }
 """Marker in recipe.md -> the dataclass behind the table there; "" marks the fields of the recipe itself."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,10 +16,10 @@ from bft_megatron.checkpoint import integrity
 from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES, OPTIMIZER_BYTES
 from bft_megatron.errors import UserError
 from bft_megatron.hf.model_config import ModelConfig
-from bft_megatron.hf.weights import parameter_count
+from bft_megatron.hf.weights import parameter_count, weights
 from bft_megatron.processes import lease
 from bft_megatron.recipe.layout_rules import check_world
-from bft_megatron.recipe.schema import Recipe
+from bft_megatron.recipe.schema import ParallelSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import open_rows
 
@@ -48,18 +49,25 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
         raise UserError(f"has {gpus} GPUs, the job has {per_node} ranks on it", node)
     if recipe.device != "cpu" and (shared := shutil.disk_usage("/dev/shm").total) < SHARED_MEMORY:
         raise UserError(f"/dev/shm has {_gib(shared)}, it takes {_gib(SHARED_MEMORY)}: docker run --ipc=host", node)
-    parallel = recipe.parallel
     if recipe.lora is None:
         _check_disk(recipe, rows.steps, CHECKPOINT_BYTES * parameters)
         # On the host, while a rank's optimizer state is gathered for a save or a load.
-        state = OPTIMIZER_BYTES * parameters / (parallel.tensor * parallel.pipeline) * per_node
+        state = OPTIMIZER_BYTES * _on_a_rank(config, recipe.parallel) * per_node
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if memory < state:
+            sizes = "tensor or pipeline" if config.experts is None else "expert, tensor or pipeline"
             raise UserError(
                 f"has {_gib(memory)} of memory; a save gathers {_gib(state)} of optimizer state on it. Raise "
-                "parallel.tensor or pipeline, or set `dist-ckpt-optim-fully-reshardable: false` under `megatron`",
+                f"parallel.{sizes}, or set `dist-ckpt-optim-fully-reshardable: false` under `megatron`",
                 node,
             )
+
+
+def _on_a_rank(config: ModelConfig, parallel: ParallelSettings) -> float:
+    """Return the number of parameters that a rank holds, the experts' by their own layout."""
+    experts = sum(math.prod(t.shape) for w in weights(config) if w.expert is not None for t in w.tensors)
+    dense = parameter_count(config) - experts
+    return dense / (parallel.tensor * parallel.pipeline) + experts / parallel.expert_model_parallel_size
 
 
 def _check_disk(recipe: Recipe, steps: int, size: float) -> None:

@@ -27,6 +27,8 @@ class Columns:
     """[b] int64, number of samples in a row; 0 for a filler"""
     weight: Tensor
     """[b, k] fp32, the data's weight of each sample; 0 for a segment without a sample"""
+    padding: Tensor
+    """[b, s] bool, whether a token belongs to no sample"""
     real_tokens: Tensor
     """[b] int64, number of tokens that are not padding"""
     row: Tensor

@@ -8,7 +8,9 @@ loss or its count.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +27,19 @@ VIRTUAL_LENGTH = 1 << 40
 PADDING = 0
 """Token id at places without a sample. They are masked; 0 is used because every vocabulary has it, while not every
 model has a padding token."""
+
+
+class RowCounts(NamedTuple):
+    """What rows hold."""
+
+    samples: int = 0
+    supervised: int = 0
+    """Supervised labels."""
+    tokens: int = 0
+    """Input tokens without padding."""
+
+    def __add__(self, other: RowCounts) -> RowCounts:  # type: ignore[override]
+        return RowCounts(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class RowDataset(torch.utils.data.Dataset):
@@ -49,6 +64,16 @@ class RowDataset(torch.utils.data.Dataset):
         samples, rows = self._tables[source]
         columns = samples.select_columns(["file", "line"])[rows[within]["samples"]]
         return [(source, int(file), int(line)) for file, line in zip(columns["file"], columns["line"], strict=True)]
+
+    def counts(self, rows: Sequence[int]) -> RowCounts:
+        """Return what some rows hold together, given by their numbers; reads no tokens."""
+        where, found = [self.blend.find(row) for row in rows], RowCounts()
+        for source, (samples, table) in enumerate(self._tables):
+            if within := [row for of, row in where if of == source]:
+                held = np.concatenate(list(table.select_columns(["samples"])[within]["samples"]))
+                for supervised in samples.select_columns(["learned"])[held]["learned"]:
+                    found += RowCounts(1, int(supervised[1:].sum()), len(supervised) - 1)
+        return found
 
     def _read(self, source: int, row: int) -> list[_Sample]:
         samples, rows = self._tables[source]
@@ -91,6 +116,7 @@ def full_row(seq_length: int, *, packing: bool) -> Columns:
         position_ids=torch.arange(seq_length),
         samples=torch.tensor(1),
         weight=torch.ones(1),
+        padding=zeros.bool(),
         real_tokens=size,
         row=torch.tensor(0),
         source=torch.tensor(0),
@@ -103,12 +129,13 @@ def _row(samples: list[_Sample], shape: Blend, number: int, source: int) -> Colu
     """Return the columns of a row; an unpacked row's only sample fills it."""
     size = shape.seq_length
     edges = _edges([len(tokens) - 1 for tokens, _, _ in samples], shape)
-    tokens, labels = np.full(size, PADDING), np.full(size, IGNORE_INDEX)
+    tokens, labels, padding = np.full(size, PADDING), np.full(size, IGNORE_INDEX), np.ones(size, np.bool_)
     weight = np.zeros(len(edges) - 1, np.float32)
     for k, (text, supervised, sample_weight) in enumerate(samples):
         place = slice(edges[k], edges[k] + len(text) - 1)
         tokens[place] = text[:-1]
         labels[place] = np.where(supervised[1:], text[1:], IGNORE_INDEX)
+        padding[place] = False
         weight[k] = sample_weight
     lengths = np.diff(edges)
     positions = np.arange(size) - np.repeat(edges[:-1], lengths)
@@ -119,6 +146,7 @@ def _row(samples: list[_Sample], shape: Blend, number: int, source: int) -> Colu
         position_ids=torch.as_tensor(positions),
         samples=torch.tensor(len(samples)),
         weight=torch.as_tensor(weight),
+        padding=torch.as_tensor(padding),
         real_tokens=torch.tensor(real),
         row=torch.tensor(number),
         source=torch.tensor(source),

@@ -7,6 +7,7 @@ and its own tensors to `weights`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,28 @@ from bft_megatron.hf import experts, hub
 from bft_megatron.hf.config_file import ConfigFile
 from bft_megatron.hf.model_config import Experts, ModelConfig
 
+PREDICTION_LAYERS = "num_nextn_predict_layers"
+"""The key of config.json with the number of layers for multi-token prediction."""
+
 
 @dataclass(frozen=True)
 class Architecture:
     """Properties of a transformers class that `config.json` has no field for, or may leave out."""
 
     window: Callable[[ConfigFile], int | None] = lambda _: None
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    qkv_bias: bool | None = False
+    """Whether query, key and value have a bias; None: where the config's `attention_bias` says so."""
+    qk_norm: bool | None = False
+    """Whether query and key are normalised; None: where the config's `use_qk_norm` says so."""
+    norm_after_rotary: bool = False
+    rotary_part: float | None = None
+    """Default part of each head that has the rotary embedding; None: always the whole head."""
+    rope_alpha: bool = False
+    """Whether `dynamic` rope scaling with an `alpha` is a larger base of the rotary embedding."""
+    rope_theta: float = 10000.0
+    """Default base of the rotary embedding."""
+    prediction_layers: int | None = None
+    """Default number of layers for multi-token prediction; None: the architecture has none."""
     head_dim: int | None = None
     """Default if the config has no head_dim; None: hidden size / heads."""
     experts: Callable[[ConfigFile], Experts] | None = None
@@ -61,7 +76,13 @@ ARCHITECTURES = {
     "MistralForCausalLM": Architecture(window=_mistral_window),
     "Qwen2MoeForCausalLM": Architecture(window=_qwen_window, qkv_bias=True, experts=experts.qwen2_moe),
     "Qwen3MoeForCausalLM": Architecture(window=_qwen_window, qk_norm=True, experts=experts.qwen3_moe),
-    "MixtralForCausalLM": Architecture(window=_mixtral_window, experts=experts.mixtral),
+    "MixtralForCausalLM": Architecture(window=_mixtral_window, rope_theta=1e6, experts=experts.mixtral),
+    "HunYuanMoEV1ForCausalLM": Architecture(
+        qk_norm=True, norm_after_rotary=True, rope_alpha=True, experts=experts.hunyuan
+    ),
+    "Glm4MoeForCausalLM": Architecture(
+        qkv_bias=None, qk_norm=None, rotary_part=0.5, prediction_layers=1, experts=experts.glm4_moe
+    ),
 }
 
 
@@ -88,28 +109,37 @@ def _config(raw: ConfigFile) -> ModelConfig:
     architecture = ARCHITECTURES[names[0]]
     _refuse_unsupported(raw, architecture)
     hidden, heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")
-    rope = _rope(raw)
+    head_dim = _head_dim(raw, architecture)
+    rope = _rope(raw, architecture)
     return ModelConfig(
         architecture=names[0],
         layers=raw.integer("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
         kv_heads=raw.integer("num_key_value_heads", heads),
-        head_dim=raw.integer("head_dim", architecture.head_dim or hidden // heads),
+        head_dim=head_dim,
         ffn=raw.integer("intermediate_size"),
         vocab_size=raw.integer("vocab_size"),
         tied=bool(raw.get("tie_word_embeddings", False)),
-        rope_theta=raw.number("rope_theta", 10000.0, rope),
-        rope_factor=_rope_factor(raw, rope),
+        rope_theta=_rope_base(raw, rope, architecture, head_dim),
+        rope_factor=_rope_factor(raw, rope, architecture),
         norm_eps=raw.number("rms_norm_eps", 1e-6),
-        qkv_bias=architecture.qkv_bias,
-        qk_norm=architecture.qk_norm,
+        qkv_bias=_given(architecture.qkv_bias, raw, "attention_bias"),
+        qk_norm=_given(architecture.qk_norm, raw, "use_qk_norm"),
         window=architecture.window(raw),
         max_positions=raw.integer("max_position_embeddings"),
         initializer_range=raw.number("initializer_range", 0.02),
         dtype=raw.get("dtype", raw.get("torch_dtype", None)),
-        experts=architecture.experts(raw) if architecture.experts else None,
+        norm_after_rotary=architecture.norm_after_rotary,
+        rotary_part=_rotary_part(raw, rope, architecture),
+        prediction_layers=_prediction_layers(raw, architecture),
+        experts=experts.checked(raw, architecture.experts(raw)) if architecture.experts else None,
     )
+
+
+def _prediction_layers(raw: ConfigFile, architecture: Architecture) -> int:
+    default = architecture.prediction_layers
+    return 0 if default is None else raw.integer(PREDICTION_LAYERS, default, least=0)
 
 
 def companions(folder: Path) -> list[Path]:
@@ -122,7 +152,7 @@ def companions(folder: Path) -> list[Path]:
 def _refuse_unsupported(raw: ConfigFile, architecture: Architecture) -> None:
     if raw.get("hidden_act", "silu") != "silu":
         raise raw.unsupported(f"the activation {raw.get('hidden_act', '')!r} (silu is)", "hidden_act")
-    if raw.get("attention_bias", False):
+    if architecture.qkv_bias is not None and raw.get("attention_bias", False):
         raise raw.unsupported("a bias in the attention's output projection", "attention_bias")
     if raw.get("mlp_bias", False):
         raise raw.unsupported("a bias in the feed-forward layers", "mlp_bias")
@@ -133,19 +163,49 @@ def _refuse_unsupported(raw: ConfigFile, architecture: Architecture) -> None:
             raise raw.unsupported("experts in a dense architecture", key)
 
 
-def _rope(raw: ConfigFile) -> dict[str, Any]:
+def _given(known: bool | None, raw: ConfigFile, key: str) -> bool:
+    return bool(raw.get(key, False)) if known is None else known
+
+
+def _head_dim(raw: ConfigFile, architecture: Architecture) -> int:
+    """Return the size of a head; files of Hunyuan on the hub have it under a name of their own."""
+    default = architecture.head_dim or raw.integer("hidden_size") // raw.integer("num_attention_heads")
+    return raw.integer("head_dim", raw.integer("attention_head_dim", default))
+
+
+def _rope(raw: ConfigFile, architecture: Architecture) -> dict[str, Any]:
     """Return the rope settings: transformers 5 has them in `rope_parameters`, 4 in `rope_scaling` beside the base."""
     rope = raw.get("rope_scaling", raw.get("rope_parameters", {}))
     if not isinstance(rope, dict) or any(isinstance(x, dict) for x in rope.values()):
         raise raw.unsupported("rotary embeddings that differ by layer", "rope_parameters")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+    if architecture.rotary_part is None and _rotary_part(raw, rope, architecture) != 1.0:
         raise raw.unsupported("rotary embeddings of a part of each head", "partial_rotary_factor")
     return rope
 
 
-def _rope_factor(raw: ConfigFile, rope: dict[str, Any]) -> float | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+def _rotary_part(raw: ConfigFile, rope: dict[str, Any], architecture: Architecture) -> float:
+    return raw.number("partial_rotary_factor", architecture.rotary_part or 1.0, rope)
+
+
+def _kind(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
+def _larger_base(rope: dict[str, Any], architecture: Architecture) -> bool:
+    return architecture.rope_alpha and _kind(rope) == "dynamic" and bool(rope.get("alpha"))
+
+
+def _rope_base(raw: ConfigFile, rope: dict[str, Any], architecture: Architecture, head_dim: int) -> float:
+    """Return the base of the rotary embedding, which an alpha enlarges; that does not depend on the length."""
+    base = raw.number("rope_theta", architecture.rope_theta, rope)
+    if _larger_base(rope, architecture):
+        base *= math.pow(raw.number("alpha", 1.0, rope), head_dim / (head_dim - 2))
+    return base
+
+
+def _rope_factor(raw: ConfigFile, rope: dict[str, Any], architecture: Architecture) -> float | None:
+    kind = _kind(rope)
+    if kind == "default" or _larger_base(rope, architecture):
         return None
     if kind != "llama3":
         raise raw.unsupported(f"rope scaling of type {kind!r} (llama3 is)", "rope_parameters")

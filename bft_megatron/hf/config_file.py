@@ -31,11 +31,32 @@ class ConfigFile:
         value = self.values.get(key)
         return default if value is None else value
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
         value = self.get(key, default)
-        if type(value) is not int or not 1 <= value <= INT32:
-            raise UserError(f"must be a positive whole number, not {shortened(repr(value))}", f"{self.path}: {key}")
+        if type(value) is not int or not least <= value <= INT32:
+            what = "a positive whole number" if least == 1 else f"a whole number from {least}"
+            raise UserError(f"must be {what}, not {shortened(repr(value))}", f"{self.path}: {key}")
         return value
+
+    def any_of(self, *keys: str) -> int:
+        """Return a number that releases of transformers write under different keys.
+
+        Raises:
+            UserError: it is under none of them, or two disagree.
+        """
+        there = [key for key in keys if self.get(key, None) is not None]
+        if len({self.same_in_all_layers(key) for key in there}) > 1:
+            raise UserError(f"is not {there[1]}, which is another name of it", f"{self.path}: {there[0]}")
+        return self.same_in_all_layers(there[0] if there else keys[0])
+
+    def same_in_all_layers(self, key: str, default: int | None = None) -> int:
+        """Return a number that a file may have as a list with an entry for each layer."""
+        value = self.get(key, default)
+        if not isinstance(value, list):
+            return self.integer(key, default)
+        if len(value) != self.integer("num_hidden_layers") or any(x != value[0] for x in value):
+            raise self.unsupported("layers that differ in it", key)
+        return ConfigFile(self.path, {key: value[0]}).integer(key)
 
     def number(self, key: str, default: float, group: dict[str, Any] | None = None) -> float:
         """Return a finite number that is not negative, from a group of values if it has one."""

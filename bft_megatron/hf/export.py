@@ -12,16 +12,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from bft_megatron.data.folders import USERS
-from bft_megatron.errors import UserError
-from bft_megatron.hf import shards, stops
-from bft_megatron.hf.architectures import companions, read_config
+from bft_megatron.errors import FieldError, UserError
+from bft_megatron.hf import hub, prediction, shards, stops
+from bft_megatron.hf.architectures import PREDICTION_LAYERS, companions, read_config
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import Weight, weights
 from bft_megatron.processes import lease
@@ -32,6 +34,7 @@ def export(
     out: Path,
     hf_folder: Path,
     *,
+    base: str | None = None,
     iteration: int | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: float = 5e9,
@@ -44,6 +47,7 @@ def export(
         checkpoints: a run's checkpoints: `iter_*` folders and the tracker file that names the newest.
         out: folder to write; must be empty or not exist.
         hf_folder: folder with config.json, generation config, tokenizer and template, which are copied.
+        base: the model that the run started from, a folder or an id: what is not trained is copied from there.
         iteration: the checkpoint's iteration; None: the newest.
         dtype: dtype of the written weights (set in config.json too); None: the checkpoint's.
         shard_bytes: maximum size of a file of weights; a larger tensor gets a file of its own.
@@ -57,7 +61,7 @@ def export(
     checkpoint = newest_checkpoint(checkpoints, iteration)
     table = weights(read_config(hf_folder))
     tensors = [_output(checkpoint, weight, i, dtype) for weight in table for i in range(len(weight.tensors))]
-    write_model(out, hf_folder, tensors, f"{checkpoint.identity} {shard_bytes}", shard_bytes)
+    write_model(out, hf_folder, tensors, f"{checkpoint.identity} {shard_bytes}", shard_bytes, _found(base))
 
 
 def refuse_used(out: Path) -> None:
@@ -66,20 +70,41 @@ def refuse_used(out: Path) -> None:
         raise UserError("is not empty; choose another folder, or remove it", str(out))
 
 
+def _found(base: str | None) -> Path | None:
+    try:
+        return None if base is None else hub.find_model(base)
+    except FieldError:
+        return None
+
+
 def write_model(
-    out: Path, hf_folder: Path, tensors: list[shards.Output], source: str, shard_bytes: float = 5e9
+    out: Path,
+    hf_folder: Path,
+    tensors: list[shards.Output],
+    source: str,
+    shard_bytes: float = 5e9,
+    base: Path | None = None,
 ) -> None:
     """Write a model folder of these tensors, reading each just before it is written; otherwise as `export`.
 
-    Prints the model's stop tokens where they are not only those of its config.json.
+    Buffers are written in fp32 whatever the dtype of the weights.
+    Prints the model's stop tokens where they are not only those of its config.json, and what becomes of its layers for
+    multi-token prediction.
 
     Args:
         source: identifies the values; files of an earlier, interrupted call are kept only if it had the same.
+        base: folder of the model whose layers for multi-token prediction are copied; None: there is none.
     """
-    with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in tensors]}") as partial:
-        _copy_companions(hf_folder, partial, tensors[0].dtype)
-        _write_shards(partial, tensors, shard_bytes)
+    config = read_config(hf_folder)
+    more = prediction.carried(base, config)
+    changes: dict[str, Any] = {} if more or not config.prediction_layers else {PREDICTION_LAYERS: 0}
+    buffers = {t.name for w in weights(config) if w.buffer for t in w.tensors}
+    everything = [*(replace(t, dtype=torch.float32) if t.name in buffers else t for t in tensors), *more]
+    with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in everything]}") as partial:
+        _copy_companions(hf_folder, partial, tensors[0].dtype, changes)
+        _write_shards(partial, everything, shard_bytes)
     stops.announce(hf_folder)
+    prediction.announce(config, more)
 
 
 @contextlib.contextmanager
@@ -134,14 +159,15 @@ def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dty
     return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))
 
 
-def _copy_companions(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy a model's files other than weights, with the weights' dtype set in config.json."""
+def _copy_companions(source: Path, target: Path, dtype: torch.dtype, changes: dict[str, Any]) -> None:
+    """Copy a model's files other than weights, with the weights' dtype and other changes set in config.json."""
     for file in companions(source):
         shutil.copyfile(file, target / file.name)
     config = json.loads((source / "config.json").read_text())
     key, name = "torch_dtype" if "torch_dtype" in config else "dtype", str(dtype).removeprefix("torch.")
-    if config.get(key) != name:
-        (target / "config.json").write_text(json.dumps(config | {key: name}, indent=2) + "\n")
+    changes = {k: v for k, v in {key: name, **changes}.items() if config.get(k) != v}
+    if changes:
+        (target / "config.json").write_text(json.dumps(config | changes, indent=2) + "\n")
 
 
 def _write_shards(folder: Path, tensors: list[shards.Output], shard_bytes: float) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf import hub, shards
+from bft_megatron.hf import hub, prediction, shards
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
@@ -60,6 +61,26 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
             place = place_of(chunk, config)
             for name, parameter in chunk.named_parameters():
                 fill_part(parameter, table[place.path(name)], source)
+        return chunks
+
+    return fill
+
+
+def buffers_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Callable[[list[Any]], list[Any]]:
+    """Return a hook for `GPTModelConfig.post_wrap_hooks` that fills the buffers; arguments as of `weights_hook`.
+
+    Megatron's wrapper for mixed precision rounds buffers to 16 bits, and widens them again: they are filled after it.
+    """
+    table = {w.path: w for w in weights(config) if w.buffer}
+    source = open_source(folder, config, seed) if table else None
+
+    @torch.no_grad()
+    def fill(chunks: list[Any]) -> list[Any]:
+        for chunk in map(unwrap_model, chunks):
+            place = place_of(chunk, config)
+            for name, buffer in chunk.named_buffers():
+                if source is not None and (weight := table.get(place.path(name))):
+                    fill_part(buffer, weight, source)
         return chunks
 
     return fill
@@ -115,15 +136,16 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Return whether a tensor can be ignored: rotary frequencies in old files, and a tied output layer."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight")
+    """Return whether a tensor can be ignored: of old files, of a tied output layer, of multi-token prediction."""
+    tied = config.tied and name == "lm_head.weight"
+    return tied or name.endswith(".rotary_emb.inv_freq") or prediction.is_predicting(name, config)
 
 
 def _some(names: list[str]) -> str:
     return f"among them {', '.join(names[:3])}" if len(names) > 3 else ", ".join(names)
 
 
-def fill_part(parameter: torch.nn.Parameter, weight: Weight, source: Source) -> None:
+def fill_part(parameter: Tensor, weight: Weight, source: Source) -> None:
     """Copy this TP rank's part of a weight into the parameter, converting dtype and device."""
     tp, rank = tensor_parallel_of(weight)
     if weight.padded:
@@ -173,6 +195,7 @@ class _Random:
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._shapes = {t.name: t.shape for w in weights(config) for t in w.tensors}
+        self._buffers = {t.name for w in weights(config) if w.buffer for t in w.tensors}
         self._std, self._seed = config.initializer_range, seed
 
     def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
@@ -181,6 +204,6 @@ class _Random:
 
     def _draw(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        if len(shape) == 1:  # as in transformers: norms are ones, biases zeros
+        if len(shape) == 1 and name not in self._buffers:  # as in transformers: norms are ones, biases zeros
             return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
         return torch.randn(shape, generator=generator(self._seed, name)) * self._std

@@ -26,7 +26,7 @@ def megatron_flags(config: ModelConfig) -> list[str]:
         "--norm-epsilon": config.norm_eps,
         "--position-embedding-type": "rope",
         "--rotary-base": int(config.rope_theta),
-        "--rotary-percent": 1.0,
+        "--rotary-percent": config.rotary_part,
         "--max-position-embeddings": config.max_positions,
         "--vocab-size": config.vocab_size,
         "--tokenizer-type": "NullTokenizer",  # the data set provides token ids
@@ -41,7 +41,7 @@ def megatron_flags(config: ModelConfig) -> list[str]:
         "--swiglu": True,
         "--disable-bias-linear": True,
         "--add-qkv-bias": config.qkv_bias,
-        "--qk-layernorm": config.qk_norm,
+        "--qk-layernorm": config.qk_norm and not config.norm_after_rotary,
         "--use-rope-scaling": config.rope_factor is not None,
         "--untie-embeddings-and-output-weights": not config.tied,
         **_expert_switches(config.experts),
@@ -63,6 +63,17 @@ def _expert_values(config: ModelConfig) -> dict[str, str | int | float]:
         values["--moe-layer-freq"] = f"[{','.join(str(int(config.has_experts(i))) for i in range(config.layers))}]"
     if experts.shared_ffn:
         values["--moe-shared-expert-intermediate-size"] = experts.shared_ffn
+    if experts.scores == "sigmoid":
+        values["--moe-router-score-function"] = "sigmoid"
+    if experts.scale != 1.0:
+        values["--moe-router-topk-scaling-factor"] = experts.scale
+    if experts.groups > 1:
+        values |= {
+            "--moe-router-num-groups": experts.groups,
+            "--moe-router-group-topk": experts.groups_per_token,
+        }
+    if experts.names.correction:
+        values["--moe-router-bias-update-rate"] = 0.0  # the bias of the files, which training does not change
     return values
 
 
@@ -72,6 +83,7 @@ def _expert_switches(experts: Experts | None) -> dict[str, bool]:
     return {
         "--moe-router-pre-softmax": experts.scores == "softmax of all",
         "--moe-shared-expert-gate": experts.shared_gate,
+        "--moe-router-enable-expert-bias": bool(experts.names.correction),
     }
 
 

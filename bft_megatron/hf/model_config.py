@@ -28,13 +28,19 @@ class ModelConfig:
     norm_eps: float
     qkv_bias: bool
     qk_norm: bool
-    """Whether query and key are normalised per head, before the rotary embedding."""
+    """Whether query and key are normalised per head."""
     window: int | None
     """Sliding window: number of tokens that a token attends to, itself included; None: full causal attention."""
     max_positions: int
     initializer_range: float
     dtype: str | None
     """Dtype of the files as the config names it, such as `bfloat16`."""
+    norm_after_rotary: bool = False
+    """Whether query and key are normalised after the rotary embedding in place of before it."""
+    rotary_part: float = 1.0
+    """Part of each head, its first elements, that has the rotary embedding."""
+    prediction_layers: int = 0
+    """Layers for multi-token prediction after the model's own in its files, which are not trained."""
     experts: Experts | None = None
     """The experts of a mixture; None: a dense model."""
 
@@ -52,6 +58,8 @@ class ExpertNames:
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str = "mlp.shared_expert.{matrix}"
     shared_gate: str = "mlp.shared_expert_gate"
+    correction: str = ""
+    """Name of the bias that is added to the scores for the choice alone; empty: there is none."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,15 @@ class Experts:
     """Experts that a token is sent to."""
     ffn: int
     """Width of an expert's feed-forward network."""
-    scores: Literal["softmax of chosen", "softmax of all"]
-    """Weights of the chosen experts: a softmax over their logits alone, or their part of the softmax over all."""
+    scores: Literal["softmax of chosen", "softmax of all", "sigmoid"]
+    """Weights of the chosen experts: a softmax over their logits alone, their part of the softmax over all, or their
+    sigmoids divided by the sum of these."""
+    scale: float = 1.0
+    """Factor of the weights."""
+    groups: int = 1
+    """Groups of neighbouring experts, scored by their two best experts."""
+    groups_per_token: int = 1
+    """Groups that a token's experts are chosen from."""
     dense_layers: tuple[int, ...] = ()
     """Layers, numbered from 0, that have one feed-forward network of width `ffn` of the model."""
     shared_ffn: int = 0

@@ -82,22 +82,20 @@ def load(folder: Path, config: ModelConfig, *, pretrained: bool, seed: int) -> t
     Raises:
         UserError: the folder's checkpoint is damaged.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    import transformers
 
-    logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+    options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": "eager", "local_files_only": True}
+    kind = getattr(transformers, config.architecture)
     if pretrained and not hub.checkpoints_of(folder):
-        loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
+        loaded: torch.nn.Module = kind.from_pretrained(folder, use_safetensors=True, **options)
         return loaded.eval()
-    model: torch.nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    model = model.float().eval()
     source = open_source(folder if pretrained else None, config, seed)
     state = {t.name: source(t.name, None, 0, 0).float() for w in weights(config) for t in w.tensors}
-    if config.tied:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state)
-    return model
+    of_files = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    # transformers joins the experts' tensors as it loads them.
+    model: torch.nn.Module = kind.from_pretrained(None, config=of_files, state_dict=state, **options)
+    return model.eval()
 
 
 def _samples(row: Row) -> Iterator[tuple[slice, float]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Weight:
     """Whether the rows are the vocabulary, to which Megatron adds rows of zeros."""
     expert: int | None = None
     """Expert number from 0 over the whole layer; None outside the experts."""
+    buffer: bool = False
+    """Whether it is a buffer: no gradient changes it, and it is fp32 beside weights of any dtype."""
 
     @property
     def path(self) -> str:
@@ -67,8 +69,8 @@ def weights(config: ModelConfig) -> list[Weight]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Return the number of parameters of the whole model, tied embeddings counted once."""
-    return sum(math.prod(t.shape) for w in weights(config) for t in w.tensors)
+    """Return the number of parameters of the whole model, tied embeddings counted once and buffers not."""
+    return sum(math.prod(t.shape) for w in weights(config) if not w.buffer for t in w.tensors)
 
 
 class _Layer:
@@ -130,13 +132,18 @@ def _attention(config: ModelConfig, layer: _Layer) -> list[Weight]:
         layer.weight("self_attention.linear_qkv.layer_norm_weight", {"input_layernorm.weight": (h,)}),
         qkv("weight", h),
         *([qkv("bias")] if config.qkv_bias else []),
-        *(
-            [layer.weight(f"self_attention.{x}_layernorm.weight", {f"self_attn.{x}_norm.weight": (d,)}) for x in "qk"]
-            if config.qk_norm
-            else []
-        ),
+        *(_query_and_key_norms(config, layer) if config.qk_norm else []),
         layer.weight("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": (h, q)}, axis=1),
     ]
+
+
+def _query_and_key_norms(config: ModelConfig, layer: _Layer) -> list[Weight]:
+    """Return the norms of the heads; after the rotary embedding they are a part of the core attention."""
+    at, names = "self_attention", {"q": "q_norm", "k": "k_norm"}
+    if config.norm_after_rotary:
+        at, names = "self_attention.core_attention", {"q": "query_layernorm", "k": "key_layernorm"}
+    shape = (config.head_dim,)
+    return [layer.weight(f"{at}.{x}_layernorm.weight", {f"self_attn.{n}.weight": shape}) for x, n in names.items()]
 
 
 def _mixture(experts: Experts, layer: _Layer, h: int) -> list[Weight]:
@@ -144,6 +151,9 @@ def _mixture(experts: Experts, layer: _Layer, h: int) -> list[Weight]:
     names, found = experts.names, list[Weight]()
     found.append(layer.weight("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": (h,)}))
     found.append(layer.weight("mlp.router.weight", {f"{names.router}.weight": (experts.count, h)}))
+    if names.correction:
+        bias = layer.weight("mlp.router.expert_bias", {names.correction: (experts.count,)})
+        found.append(replace(bias, buffer=True))
     if experts.shared_ffn:
         found += layer.network("mlp.shared_experts", names.shared, names.matrices, h, experts.shared_ffn)
     if experts.shared_gate:

@@ -16,7 +16,7 @@ from torch import Tensor
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.weights import HFTensor, Weight, weights
-from bft_megatron.recipe.schema import LoraSettings, Recipe
+from bft_megatron.recipe.schema import LORA_TARGETS, LoraSettings, Recipe
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Factors:
     """The factors of one Hugging Face matrix."""
 
     module: str
-    """Last part of the module's name, such as `q_proj`."""
+    """The module's name in `lora.target`, such as `q_proj`."""
     a: Weight
-    """[rank, in]; named like the matrix, with `lora_A.weight` in place of `weight`, in checkpoints too."""
+    """[rank, in]; named like the matrix, with `lora_A.weight` in place of `weight`, in checkpoints too. There all
+    experts of a layer are one tensor, [experts, rank, in], whose name has no expert's number, as with their weights."""
     b: Weight
     """[out, rank]; `lora_B.weight`."""
 
@@ -49,8 +50,9 @@ def settings_of(recipe: Recipe) -> LoraSettings:
 def adapted(config: ModelConfig, settings: LoraSettings) -> list[Adapted]:
     """Return every parameter that gets an adapter, in the order of the layers."""
     found = []
+    own_names = dict(zip(config.experts.names.matrices, LORA_TARGETS["mlp"], strict=True)) if config.experts else {}
     for weight in weights(config):
-        factors = tuple(_factors(weight, tensor, settings) for tensor in weight.tensors)
+        factors = tuple(_factors(weight, tensor, settings, own_names) for tensor in weight.tensors)
         if any(factors):
             found.append(Adapted(weight, factors))
     return found
@@ -61,21 +63,30 @@ def scale(settings: LoraSettings) -> float:
     return settings.alpha / settings.rank
 
 
-def _factors(weight: Weight, tensor: HFTensor, settings: LoraSettings) -> Factors | None:
-    """Return a tensor's factors, or None if it is not the matrix of a module that the settings name."""
+def _factors(weight: Weight, tensor: HFTensor, settings: LoraSettings, own_names: dict[str, str]) -> Factors | None:
+    """Return a tensor's factors, or None if it is not the matrix of a module that the settings name.
+
+    Args:
+        own_names: the names in `lora.target` of matrices that the model's files name otherwise.
+    """
     path, _, kind = tensor.name.rpartition(".")
-    module = path.rpartition(".")[2]
+    last = path.rpartition(".")[2]
+    module = own_names.get(last, last)
     if weight.layer is None or kind != "weight" or module not in settings.modules:
+        return None
+    if weight.expert is not None and not settings.experts:
         return None
     rows, columns = tensor.shape
     # A row-parallel matrix is sharded along its input, and so is A; a column-parallel one along its output, as is B.
-    a = HFTensor(f"{path}.lora_A.weight", (settings.rank, columns))
-    b = HFTensor(f"{path}.lora_B.weight", (rows, settings.rank))
-    return Factors(
-        module,
-        Weight(a.name, None, (a,), 1 if weight.axis == 1 else None),
-        Weight(b.name, None, (b,), 0 if weight.axis == 0 else None),
-    )
+    a = _factor(weight, HFTensor(f"{path}.lora_A.weight", (settings.rank, columns)), axis=1)
+    b = _factor(weight, HFTensor(f"{path}.lora_B.weight", (rows, settings.rank)), axis=0)
+    return Factors(module, a, b)
+
+
+def _factor(weight: Weight, tensor: HFTensor, axis: int) -> Weight:
+    """Return a factor of one of a weight's matrices; it is sharded along `axis` if the matrix is."""
+    key = tensor.name if weight.expert is None else tensor.name.replace(f".experts.{weight.expert}.", ".experts.")
+    return Weight(key, None, (tensor,), axis if weight.axis == axis else None, expert=weight.expert)
 
 
 class Fresh:

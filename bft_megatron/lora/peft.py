@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import weights
+from bft_megatron.lora.adapter_config import adapter_config
 from bft_megatron.lora.base import check_base
 from bft_megatron.lora.factors import Factors, adapted, all_factors, scale, settings_of
 from bft_megatron.recipe.schema import LoraSettings, Recipe
@@ -44,8 +47,9 @@ class AdapterFolder:
     """
 
     def __init__(self, folder: Path, config: ModelConfig, settings: LoraSettings) -> None:
-        _check_config(folder / CONFIG, settings)
+        _check_config(folder / CONFIG, adapter_config("", config, settings))
         entries = shards.read_header(folder / WEIGHTS)
+        _refuse_joined(folder / WEIGHTS, entries)
         expected = {PREFIX + t.name: t.shape for w in all_factors(adapted(config, settings)) for t in w.tensors}
         found = {name: entry.shape for name, entry in entries.items()}
         differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -79,13 +83,13 @@ def export_adapter(
     """
     refuse_used(out)
     settings = settings_of(recipe)
-    checkpoint, table = newest_checkpoint(run.checkpoints, iteration), adapted(read_config(run.model), settings)
-    factors = all_factors(table)
+    config, checkpoint = read_config(run.model), newest_checkpoint(run.checkpoints, iteration)
+    factors = all_factors(adapted(config, settings))
     for weight in factors:
         checkpoint.check_shape(weight)
     tensors = [
         shards.Output(
-            PREFIX + weight.name,
+            PREFIX + t.name,
             dtype or checkpoint.dtype(weight),
             t.shape,
             partial(checkpoint.read_tensor, weight, 0),
@@ -97,7 +101,7 @@ def export_adapter(
         for file in companions(run.model):
             if file.name != "config.json":  # transformers would take the folder for a whole model
                 shutil.copyfile(file, unfinished / file.name)
-        text = json.dumps(_peft_config(recipe.model, settings), indent=2, sort_keys=True)
+        text = json.dumps(adapter_config(recipe.model, config, settings), indent=2, sort_keys=True)
         (unfinished / CONFIG).write_text(text + "\n")
         shards.write(unfinished / WEIGHTS, tensors, lambda _: None)
     stops.announce(run.model)
@@ -135,7 +139,7 @@ def export_merged(
         for w in weights(config)
         for t in w.tensors
     ]
-    write_model(out, run.model, tensors, checkpoint.identity)
+    write_model(out, run.model, tensors, checkpoint.identity, base=folder)
 
 
 def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[str, Factors]:
@@ -150,22 +154,18 @@ def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoi
     return found
 
 
-def _peft_config(base: str, lora: LoraSettings) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted(lora.modules),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
+def _refuse_joined(path: Path, entries: Iterable[str]) -> None:
+    """Raise UserError if factors are of all experts of a layer, which join those of gate and up."""
+    joined = [name for name in entries if re.search(r"\.experts\.(base_layer\.)?lora_[AB]\.", name)]
+    if joined:
+        raise UserError(
+            f"{len(joined)} factors join all experts of a layer, as peft writes them with transformers 5, the first "
+            f"{min(joined)}: read are each expert's own, as an export has them",
+            str(path),
+        )
 
 
-def _check_config(path: Path, settings: LoraSettings) -> None:
+def _check_config(path: Path, expected: dict[str, Any]) -> None:
     try:
         values = json.loads(path.read_text())
     except OSError as e:
@@ -175,12 +175,10 @@ def _check_config(path: Path, settings: LoraSettings) -> None:
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise UserError("not a LoRA adapter of PEFT's", str(path))
     for key in REFUSED:
-        if values.get(key):
+        if values.get(key) and values[key] != expected.get(key):
             raise UserError(f"not supported: {values[key]!r}", f"{path}: {key}")
     if values.get("bias", "none") != "none":
         raise UserError(f"not supported: {values['bias']!r}", f"{path}: bias")
     for key, field in (("r", "rank"), ("lora_alpha", "alpha")):
-        if values.get(key) != getattr(settings, field):
-            raise UserError(
-                f"{values.get(key)}, the recipe's lora.{field} is {getattr(settings, field)}", f"{path}: {key}"
-            )
+        if values.get(key) != expected[key]:
+            raise UserError(f"{values.get(key)}, the recipe's lora.{field} is {expected[key]}", f"{path}: {key}")

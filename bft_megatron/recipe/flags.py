@@ -71,6 +71,14 @@ MADE = (
         "expert-tensor-parallel-size", lambda inputs: inputs.recipe.parallel.expert_tensor, "parallel.expert_tensor"
     ),
     Made("moe-token-dispatcher-type", lambda _: "alltoall"),
+    # The routers' own losses.
+    Made(
+        "moe-router-load-balancing-type",
+        lambda inputs: "seq_aux_loss" if inputs.recipe.moe.balance else "none",
+        "moe.balance",
+    ),
+    Made("moe-aux-loss-coeff", lambda inputs: inputs.recipe.moe.balance or None, "moe.balance"),
+    Made("moe-z-loss-coeff", lambda inputs: inputs.recipe.moe.z_loss or None, "moe.z_loss"),
     Made("sequence-parallel", lambda inputs: inputs.recipe.parallel.sequence_parallel, "parallel.sequence"),
     # The batch and the schedule.
     _train("micro-batch-size", "micro_batch_size"),

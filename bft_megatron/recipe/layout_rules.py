@@ -51,6 +51,10 @@ class ExpertShape(Protocol):
     def shared_ffn(self) -> int:
         """Width of the network that every token goes through besides, or 0."""
 
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Layers without experts."""
+
 
 def check_layout(recipe: Recipe, model: ModelShape) -> None:
     """Raise FieldError if the parallel sizes contradict each other, or do not divide the model's sizes or the rows."""

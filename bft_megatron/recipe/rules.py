@@ -15,9 +15,9 @@ from typing import Any
 from bft_megatron import user_code
 from bft_megatron.errors import FieldError, reading, shortened
 from bft_megatron.recipe import layout_rules
-from bft_megatron.recipe.layout_rules import ModelShape
+from bft_megatron.recipe.layout_rules import ExpertShape, ModelShape
 from bft_megatron.recipe.limits import Range
-from bft_megatron.recipe.schema import LORA_TARGETS, Recipe
+from bft_megatron.recipe.schema import LORA_TARGETS, LoraSettings, Recipe
 
 TIME_OUT = "distributed-timeout-minutes"
 TIME_OUT_MINUTES = Range(above=0, at_most=366 * 24 * 60)
@@ -29,7 +29,8 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_objective(recipe)
     _check_schedule(recipe)
     layout_rules.check_layout(recipe, model)
-    _check_lora(recipe)
+    _check_lora(recipe, model)
+    _check_moe(recipe, model)
     _check_flags(recipe)
 
 
@@ -96,7 +97,7 @@ def _check_schedule(recipe: Recipe) -> None:
         )
 
 
-def _check_lora(recipe: Recipe) -> None:
+def _check_lora(recipe: Recipe, model: ModelShape) -> None:
     """Raise FieldError if the adapters' settings are invalid.
 
     `layout_rules` covers their layout too: a TP rank holds whole heads of q, k and v, of the adapters as of the model.
@@ -115,6 +116,35 @@ def _check_lora(recipe: Recipe) -> None:
     if unknown or not lora.modules:
         what = ", ".join(map(str, unknown)) or "an empty list"
         raise FieldError("lora.target", f"{what}: takes all, attention, mlp, or a list of {', '.join(known)}")
+    if model.experts is not None:
+        _check_lora_of_experts(recipe, lora, model.experts)
+
+
+def _check_lora_of_experts(recipe: Recipe, lora: LoraSettings, experts: ExpertShape) -> None:
+    """Raise FieldError if a mixture's adapters could not be read by `peft`, or would be wrong, or there are none."""
+    matrices = set(lora.modules).intersection(LORA_TARGETS["mlp"])
+    if lora.experts and matrices not in (set(), {"down_proj"}, set(LORA_TARGETS["mlp"])):
+        raise FieldError(
+            "lora.target",
+            f"{', '.join(sorted(matrices))}: peft joins the adapters of the experts' matrices, and cannot read these "
+            "alone: give all of gate_proj, up_proj and down_proj, or down_proj, or set lora.experts to false",
+        )
+    if matrices == set(lora.modules) and not (lora.experts or experts.shared_ffn or experts.dense_layers):
+        raise FieldError(
+            "lora.experts", "leaves no module with an adapter: the model's only networks are experts; set it to true"
+        )
+    if matrices and experts.shared_ffn and recipe.megatron.get("moe-shared-expert-overlap"):
+        raise FieldError(
+            "megatron.moe-shared-expert-overlap",
+            "takes the shared network's collectives out of its layers, and its adapters would not know: leave it out, "
+            "or set lora.target to attention",
+        )
+
+
+def _check_moe(recipe: Recipe, model: ModelShape) -> None:
+    """Raise FieldError if a dense model's recipe has settings of experts."""
+    if model.experts is None and (given := [name for name, value in vars(recipe.moe).items() if value]):
+        raise FieldError(f"moe.{given[0]}", "the model has no experts: leave it out")
 
 
 def _check_flags(recipe: Recipe) -> None:

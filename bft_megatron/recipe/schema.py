@@ -195,7 +195,10 @@ class LoraSettings:
     dropout: float = number(0.0, at_least=0, below=1)
     """Must be 0: dropout in the adapters would make a run depend on its layout."""
     target: Any = "all"
-    """`all`, `attention`, `mlp`, or a list of Hugging Face module names such as `[q_proj, v_proj]`."""
+    """`all`, `attention`, `mlp`, or a list of Hugging Face module names such as `[q_proj, v_proj]`. In a mixture `mlp`
+    is the dense layers' networks, the shared ones and, by `experts`, the experts; a router has no adapter."""
+    experts: bool = True
+    """Whether `gate_proj` and the like are also those of a mixture's experts, each with adapters of its own."""
     adapter: str | None = field(default=None, metadata=PATH)
     """PEFT folder to start from. Left out: fresh adapters, which do not change the model's output."""
 
@@ -207,6 +210,18 @@ class LoraSettings:
         if isinstance(self.target, str):
             return groups.get(self.target, (self.target,))
         return tuple(self.target) if isinstance(self.target, list | tuple) else (str(self.target),)
+
+
+@dataclass(frozen=True)
+class MoeSettings:
+    """`moe:`, the routers of a mixture of experts."""
+
+    balance: float = number(0.0, at_least=0)
+    """Coefficient of the loss that evens out how many tokens of a row each expert gets; 0 leaves it out."""
+    z_loss: float = number(0.0, at_least=0)
+    """Coefficient of the loss that keeps the routers' logits small; 0 leaves it out."""
+    freeze_router: bool = False
+    """Leaves the routers as they are: their weights have no gradient and no optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -231,5 +246,7 @@ class Recipe:
     """The layout on processes."""
     train: TrainSettings = field(default_factory=TrainSettings)
     """The schedule and the optimizer."""
+    moe: MoeSettings = field(default_factory=MoeSettings)
+    """The routers of a mixture of experts; a dense model has none."""
     megatron: dict[str, Any] = field(default_factory=dict)
     """Megatron-LM's own flags by name, such as `recompute-granularity: selective`; underscores are read as dashes."""

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from bft_megatron.reporting.expert_load import ExpertLoad, dead_experts
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run import metrics
 from bft_megatron.upstream.training_loop import StepEnd
@@ -51,6 +52,8 @@ class Reporter:
         self.step_seconds = 0.0
         self.rows_of: Callable[[int], list[int]] | None = None
         """Returns the rows of a step, which the report of a skipped step names."""
+        self.load: ExpertLoad | None = None
+        """The load of a mixture's experts."""
         self._clock = time.monotonic()
         self._seconds: list[float] = []
 
@@ -79,10 +82,12 @@ class Reporter:
                 "step_seconds": round(seconds, 4),
                 "tokens_per_second": round(totals.sums["real_tokens"] / seconds, 1),
                 **self._by_source(),
+                **(self.load.report() if self.load else {}),
                 **({"skipped": True, "rows": rows} if step.skipped else {}),
             }
             self._write(line, "train")
             self._print_step(line)
+            self._report_experts(step.iteration)
 
     def validated(self, iteration: int) -> None:
         """Report a validation. Collectives: the meter's two all-reduces over data x context parallelism."""
@@ -95,6 +100,16 @@ class Reporter:
                 self._write(line, split)
                 self._print_validation(line)
         self._clock = time.monotonic()
+
+    def _report_experts(self, iteration: int) -> None:
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        if self.load is None:
+            return
+        for layer, load in self.load.by_layer.items():
+            get_tensorboard_writer().add_scalar(f"train/expert_load/{layer}", load, iteration)
+        if dead := self.load.newly_dead():
+            self._print(dead_experts(dead))
 
     def _by_source(self) -> dict[str, dict[str, dict[str, float | int]]]:
         """Return the report of each source that had samples in the step, if sources are reported separately.

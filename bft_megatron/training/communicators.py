@@ -15,16 +15,20 @@ from megatron.core.models.gpt import GPTModel
 
 from bft_megatron.processes.device import current_device
 
-GROUPS: tuple[Callable[[], dist.ProcessGroup], ...] = (
+Group = Callable[[], dist.ProcessGroup]
+
+GROUPS: tuple[Group, ...] = (
     parallel_state.get_tensor_model_parallel_group,
     parallel_state.get_pipeline_model_parallel_group,
     parallel_state.get_context_parallel_group,
     lambda: parallel_state.get_data_parallel_group(with_context_parallel=True),  # gradients and the divisor
-    parallel_state.get_model_parallel_group,  # the gradient's norm
+    parallel_state.get_model_parallel_group,  # whether the step is taken
+    parallel_state.get_intra_distributed_optimizer_instance_group,  # the gradient's norm
+)
+EXPERT_GROUPS: tuple[Group, ...] = (
     parallel_state.get_expert_model_parallel_group,
     parallel_state.get_expert_tensor_parallel_group,
     parallel_state.get_expert_tensor_and_model_parallel_group,
-    parallel_state.get_expert_tensor_model_pipeline_parallel_group,  # the norm of the experts' gradients
     parallel_state.get_expert_data_parallel_group,
 )
 
@@ -34,7 +38,14 @@ def warm_up(chunks: list[GPTModel]) -> list[GPTModel]:
 
     Collective: one SUM all-reduce of one number in each of this rank's groups that has more than one rank.
     """
-    for group in GROUPS:
-        if dist.get_world_size(group()) > 1:
-            dist.all_reduce(torch.zeros(1, device=current_device()), group=group())
+    for group in groups(chunks):
+        dist.all_reduce(torch.zeros(1, device=current_device()), group=group)
     return chunks
+
+
+def groups(chunks: list[GPTModel]) -> list[dist.ProcessGroup]:
+    """Return this rank's groups of more than one rank in which a step of the model communicates."""
+    found = [*GROUPS, *(EXPERT_GROUPS if chunks[0].config.num_moe_experts is not None else ())]
+    if any(chunk.share_embeddings_and_output_weights and (chunk.pre_process or chunk.post_process) for chunk in chunks):
+        found.append(parallel_state.get_embedding_group)  # the gradient of what the first and last stage share
+    return [group for get in found if dist.get_world_size(group := get()) > 1]

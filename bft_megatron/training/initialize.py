@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
+from bft_megatron.training import kernels
 from bft_megatron.upstream import cuda_on_cpu, dataset_helpers, rotary, torch_adam
 
 CPU_FLAGS = [
@@ -41,11 +42,17 @@ def runs_on_cpu(recipe: Recipe) -> bool:
     return recipe.device == "cpu" or not cuda_on_cpu.gpu_is_visible()
 
 
-def device_flags(on_cpu: bool) -> list[str]:
-    """Return Megatron's flags for this device and its layers."""
+def device_flags(on_cpu: bool, *, experts: bool) -> list[str]:
+    """Return Megatron's flags for this device and its layers.
+
+    Args:
+        experts: whether the model has experts.
+    """
     if on_cpu:
         return CPU_FLAGS
-    return TORCH_LAYER_FLAGS if torch_layers(on_cpu) else GPU_FLAGS
+    if torch_layers(on_cpu):
+        return TORCH_LAYER_FLAGS
+    return [*GPU_FLAGS, *(kernels.expert_flags() if experts else [])]
 
 
 def torch_layers(on_cpu: bool) -> bool:

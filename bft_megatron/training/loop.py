@@ -24,22 +24,27 @@ from bft_megatron.errors import BlownUp, FieldError
 from bft_megatron.hf.megatron_flags import megatron_flags
 from bft_megatron.processes import ranks, signals
 from bft_megatron.reporting.announce import notes, sentence
+from bft_megatron.reporting.expert_load import ExpertLoad
 from bft_megatron.reporting.peak import report_peak
 from bft_megatron.reporting.reporter import Reporter
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.resolved import Run
-from bft_megatron.training import arguments, communicators, initialize, measuring
+from bft_megatron.training import arguments, communicators, initialize, kernels, measuring
+from bft_megatron.training.balance import loss_scale
 from bft_megatron.training.datasets import datasets, rows_of_step
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
-from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line, signal_handler
-from bft_megatron.upstream.training_loop import TrainingLoop
-
-WITHOUT_TRANSFORMER_ENGINE = (
-    "Transformer Engine is not installed: the layers are torch's, with flash attention in bf16 and fp16, without its "
-    "fused norms, rotary embedding and FP8"
+from bft_megatron.upstream import (
+    bucket_padding,
+    checkpoint_writer,
+    command_line,
+    expert_bias,
+    expert_optimizers,
+    row_balance,
+    signal_handler,
 )
+from bft_megatron.upstream.training_loop import TrainingLoop
 
 
 def train(run: Run, console: TextIO) -> None:
@@ -66,7 +71,8 @@ def train(run: Run, console: TextIO) -> None:
     if ranks.rank() == 0:
         announce(run, start, on_cpu, console)
     meter = Meter(recipe.data.most_sources)
-    step = Step(recipe.objective, run.config.vocab_size, measuring.into(meter))
+    mixture = run.config.experts is not None
+    step = Step(recipe.objective, run.config.vocab_size, measuring.into(meter), mask_padding=mixture)
     reporter = Reporter(meter, folder.metrics, console, step.objective.name, run.steps, *run.rows.sources_apart)
     reporter.rows_of = rows_of_step(run)
     streak = Streak(folder, start, recipe.train.max_skipped, lambda: meter.totals)
@@ -78,7 +84,7 @@ def train(run: Run, console: TextIO) -> None:
         arguments.megatron_arguments(
             recipe,
             megatron_flags(run.config),
-            initialize.device_flags(on_cpu),
+            initialize.device_flags(on_cpu, experts=run.config.experts is not None),
             run.steps,
             (run.validation.batch, run.validation.iterations),
         )
@@ -86,7 +92,8 @@ def train(run: Run, console: TextIO) -> None:
     fill = start == 0 or recipe.lora is not None  # a LoRA run's checkpoints hold only its adapters
     model = model_config(recipe, run.config, run.model_folder, margs, on_cpu, fill=fill)
     model.pre_wrap_hooks.append(communicators.warm_up)
-    model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter)
+    reporter.load = with_experts(model, run, step, reporter) if mixture else None
+    model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter, reporter.load)
     with situation(run, reporter, step, streak):
         with stops(stop):
             pretrain(margs, model, step, datasets(run))
@@ -107,11 +114,29 @@ def train(run: Run, console: TextIO) -> None:
         copies.stop() if stop.reason else copies.complete()
 
 
+def with_experts(model: Any, run: Run, step: Step, reporter: Reporter) -> ExpertLoad:
+    """Make a mixture's `GPTModelConfig` count its experts' load and weigh its routers' own losses; return the load."""
+    from bft_megatron.training import routers
+
+    config = run.config
+    assert config.experts is not None, "a dense model has no routers"
+    load = ExpertLoad([i for i in range(config.layers) if config.has_experts(i)], config.experts.count)
+    expert_bias.install()
+    model.pre_wrap_hooks.append(routers.watch(load))
+    if run.recipe.moe.balance or run.recipe.moe.z_loss:
+        row_balance.install()
+        scale = loss_scale(run, step.objective.reduce)
+        model.transformer.moe_grad_scale_func = lambda: scale(reporter.iteration + 1)
+    return load
+
+
 def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
-    """Print the first lines of the run, and a note if a GPU lacks Transformer Engine."""
+    """Print the first lines of the run, and what a GPU does more slowly than it could."""
     print(sentence(run, start), *notes(run), sep="\n", file=console, flush=True)
-    if initialize.torch_layers(on_cpu) and not on_cpu:
-        print(WITHOUT_TRANSFORMER_ENGINE, file=console, flush=True)
+    if not on_cpu:
+        experts = run.config.experts is not None
+        for line in kernels.missing(torch_layers=initialize.torch_layers(on_cpu), experts=experts):
+            print(line, file=console, flush=True)
 
 
 def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: Saving, start: int) -> None:
@@ -133,6 +158,7 @@ def install(reporter: Reporter, stop: Stop, streak: Streak, gate: Gate, saving: 
     checkpoint_writer.name_causes()
     # Before the first save or load of an optimizer.
     bucket_padding.mend()
+    expert_optimizers.install()
     # Before the first event, which writes a line: the lines of steps that run again must be dropped first.
     reporter.begin(start)
     # Before `pretrain`, which looks up the loop's functions as it calls them.

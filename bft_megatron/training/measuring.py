@@ -15,6 +15,7 @@ from bft_megatron.data.columns import Columns
 from bft_megatron.objective.loss import LossSum
 from bft_megatron.objective.records import Objective
 from bft_megatron.objective.view import Geometry, View
+from bft_megatron.reporting.expert_load import ExpertLoad
 from bft_megatron.reporting.totals import Meter
 
 
@@ -86,11 +87,17 @@ def into(meter: Meter) -> Measure:
     return add
 
 
-def finalize_grads(meter: Meter) -> Callable[..., None]:
-    """Return Megatron's `finalize_model_grads`, followed by the meter's all-reduces over data x context parallelism."""
+def finalize_grads(meter: Meter, load: ExpertLoad | None = None) -> Callable[..., None]:
+    """Return Megatron's `finalize_model_grads`, followed by the meter's all-reduces over data x context parallelism.
+
+    Args:
+        load: the load of a mixture's experts, reduced over all ranks after it.
+    """
 
     def finalize(model: Any, num_tokens: Tensor | None = None, **kwargs: Any) -> None:
         finalize_model_grads(model, num_tokens, **kwargs)
         meter.reduce(parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if load is not None:
+            load.reduce()
 
     return finalize

@@ -45,8 +45,17 @@ def model_config(
     if fill:
         source = model_folder if recipe.init == "pretrained" else None
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
+        model.post_wrap_hooks.append(load.buffers_hook(source, config, seed=recipe.train.seed))
+    if recipe.moe.freeze_router:
+        from bft_megatron.training import routers
+
+        model.pre_wrap_hooks.append(routers.freeze)
     if recipe.lora is not None:
         adapters.install(model, recipe, config, torch_layers=initialize.torch_layers(on_cpu))
+    if config.norm_after_rotary:
+        from bft_megatron.layers.norm_after_rotary import norm_after_rotary
+
+        model.transformer_layer_spec = norm_after_rotary(model.transformer_layer_spec)
     return model
 
 
@@ -69,7 +78,7 @@ def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[s
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    all_flags = [*initialize.device_flags(on_cpu), *(flags or [])]
+    all_flags = [*initialize.device_flags(on_cpu, experts=config.experts is not None), *(flags or [])]
     margs = command_line.parse(arguments.megatron_arguments(recipe, megatron_flags(config), all_flags, 1, (0, 0)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,8 +15,10 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from bft_megatron.data.columns import Columns
@@ -79,10 +81,13 @@ class Step:
         settings: the recipe's `objective:`.
         vocab_size: the model's true vocabulary, without Megatron's padding.
         measure: called with every micro-batch after its loss, on the last stage.
+        mask_padding: tell the routers of a mixture of experts which tokens are padding.
     """
 
-    def __init__(self, settings: ObjectiveSettings, vocab_size: int, measure: Measure) -> None:
-        self.settings, self.vocab_size, self.measure = settings, vocab_size, measure
+    def __init__(
+        self, settings: ObjectiveSettings, vocab_size: int, measure: Measure, *, mask_padding: bool = False
+    ) -> None:
+        self.settings, self.vocab_size, self.measure, self.mask_padding = settings, vocab_size, measure, mask_padding
         self.rows: list[int] = []
         """The rows of the last training micro-batch, for the report of a run that fails."""
         self.objective: Objective = lookup(
@@ -117,6 +122,7 @@ class Step:
             labels=labels.cuda(non_blocking=True),
             packed_seq_params=batch.packed_seq_params(),
             output_processor=head,
+            **({"padding_mask": _padding_mask(model, mine(batch.padding))} if self.mask_padding else {}),
         )
         return output, lambda logp: self._loss(logp, geometry, head, batch)
 
@@ -137,3 +143,15 @@ class Step:
         count = torch.tensor(result.count, dtype=torch.int, device=logp.device)
         report = {"loss": torch.stack((result.loss.detach(), count.float()))}
         return result.loss, count, report
+
+
+def _padding_mask(model: torch.nn.Module, padding: Tensor) -> Tensor:
+    """Return `GPTModel`'s `padding_mask`, True at padding, from that of this context-parallel rank's tokens [b, s/cp].
+
+    Under sequence parallelism the first stage cuts it as it cuts the tokens; the other stages expect a rank's part.
+    """
+    gpt = unwrap_model(model)
+    if gpt.config.sequence_parallel and not gpt.pre_process:
+        size, rank = dist.get_world_size(gpt.pg_collection.tp), dist.get_rank(gpt.pg_collection.tp)
+        padding = padding.chunk(size, dim=1)[rank]
+    return padding.cuda(non_blocking=True)

@@ -22,7 +22,8 @@ _TEST = "tests/upstream/test_checkpoints.py"
 STATE_DICT = Change(
     f"{_OPTIMIZER}.state_dict",
     "wrapped",
-    "Adam has no state before its first step, and Megatron asserts exactly one step count at every load.",
+    "Adam has no state before its first step, and never any for the experts of a pipeline stage without experts. "
+    "Megatron asserts exactly one step count at every save and load.",
     _UNTIL,
     _TEST,
     ("self",),
@@ -63,6 +64,8 @@ def install() -> None:
 
 def _with_state(state_dict: Callable[..., Any]) -> Callable[..., Any]:
     def fill_and_give(self: Any) -> dict[str, Any]:
+        if not any(group["params"] for group in self.optimizer.param_groups):
+            return _without_parameters(self.optimizer)
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 if not self.optimizer.state[p]:
@@ -71,6 +74,11 @@ def _with_state(state_dict: Callable[..., Any]) -> Callable[..., Any]:
         return state_dict(self)
 
     return fill_and_give
+
+
+def _without_parameters(adam: torch.optim.Optimizer) -> dict[str, Any]:
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in adam.param_groups]
+    return {"optimizer": {"param_groups": [{**group, "step": 0.0} for group in groups]}}
 
 
 def _with_own_steps(load_state_dict: Callable[..., None]) -> Callable[..., None]:

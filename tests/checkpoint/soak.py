@@ -1,9 +1,10 @@
 """A run disturbed again and again, held to the same run left alone: kills, flipped bits, changed data, a full disk.
 
-    python -m tests.checkpoint.soak --events 30
+    python -m tests.checkpoint.soak --events 30 [--experts]
 
 prints a line an event and ends with status 0 where the last weights, Adam's moments and all metrics are the same bits.
-It runs in a mount namespace of its own, with the disturbed run on a small disk in memory.
+It runs in a mount namespace of its own, with the disturbed run on a small disk in memory. The run is the tiny one at
+TP 2, or a mixture of experts at EP 2.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from bft_megatron.run.folder import RunFolder
 from tests.helpers.background import WORLD, Run
 from tests.helpers.checkpoints import tensors
 from tests.helpers.material import TINY
-from tests.helpers.runs import read_metrics
+from tests.helpers.runs import read_metrics, write_data
 
 MOMENTS = ("starting", "in a step", "in a step", "in a save", "in a save")
 DISK_BYTES = 256 << 20
@@ -54,6 +55,13 @@ class Kill:
 def overrides(steps: int) -> tuple[str, ...]:
     """A checkpoint a step, so that about half of the time is spent saving."""
     return (f"train.iterations={steps}", "train.save_every=1")
+
+
+def mixture(folder: Path) -> tuple[str, ...]:
+    """The overrides for a mixture of experts at EP 2, whose model is written below a folder."""
+    folder.mkdir()
+    write_data(folder)
+    return (f"model={folder / 'qwen3_moe'}", "parallel.tensor=1", f"parallel.data={WORLD}", f"parallel.expert={WORLD}")
 
 
 def kill_once(out: Path, words: tuple[str, ...], moment: str, rng: random.Random) -> Kill | None:
@@ -185,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts at EP 2")
     parser.add_argument("--disk", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.disk is None:
@@ -193,7 +202,7 @@ def main() -> None:
     steps, rng = 3 * options.events + 10, random.Random(options.seed)
     out, data, undisturbed = (options.disk / name for name in ("disturbed", "train.jsonl", "undisturbed"))
     shutil.copyfile(TINY / "train.jsonl", data)
-    words = (*overrides(steps), f"data.train={data}")
+    words = (*overrides(steps), f"data.train={data}", *(mixture(options.disk / "models") if options.experts else ()))
     finish(undisturbed, words)
     soak = Soak(out, data, words, rng)
     print(f"event 1: {soak.kill()}", flush=True)  # the others need a run that has begun

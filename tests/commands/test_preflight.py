@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES
+from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES, OPTIMIZER_BYTES
 from bft_megatron.commands.preflight import preflight
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.hf.model_config import ModelConfig
+from bft_megatron.hf.model_config import Experts, ModelConfig
 from bft_megatron.hf.weights import parameter_count
 from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import Recipe
@@ -64,6 +64,17 @@ def test_disk_and_memory(recipe: Recipe, config: ModelConfig, tmp_path: Path):
         preflight(recipe, large, world=8, per_node=4)
     with pytest.raises(UserError, match=r"GiB of memory; a save gathers [\d,]+ GiB of optimizer state"):
         preflight(recipe, config, world=8, per_node=100_000_000)
+
+
+def test_memory_for_experts_is_by_their_own_layout(recipe: Recipe, config: ModelConfig):
+    """On one node: too many ranks for a save where each holds every expert, and not where each holds an eighth."""
+    mixture = replace(config, experts=Experts(count=64, per_token=2, ffn=512, scores="softmax of all"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    ranks = 2 * memory // (OPTIMIZER_BYTES * parameter_count(mixture))
+    layouts = [replace(recipe, parallel=replace(recipe.parallel, tensor=1, expert=expert)) for expert in (1, 8)]
+    with pytest.raises(UserError, match=r"has .* of memory; .* Raise parallel\.expert, tensor or pipeline"):
+        preflight(layouts[0], mixture, world=8, per_node=ranks)
+    preflight(layouts[1], mixture, world=8, per_node=ranks)
 
 
 def test_room_on_disk_counts_what_is_there(undisturbed: Path, config: ModelConfig, tmp_path: Path):

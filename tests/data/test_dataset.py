@@ -99,9 +99,20 @@ def test_padded_rows_hold_one_sample_each(
     assert found == expected(weighted, tiny)
 
 
+def test_rows_are_counted_without_being_read(packed: Prepared, padded: Prepared) -> None:
+    for prepared in (packed, padded):
+        rows = training_rows(Blend((Part("one", prepared), Part("two", prepared))), seed=0, limit=9)
+        numbered = [row for row in (rows[i] for i in range(12)) if row["row"] >= 0]
+        found = rows.counts([int(row["row"]) for row in numbered])
+        assert found.samples == sum(int(row["samples"]) for row in numbered)
+        assert found.supervised == sum(int((row["labels"] != -100).sum()) for row in numbered)
+        assert found.tokens == sum(int((~row["padding"]).sum()) for row in numbered)
+        assert found.tokens == sum(int(row["real_tokens"]) for row in numbered)
+
+
 def test_types_and_shapes(packed: Prepared, padded: Prepared) -> None:
-    kinds = {"weight": torch.float32, "cu_seqlens": torch.int32}
-    whole = {"tokens", "labels", "position_ids"}
+    kinds = {"weight": torch.float32, "cu_seqlens": torch.int32, "padding": torch.bool}
+    whole = {"tokens", "labels", "position_ids", "padding"}
     for prepared in (packed, padded):
         for row in (training_rows(prepared, seed=0, limit=1)[i] for i in range(2)):  # a row, and one past the end
             assert all(value.dtype == kinds.get(name, torch.int64) for name, value in row.items())

@@ -41,6 +41,8 @@ def worst(result: Result, expected: Result) -> tuple[str, float]:
         pytest.param(Case(OWN), 1, ("objective.kernels=triton",), id="own-triton"),
         pytest.param(Case(model="qwen3"), 1, (), id="qwen3"),
         pytest.param(Case(model="mistral"), 1, (), id="mistral"),
+        pytest.param(Case(model="qwen3_moe"), 1, (), id="qwen3_moe"),
+        pytest.param(Case(model="hunyuan"), 1, (), id="hunyuan"),
     ],
 )
 def test_fp32_is_the_cpus(case: Case, rows: int, overrides: tuple[str, ...], data: Path, tmp_path: Path):

@@ -37,6 +37,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
 
 
 @pytest.fixture(scope="session")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
+    folder = tmp_path_factory.mktemp("mixtures")
+    return [
+        SavedModel(name, folder / name, tiny_models.logits(tiny_models.save(name, folder / name, shard_size="400KB")))
+        for name in tiny_models.MIXTURES
+    ]
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     write_data(folder)

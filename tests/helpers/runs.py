@@ -120,6 +120,29 @@ VARIANTS = {
         "num_experts_per_tok": 2,
         "intermediate_size": 32,
     },
+    "hunyuan": {
+        "architectures": ["HunYuanMoEV1ForCausalLM"],
+        "model_type": "hunyuan_v1_moe",
+        "num_experts": 8,
+        "moe_topk": [2, 2, 2, 2],
+        "intermediate_size": 32,
+        "head_dim": 16,
+        "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    },
+    "glm": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+        "n_group": 2,
+        "topk_group": 1,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
     "mistral": {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 24},
 }
 """What the tiny Llama has not: QKV biases, a norm of each head with tied embeddings, a sliding window."""
@@ -230,12 +253,16 @@ def gradients(checkpoint: Path, made: Recipe) -> dict[str, Tensor]:
     dcp.load(moments, storage_reader=reader, no_dist=True)
     found = {}
     for weight in weights(read_config(find_model(made.model))):
+        if weight.buffer:
+            continue
         stacked = weight.name if weight.layer is None else f"decoder.layers.{weight.name}"
         if prefix + stacked in moments:
             whole = moments[prefix + stacked]
             whole = whole if weight.layer is None else whole[weight.layer]
         else:  # of a model whose layers differ
-            whole = moments[f"{prefix}decoder.layers.{weight.layer}.{weight.name}"]
+            whole = moments.get(f"{prefix}decoder.layers.{weight.layer}.{weight.name}")
+        if whole is None:  # of a frozen weight
+            continue
         whole = whole if weight.expert is None else whole[weight.expert]
         whole = whole[: sum(t.shape[0] for t in weight.tensors)] / (1 - made.train.adam_beta1)
         found |= {tensor.name: part(weight, i, whole) for i, tensor in enumerate(weight.tensors)}

@@ -22,8 +22,9 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder
 
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.hf.load import weights_hook
+from bft_megatron.hf.load import buffers_hook, weights_hook
 from bft_megatron.hf.megatron_flags import configure, megatron_flags
+from bft_megatron.layers.norm_after_rotary import norm_after_rotary
 from bft_megatron.layers.spec import layer_spec
 from bft_megatron.training.initialize import CPU_FLAGS
 from bft_megatron.upstream import checkpoint_writer, command_line
@@ -32,28 +33,31 @@ from tests.helpers import tiny_models
 
 @dataclass(frozen=True)
 class Sharding:
-    """The tensor and pipeline parallel sizes of a model that is built without a recipe."""
+    """The parallel sizes of a model that is built without a recipe; data-parallel ranks are copies."""
 
     tp: int = 1
     pp: int = 1
     vpp: int = 1
     first: int | None = None
     """Layers of the first pipeline stage, where they are not dealt evenly."""
+    dp: int = 1
+    ep: int = 1
+    etp: int = 1
 
     def __str__(self) -> str:
-        return (
-            f"tp{self.tp}-pp{self.pp}" + (f"-vpp{self.vpp}" if self.vpp > 1 else "") + ("-uneven" if self.first else "")
-        )
+        sizes = [f"{name}{getattr(self, name)}" for name in ("vpp", "dp", "ep", "etp") if getattr(self, name) > 1]
+        return "-".join([f"tp{self.tp}-pp{self.pp}", *sizes, *(["uneven"] if self.first else [])])
 
     @property
     def world(self) -> int:
-        return self.tp * self.pp
+        return self.tp * self.pp * self.dp
 
     @property
     def flags(self) -> list[str]:
         flags = ["--tensor-model-parallel-size", str(self.tp), "--pipeline-model-parallel-size", str(self.pp)]
         if self.vpp > 1:
             flags += ["--num-virtual-stages-per-pipeline-rank", str(self.vpp)]
+        flags += ["--expert-model-parallel-size", str(self.ep), "--expert-tensor-parallel-size", str(self.etp)]
         if self.first is not None:
             flags += ["--decoder-first-pipeline-num-layers", str(self.first)]
         return flags
@@ -62,6 +66,7 @@ class Sharding:
 RUN_FLAGS = [
     *("--seq-length", "24", "--micro-batch-size", "2", "--global-batch-size", "4"),
     *("--train-iters", "1", "--lr", "1e-4", "--no-gradient-accumulation-fusion"),
+    *("--moe-token-dispatcher-type", "alltoall"),
 ]
 
 
@@ -86,14 +91,23 @@ def model(
     config = read_config(folder)
     with contextlib.redirect_stdout(io.StringIO()), _clean_globals():
         args = command_line.parse([*RUN_FLAGS, *megatron_flags(config), *layout.flags, *CPU_FLAGS, *flags])
-        parallel_state.initialize_model_parallel(layout.tp, layout.pp, layout.vpp if layout.vpp > 1 else None)
+        parallel_state.initialize_model_parallel(
+            layout.tp,
+            layout.pp,
+            layout.vpp if layout.vpp > 1 else None,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         gpt = gpt_config_from_args(args)
         configure(gpt, config)
         if args.transformer_impl == "local":
             gpt.transformer_layer_spec = layer_spec
         gpt.pre_wrap_hooks.append(weights_hook(None if random else folder, config, seed=seed))
+        gpt.post_wrap_hooks.append(buffers_hook(None if random else folder, config, seed=seed))
         adapt(gpt)
+        if config.norm_after_rotary:
+            gpt.transformer_layer_spec = norm_after_rotary(gpt.transformer_layer_spec)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         yield [chunk.eval() for chunk in GPTModelBuilder(gpt).build_distributed_models(groups, wrap_with_ddp=False)]
 

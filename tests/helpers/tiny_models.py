@@ -20,6 +20,7 @@ class SavedModel:
 
 
 ARCHITECTURES = ["llama", "llama3", "qwen2", "qwen3", "mistral"]
+MIXTURES = ["qwen2_moe", "qwen3_moe", "mixtral", "hunyuan", "glm"]
 VOCABULARY = 301
 """Divisible by nothing, so that Megatron pads it on every layout."""
 
@@ -34,6 +35,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -45,8 +47,13 @@ LLAMA3 = {
 
 
 def config(architecture: str, **changes: Any) -> transformers.PreTrainedConfig:
-    """Llama 2, Llama 3.2 (scaled frequencies, tied), Qwen2, Qwen3 (tied, wide heads), Mistral (a short window)."""
+    """Llama 2, Llama 3.2 (scaled frequencies, tied), Qwen2, Qwen3 (tied, wide heads), Mistral (a short window); of
+    mixtures Qwen2 (a gated shared network, a layer without experts), Qwen3 (tied, wide heads), Mixtral, Hunyuan (a
+    norm after the rotary embedding of a larger base) and GLM (a dense first layer, groups, a part of a head rotated).
+    """
     sizes = SIZES | changes
+    if architecture in MIXTURES:
+        return _mixture(architecture, sizes)
     match architecture:
         case "llama":
             return transformers.LlamaConfig(**sizes)
@@ -58,6 +65,28 @@ def config(architecture: str, **changes: Any) -> transformers.PreTrainedConfig:
             return transformers.Qwen3Config(**{"head_dim": 16, "tie_word_embeddings": True} | sizes)
         case "mistral":
             return transformers.MistralConfig(**{"sliding_window": 7} | sizes)
+    raise ValueError(architecture)
+
+
+def _mixture(architecture: str, sizes: dict[str, Any]) -> transformers.PreTrainedConfig:
+    match architecture:
+        case "qwen2_moe":
+            own = {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1]}
+            return transformers.Qwen2MoeConfig(**EXPERTS | own | sizes)
+        case "qwen3_moe":
+            own = {"norm_topk_prob": True, "head_dim": 16, "tie_word_embeddings": True}
+            return transformers.Qwen3MoeConfig(**EXPERTS | own | sizes)
+        case "mixtral":
+            return transformers.MixtralConfig(**{"num_local_experts": 8, "sliding_window": 7} | sizes)
+        case "hunyuan":
+            rope = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
+            own = {"num_experts": 8, "moe_topk": 3, "head_dim": 16, "rope_parameters": rope, "pad_token_id": None}
+            return transformers.HunYuanMoEV1Config(**own | sizes)
+        case "glm":
+            own = {"n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}
+            own |= {"moe_intermediate_size": 16, "use_qk_norm": True, "attention_bias": True}
+            own |= {"routed_scaling_factor": 1.5, "head_dim": 16, "num_nextn_predict_layers": 0}
+            return transformers.Glm4MoeConfig(**own | sizes)
     raise ValueError(architecture)
 
 
@@ -75,6 +104,9 @@ def save(
                 parameter.uniform_(-1, 1)
             else:
                 parameter.mul_(4)  # attention that attends: at 0.02 it is nearly uniform
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.2, 0.2)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     return model
 

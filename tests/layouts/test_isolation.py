@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -46,6 +48,7 @@ def packed_row(changed: bool) -> dict[str, Tensor]:
         "position_ids": at,
         "samples": torch.tensor([len(EDGES) - 2]),
         "weight": torch.ones(1, len(EDGES) - 1),
+        "padding": torch.arange(EDGES[-1])[None] >= EDGES[-2],
         "real_tokens": torch.tensor([EDGES[-2]]),
         "row": torch.tensor([0]),
         "source": torch.tensor([0]),
@@ -54,27 +57,41 @@ def packed_row(changed: bool) -> dict[str, Tensor]:
     }
 
 
-def log_probs(tensor: int, context: int) -> list[Tensor]:
+def log_probs(model: Path, tensor: int, context: int) -> list[Tensor]:
     """log p [s/cp] of the row before and after the change, on this rank."""
-    config = read_config(MODEL)
+    config = read_config(model)
     flags = ["--tensor-model-parallel-size", str(tensor), "--context-parallel-size", str(context)]
     flags += ["--seq-length", str(EDGES[-1]), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4"]
     flags += ["--no-gradient-accumulation-fusion", "--attention-dropout", "0", "--hidden-dropout", "0"]
+    if config.experts is not None:
+        flags += ["--moe-token-dispatcher-type", "alltoall", "--expert-model-parallel-size", str(context)]
     margs = command_line.parse([*flags, *megatron_flags(config), *CPU_FLAGS])
-    parallel_state.initialize_model_parallel(tensor, 1, context_parallel_size=context)
+    parallel_state.initialize_model_parallel(
+        tensor, 1, context_parallel_size=context, expert_model_parallel_size=margs.expert_model_parallel_size
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     gpt = gpt_config_from_args(margs)
     gpt.transformer_layer_spec = layer_spec
     gpt.pre_wrap_hooks.append(weights_hook(None, config, seed=7))
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    (model,) = GPTModelBuilder(gpt).build_distributed_models(groups, wrap_with_ddp=False)
+    (chunk,) = GPTModelBuilder(gpt).build_distributed_models(groups, wrap_with_ddp=False)
     step = Step(ObjectiveSettings(), config.vocab_size, measuring.into(Meter()))
-    return [step.forward(iter([packed_row(changed)]), model)[0].detach()[0] for changed in (False, True)]
+    return [step.forward(iter([packed_row(changed)]), chunk)[0].detach()[0] for changed in (False, True)]
 
 
 @pytest.mark.parametrize(("tensor", "context"), [(1, 1), (1, 2), (2, 2)])
 def test_changing_one_sample_changes_no_other(tensor: int, context: int):
-    ranks = run_world(tensor * context, log_probs, tensor, context, megatron=True)
+    _check(MODEL, tensor, context)
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_nor_does_it_where_samples_share_experts(data: Path, context: int):
+    """With as many groups of experts as context-parallel ranks."""
+    _check(data / "qwen3_moe", 1, context)
+
+
+def _check(model: Path, tensor: int, context: int) -> None:
+    ranks = run_world(tensor * context, log_probs, model, tensor, context, megatron=True)
     for rank, (before, after) in enumerate(ranks):
         at = zigzag(torch.tensor(EDGES), context, rank // tensor)
         own = (at >= EDGES[CHANGED]) & (at < EDGES[CHANGED + 1])

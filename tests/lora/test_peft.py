@@ -23,6 +23,7 @@ from tests.helpers import sharded, tiny_models
 from tests.helpers.sharded import Sharding
 from tests.helpers.tiny_models import SavedModel
 from tests.helpers.world import run_world
+from tests.lora.test_experts import write_adapter
 
 SETTINGS = LoraSettings(rank=3, alpha=6)
 ON_TP2_PP2 = Sharding(tp=2, pp=2)
@@ -79,9 +80,22 @@ def adapters(models: list[SavedModel], tmp_path_factory: pytest.TempPathFactory)
 
 def test_in_and_out_and_merged(models: list[SavedModel], adapters: list[Path], tmp_path: Path):
     """peft's adapter on TP 2 x PP 2 with SP; saved there, exported, back in peft; merged, in transformers alone."""
+    _assert_in_and_out_and_merged(models, adapters, ON_TP2_PP2, tmp_path)
+
+
+@pytest.mark.slow
+def test_mixtures_in_and_out_and_merged(mixtures: list[SavedModel], tmp_path: Path):
+    """The same with an adapter an expert, which peft joins, on PP 2 x EP 2."""
+    adapters = [write_adapter(tmp_path / f"{m.name}-adapter", m.folder, SETTINGS) for m in mixtures]
+    _assert_in_and_out_and_merged(mixtures, adapters, Sharding(pp=2, dp=2, ep=2), tmp_path)
+
+
+def _assert_in_and_out_and_merged(
+    models: list[SavedModel], adapters: list[Path], layout: Sharding, tmp_path: Path
+) -> None:
     folders = [m.folder for m in models]
     runs = [RunFolder(tmp_path / m.name) for m in models]
-    ranks = run_world(4, _logits, folders, ON_TP2_PP2, adapters, [run.checkpoints for run in runs], megatron=True)
+    ranks = run_world(4, _logits, folders, layout, adapters, [run.checkpoints for run in runs], megatron=True)
     for i, (model, run) in enumerate(zip(models, runs, strict=True)):
         expected = _peft_logits(model.folder, adapters[i])
         assert (expected - model.logits).abs().max() > 0.1 * model.logits.abs().max()

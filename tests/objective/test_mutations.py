@@ -51,6 +51,7 @@ def _batch() -> dict[str, Tensor]:
         "position_ids": torch.cat([torch.arange(n) for n in LENGTHS])[None],
         "samples": torch.tensor([len(LENGTHS) - 1]),
         "weight": torch.tensor([[1.0, 0.5, 1.0, 2.0, 1.5, 0.0]]),
+        "padding": torch.arange(EDGES[-1])[None] >= EDGES[-2],
         "real_tokens": torch.tensor([EDGES[-2]]),
         "row": torch.tensor([0]),
         "source": torch.tensor([0]),

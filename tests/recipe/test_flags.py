@@ -112,6 +112,20 @@ def test_a_refused_value(value: object, reason: str | None):
 
 
 @pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("aux_loss", "depends on train.micro_batch_size (12 % off at 2 rows"),
+        ("global_aux_loss", "divides by the data-parallel size (on 2 ranks its gradient is half"),
+        ("sinkhorn", "sends tokens to other experts in training"),
+        ("seq_aux_loss", "is set by the recipe's own field moe.balance"),
+        (["aux_loss", "seq_aux_loss"], "is set by the recipe's own field moe.balance"),
+    ],
+)
+def test_other_losses_of_routers_are_refused_with_their_reason(value: object, reason: str):
+    assert reason in (flags.refusal("moe-router-load-balancing-type", value) or "")
+
+
+@pytest.mark.parametrize(
     ("written", "canonical"),
     [
         ("recompute_granularity", "recompute-granularity"),

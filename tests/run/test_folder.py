@@ -130,6 +130,9 @@ def test_what_may_change(begun: RunFolder, recipe: Path, overrides: tuple[str, .
                 "train.clip_grad": 2,
                 "train.seed": 1,
                 "train.precision": "bf16",
+                "moe.balance": 0.001,
+                "moe.z_loss": 0.001,
+                "moe.freeze_router": True,
             }.items()
         ),
     ],

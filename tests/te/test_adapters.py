@@ -11,8 +11,10 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 
 from bft_megatron.hf.architectures import read_config
-from bft_megatron.lora.adapters import adapters, lora_hook, unfused_spec
+from bft_megatron.lora.adapters import lora_hook
 from bft_megatron.lora.factors import Fresh, adapted
+from bft_megatron.lora.layers import Adapter, adapters
+from bft_megatron.lora.unfused import unfused_spec
 from bft_megatron.recipe.schema import LoraSettings
 from tests.helpers import sharded
 from tests.helpers.sharded import TRANSFORMER_ENGINE, Sharding, stored_tensors
@@ -34,42 +36,71 @@ def _contents(folders: list[Path], layout: Sharding, flags: tuple[str, ...], spe
     found = []
     for folder in folders:
         with sharded.model(folder, layout, flags=flags, adapt=partial(_adapt, folder, spec=spec)) as chunks:
+            own = [(path, adapter) for chunk in chunks for path, adapter in adapters(chunk)]
+            trained = {n for c in chunks for n, p in c.named_parameters() if p.requires_grad}
+            assert trained == {f"{path}.{name}" for path, adapter in own for name in adapter.weights}
             found.append(
                 {
-                    "trained": {n for c in chunks for n, p in c.named_parameters() if p.requires_grad},
                     "adapters": {
-                        f"{path}.{name}": (p.detach(), getattr(p, "sequence_parallel", None))
-                        for chunk in chunks
-                        for path, adapter in adapters(chunk)
-                        for name, p in adapter.named_parameters()
+                        weight.tensors[0].name: (adapter.get_parameter(name).detach(), _marks(adapter, name))
+                        for _, adapter in own
+                        for name, weight in adapter.weights.items()
                     },
                     "stored": set().union(*map(stored_tensors, chunks)),
-                    "layers": {
-                        type(chunk.get_submodule(path.rpartition(".")[0])).__name__
-                        for chunk in chunks
-                        for path, _ in adapters(chunk)
-                    },
+                    "layers": {_layer_of(path, chunk) for chunk in chunks for path, _ in adapters(chunk)},
                 }
             )
     return found
 
 
-@pytest.mark.parametrize("layout", [Sharding(), Sharding(tp=2, pp=2)], ids=str)
-def test_adapters_are_those_of_the_cpu(layout: Sharding, models: list[SavedModel]):
+def _marks(adapter: Adapter, name: str) -> list[Any]:
+    """By which Megatron chooses the ranks that sum a gradient, and those that count it in the norm."""
+    parameter = adapter.get_parameter(name)
+    return [getattr(parameter, mark, None) for mark in ("sequence_parallel", "allreduce", "tensor_model_parallel")]
+
+
+def _layer_of(path: str, chunk: torch.nn.Module) -> str:
+    """The class of the layer that an adapter belongs to."""
+    return type(chunk.get_submodule(path.partition(".lora")[0])).__name__
+
+
+def _assert_those_of_the_cpu(
+    folders: list[Path], layout: Sharding, flags: tuple[str, ...], layers: set[str], more: tuple[str, ...] = ()
+) -> None:
     """The same factors at the same layers, bit for bit, marked alike, and nothing else trained or stored."""
-    folders, sequence = [m.folder for m in models], ("--sequence-parallel",) if layout.tp > 1 else ()
-    cpu = run_world(layout.world, _contents, folders, layout, sequence, None, megatron=True)
+    cpu = run_world(layout.world, _contents, folders, layout, flags, None, megatron=True)
     engine = run_world(
-        layout.world, _contents, folders, layout, TRANSFORMER_ENGINE + sequence, unfused_spec, megatron=True
+        layout.world, _contents, folders, layout, (*TRANSFORMER_ENGINE, *flags, *more), unfused_spec, megatron=True
     )
+    seen = set[str]()
     for expected_rank, rank in zip(cpu, engine, strict=True):
         for expected, found in zip(expected_rank, rank, strict=True):
-            assert found["layers"] == {"TEColumnParallelLinear", "TERowParallelLinear"}
-            assert found["trained"] == expected["trained"] == found["adapters"].keys() == expected["adapters"].keys()
+            seen |= found["layers"]
             assert found["stored"] == expected["stored"]
-            for name, (value, mark) in expected["adapters"].items():
+            assert found["adapters"].keys() == expected["adapters"].keys()
+            for name, (value, marks) in expected["adapters"].items():
                 assert torch.equal(found["adapters"][name][0], value), name
-                assert found["adapters"][name][1] == mark, name
+                assert found["adapters"][name][1] == marks, name
+    assert seen == layers
+
+
+LINEAR = {"TEColumnParallelLinear", "TERowParallelLinear"}
+GROUPED = {"TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"}
+
+
+@pytest.mark.parametrize("layout", [Sharding(), Sharding(tp=2, pp=2)], ids=str)
+def test_adapters_are_those_of_the_cpu(layout: Sharding, models: list[SavedModel]):
+    sequence = ("--sequence-parallel",) if layout.tp > 1 else ()
+    _assert_those_of_the_cpu([m.folder for m in models], layout, sequence, LINEAR)
+
+
+@pytest.mark.parametrize(("more", "layers"), [((), LINEAR), (("--moe-grouped-gemm",), LINEAR | GROUPED)])
+@pytest.mark.parametrize("layout", [Sharding(tp=2), Sharding(tp=2, dp=2, ep=2, etp=2)], ids=str)
+def test_adapters_of_mixtures_are_those_of_the_cpu(
+    layout: Sharding, more: tuple[str, ...], layers: set[str], mixtures: list[SavedModel]
+):
+    sequence = ("--sequence-parallel",) if layout.tp > 1 else ()
+    _assert_those_of_the_cpu([m.folder for m in mixtures], layout, sequence, layers, more)
 
 
 def _norms(folder: Path) -> tuple[set[str], set[str]]:
@@ -116,9 +147,10 @@ def _whole(folders: list[Path], layout: Sharding, flags: tuple[str, ...], spec: 
     return found
 
 
-def test_the_unfused_layers_checkpoint_is_the_fused_ones(models: list[SavedModel]):
-    folders, layout = [m.folder for m in models], Sharding(tp=2)
+def test_the_unfused_layers_checkpoint_is_the_fused_ones(models: list[SavedModel], mixtures: list[SavedModel]):
+    folders, layout = [m.folder for m in (*models, *mixtures)], Sharding(tp=2)
     fused, unfused = (
-        run_world(2, _whole, folders, layout, TRANSFORMER_ENGINE, spec, megatron=True) for spec in (None, unfused_spec)
+        run_world(2, _whole, folders, layout, (*TRANSFORMER_ENGINE, "--sequence-parallel"), spec, megatron=True)
+        for spec in (None, unfused_spec)
     )
     assert fused == unfused

@@ -23,7 +23,7 @@ LAYOUTS = [Sharding(), Sharding(tp=2), Sharding(tp=2, pp=2), Sharding(pp=2, vpp=
 SPECS = {"cpu": (), "te": TRANSFORMER_ENGINE}
 
 
-def _contents(folders: list[Path], layout: Sharding, flags: tuple[str, ...]) -> list[dict[str, Any]]:
+def contents(folders: list[Path], layout: Sharding, flags: tuple[str, ...]) -> list[dict[str, Any]]:
     """Of each model, this rank's parameters by their path in the whole model, and its sharded tensors by key."""
     found = []
     for folder in folders:
@@ -40,9 +40,7 @@ def _contents(folders: list[Path], layout: Sharding, flags: tuple[str, ...]) -> 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_parameters_and_checkpoint_keys_are_those_of_the_cpu(layout: Sharding, models: list[SavedModel]):
     folders = [m.folder for m in models]
-    cpu, engine = (
-        run_world(layout.world, _contents, folders, layout, flags, megatron=True) for flags in SPECS.values()
-    )
+    cpu, engine = (run_world(layout.world, contents, folders, layout, flags, megatron=True) for flags in SPECS.values())
     for expected_rank, rank in zip(cpu, engine, strict=True):
         for expected, found in zip(expected_rank, rank, strict=True):
             assert_same(expected["parameters"], found["parameters"])
@@ -77,6 +75,6 @@ def test_load_then_export_is_bit_identical(layout: Sharding, models: list[SavedM
 
 
 def test_every_parameter_is_in_the_table(models: list[SavedModel]):
-    ranks = run_world(1, _contents, [m.folder for m in models], Sharding(), TRANSFORMER_ENGINE, megatron=True)
+    ranks = run_world(1, contents, [m.folder for m in models], Sharding(), TRANSFORMER_ENGINE, megatron=True)
     for model, found in zip(models, ranks[0], strict=True):
         assert found["parameters"].keys() == {w.path for w in weights(read_config(model.folder))}

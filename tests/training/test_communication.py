@@ -31,6 +31,7 @@ def _batch() -> Batch:
         position_ids=row,
         samples=torch.tensor([2]),
         weight=torch.ones(1, 3),
+        padding=torch.arange(S)[None] >= EDGES[2],
         real_tokens=torch.tensor([EDGES[2]]),
         row=torch.tensor([0]),
         source=torch.tensor([1]),

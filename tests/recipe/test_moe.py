@@ -1,0 +1,20 @@
+"""Settings of experts in a recipe: refused for a dense model, and within their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.mark.parametrize("override", ["moe.balance=0.001", "moe.z_loss=0.001", "moe.freeze_router=true"])
+def test_a_dense_model_has_no_routers(refused: Callable[..., str], override: str):
+    assert refused(override) == f"{override}: the model has no experts: leave it out"
+
+
+def test_a_coefficient_is_not_negative(refused: Callable[..., str]):
+    assert "must be at least 0" in refused("moe.balance=-1")
+
+
+def test_a_loss_that_depends_on_the_layout_is_refused(refused: Callable[..., str]):
+    assert "moe.balance balances each row" in refused("megatron.moe_router_load_balancing_type=aux_loss")

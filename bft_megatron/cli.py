@@ -171,6 +171,9 @@ def plan(
     gpu: Annotated[str, typer.Option(help="h100-80g, h200, b200, a100-80g, a100-40g, or GiB of memory.")] = "h100-80g",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the report.")] = False,
     html: Annotated[Path | None, files.Option(metavar="FILE", help="Page to write: a step's memory over time.")] = None,
+    expert_load: Annotated[
+        float, typer.Option(min=1, help="Tokens on the fullest rank's experts, over the mean of all ranks.")
+    ] = 1.5,
     search: Annotated[bool, typer.Option("--search", help="Rank the layouts of this many GPUs instead.")] = False,
 ) -> None:
     """Report whether the recipe fits a cluster and how fast it may run, without using one. Exit status 1: no fit."""
@@ -179,9 +182,9 @@ def plan(
     request = command.read(recipe_file, overrides)
     cluster = command.cluster(request.recipe, nodes, gpus_per_node, gpu)
     if search:
-        fits = command.search(request, cluster, as_json=as_json)
+        fits = command.search(request, cluster, expert_load, as_json=as_json)
     else:
-        fits = command.run(request, cluster, as_json=as_json, html=html)
+        fits = command.run(request, cluster, expert_load, as_json=as_json, html=html)
     if not fits:
         sys.exit(1)
 

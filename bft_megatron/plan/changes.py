@@ -31,13 +31,13 @@ class Alternative:
     verdict: Verdict
 
 
-def changes(recipe: Recipe, config: ModelConfig, on: Cluster, fullest: Stage) -> list[Alternative]:
+def changes(recipe: Recipe, config: ModelConfig, on: Cluster, fullest: Stage, load: float = 1.0) -> list[Alternative]:
     """Return the first `ENOUGH` single changes with which the fullest stage fits; if none does, the closest one."""
     at_end = fullest.first > 0 and fullest.last == recipe.parallel.pipeline - 1
-    tried = (candidate for candidate in _candidates(recipe) if possible(candidate[2], config, on.world))
+    tried = (candidate for candidate in _candidates(recipe, config) if possible(candidate[2], config, on.world))
     found: list[Alternative] = []
     for some in batched(tried, processes.AT_ONCE):
-        traced = of_each([t[2] for t in some], config, on.world, lambda r: [_span(r, at_end)], refusals=True)
+        traced = of_each([t[2] for t in some], config, on.world, lambda r: [_span(r, at_end)], load, refusals=True)
         for (words, costs, _), stages in zip(some, traced, strict=True):
             if not isinstance(stages, UserError):
                 found.append(Alternative(words, costs, verdict(stages, on.gpu, on.world)))
@@ -51,7 +51,7 @@ def _span(recipe: Recipe, at_end: bool) -> tuple[int, int]:
     return (last, last) if at_end else (0, last)
 
 
-def _candidates(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
+def _candidates(recipe: Recipe, config: ModelConfig) -> Iterator[tuple[str, str, Recipe]]:
     parallel, train = recipe.parallel, recipe.train
     if train.precision == "bf16" and not recipe.megatron.get("grad-reduce-in-bf16"):
         yield _with_flags(recipe, "gradients are summed in bf16", {"grad-reduce-in-bf16": True})
@@ -65,7 +65,9 @@ def _candidates(recipe: Recipe) -> Iterator[tuple[str, str, Recipe]]:
         everything = {"recompute-granularity": "full", "recompute-method": "uniform", "recompute-num-layers": 1}
         yield _with_flags(recipe, "attention is computed twice", {"recompute-granularity": "selective"})
         yield _with_flags(recipe, "a third more computing", everything)
+    experts = [("expert", "more messages to and from experts")] if config.experts is not None else []
     for name, costs in (
+        *experts,
         ("context", "messages within attention; half the data-parallel ranks"),
         ("pipeline", "a longer pipeline to fill; half the data-parallel ranks"),
         ("tensor", "more messages in every layer; half the data-parallel ranks"),

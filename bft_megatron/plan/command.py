@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -35,7 +36,7 @@ def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> 
     Raises:
         UserError: the GPU is unknown.
     """
-    one_copy = recipe.parallel.model_parallel_size
+    one_copy = math.lcm(recipe.parallel.model_parallel_size, recipe.parallel.expert_model_parallel_size)
     if recipe.device == "cpu":
         world = one_copy * recipe.parallel.data
         return Cluster(share_of_this_machine(world), world, world)
@@ -43,7 +44,7 @@ def cluster(recipe: Recipe, nodes: int | None, gpus_per_node: int, gpu: str) -> 
     return Cluster(lookup(gpu), world, gpus_per_node)
 
 
-def run(request: Request, on: Cluster, *, as_json: bool, html: Path | None) -> bool:
+def run(request: Request, on: Cluster, load: float, *, as_json: bool, html: Path | None) -> bool:
     """Make and print a plan, with the changes that would help if it does not fit; return whether it fits.
 
     Raises:
@@ -57,8 +58,8 @@ def run(request: Request, on: Cluster, *, as_json: bool, html: Path | None) -> b
     from bft_megatron.plan.page import page
     from bft_megatron.plan.plan import plan
 
-    made, console = request.check(lambda: plan(recipe, config, on)), report.console()
-    helps = [] if made.verdict.fits else changes(recipe, config, on, made.verdict.stage)
+    made, console = request.check(lambda: plan(recipe, config, on, load, compare=True)), report.console()
+    helps = [] if made.verdict.fits else changes(recipe, config, on, made.verdict.stage, load)
     if as_json:
         print(json.dumps(report.as_json(made, helps), indent=2))
     else:
@@ -70,13 +71,13 @@ def run(request: Request, on: Cluster, *, as_json: bool, html: Path | None) -> b
     return made.verdict.fits
 
 
-def search(request: Request, on: Cluster, *, as_json: bool) -> bool:
+def search(request: Request, on: Cluster, load: float, *, as_json: bool) -> bool:
     """Rank and print the layouts of the cluster's GPUs; return whether one fits."""
     quietly()
     from bft_megatron.plan import report
     from bft_megatron.plan.search import search
 
-    found = search(request.recipe, request.config, on)
+    found = search(request.recipe, request.config, on, load)
     if as_json:
         print(json.dumps([report.as_json(plan, []) for plan in found], indent=2))
     else:

@@ -48,6 +48,7 @@ def run(
     rank: int,
     world: int,
     provider: Callable[..., Any],
+    load: float = 1.0,
 ) -> Trace:
     """Trace one rank's step. Must run in a process of its own, as Megatron's state is global.
 
@@ -56,6 +57,7 @@ def run(
         rank, world: the simulated rank and the number of ranks.
         config: the model's configuration.
         provider: Megatron's data set provider: `full_rows`, or the run's own.
+        load: tokens that this rank's experts receive, over the mean of all ranks.
 
     Raises:
         FieldError: a flag under `megatron:` that Megatron does not have.
@@ -66,6 +68,8 @@ def run(
     cuda_on_cpu.install("cpu" if on_cpu else "meta")
     without_values.join(rank, world)
     without_values.install()
+    if config.experts is not None:
+        without_values.route_evenly(load)
     if on_cpu:
         rotary.install()
     arguments.check_passed_through(recipe)
@@ -99,7 +103,7 @@ def run(
 
 
 def kind_of_group(name: str) -> tuple[str, int]:
-    """Return the kind of a named process group (tp, cp, pp, dp or world) and its size."""
+    """Return the kind of a named process group (tp, cp, pp, dp, ep, etp, edp or world) and its size."""
     from megatron.core import parallel_state as state
 
     groups: list[tuple[str, Callable[[], dist.ProcessGroup]]] = [
@@ -108,6 +112,10 @@ def kind_of_group(name: str) -> tuple[str, int]:
         ("pp", state.get_pipeline_model_parallel_group),
         ("dp", lambda: state.get_data_parallel_group(with_context_parallel=True)),
         ("dp", state.get_data_parallel_group),
+        ("ep", state.get_expert_model_parallel_group),
+        ("etp", state.get_expert_tensor_parallel_group),
+        ("ep", state.get_expert_tensor_and_model_parallel_group),
+        ("edp", state.get_expert_data_parallel_group),
     ]
     for kind, of in groups:
         with contextlib.suppress(AssertionError):

@@ -45,6 +45,24 @@ _QWEN25 = {
     "use_sliding_window": False,
 }
 _QWEN3 = _QWEN25 | {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "max_position_embeddings": 40960}
+_QWEN3_MOE = _QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 
 CONFIGS = {
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA | _sizes(32, 4096, 32, 8, 14336),
@@ -53,6 +71,9 @@ CONFIGS = {
     "Qwen/Qwen2.5-7B-Instruct": _QWEN25 | _sizes(28, 3584, 28, 4, 18944),
     "Qwen/Qwen2.5-32B-Instruct": _QWEN25 | _sizes(64, 5120, 40, 8, 27648),
     "Qwen/Qwen3-8B": _QWEN3 | _sizes(36, 4096, 32, 8, 12288, head_dim=128),
+    "Qwen/Qwen3-30B-A3B": _QWEN3_MOE | _sizes(48, 2048, 32, 4, 6144, moe_intermediate_size=768),
+    "Qwen/Qwen3-235B-A22B": _QWEN3_MOE | _sizes(94, 4096, 64, 4, 12288, moe_intermediate_size=1536),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": _MIXTRAL | _sizes(32, 4096, 32, 8, 14336),
 }
 """Hub id -> the fields of its `config.json` that determine sizes."""
 

@@ -34,25 +34,32 @@ class Stage:
         return f"{self.first}" if self.count == 1 else f"{self.first}-{self.last}"
 
 
-def stages(recipe: Recipe, config: ModelConfig, world: int) -> list[Stage]:
+def stages(recipe: Recipe, config: ModelConfig, world: int, load: float = 1.0) -> list[Stage]:
     """Return all stages, each with the trace of one rank.
 
-    One rank is enough, because all tensor, context and data parallel ranks of a stage have the same memory and work.
+    One rank is enough, because all tensor, context and data parallel ranks of a stage have the same memory and work:
+    of a mixture it is the rank whose experts receive `load` times the mean number of tokens.
 
     Raises:
         UserError: Megatron refuses the recipe or one of its flags.
     """
-    [found] = of_each([recipe], config, world, _spans)
+    [found] = of_each([recipe], config, world, _spans, load)
     return found
 
 
-def ends(recipes: list[Recipe], config: ModelConfig, world: int) -> list[list[Stage] | UserError]:
+def ends(recipes: list[Recipe], config: ModelConfig, world: int, load: float = 1.0) -> list[list[Stage] | UserError]:
     """Return two stages of each recipe, the first (which stands for all but the last) and the last.
 
     Faster than `stages` and enough to compare layouts: the first holds the most micro-batches, the last the head. For a
     recipe that Megatron refuses, the result is the UserError instead.
     """
-    return of_each(recipes, config, world, _end_spans, refusals=True)
+    return of_each(recipes, config, world, _end_spans, load, refusals=True)
+
+
+def fullest_under(recipe: Recipe, config: ModelConfig, world: int, fullest: Stage, load: float) -> Stage:
+    """Return the stage traced again, with another load of its experts."""
+    [[found]] = of_each([recipe], config, world, lambda _: [(fullest.first, fullest.last)], load)
+    return found
 
 
 def of_each(
@@ -60,6 +67,7 @@ def of_each(
     config: ModelConfig,
     world: int,
     spans: Callable[[Recipe], list[tuple[int, int]]],
+    load: float = 1.0,
     *,
     refusals: bool = False,
 ) -> list[Any]:
@@ -67,6 +75,7 @@ def of_each(
 
     Args:
         spans: returns the (first, last) of each group of stages; the first is traced.
+        load: tokens that the traced rank's experts receive, over the mean of all ranks.
         refusals: return the UserError of a recipe that Megatron refuses in place of its stages.
 
     Raises:
@@ -82,7 +91,7 @@ def of_each(
     for i, (first, _) in jobs:
         recipe = recipes[i]
         traced = replace(recipe, train=replace(recipe.train, global_batch_size=_batch(recipe, world)))
-        calls.append((traced, config, _rank(recipe, world, first), world))
+        calls.append((traced, config, _rank(recipe, world, first), world, load))
     found: list[Any] = [[] for _ in recipes]
     for (i, span), trace in zip(jobs, processes.each(_trace, calls, refusals=refusals), strict=True):
         if isinstance(trace, UserError):
@@ -97,8 +106,8 @@ def micro_batches(recipe: Recipe, world: int) -> int:
     return recipe.train.global_batch_size // (_data_parallel(recipe, world) * recipe.train.micro_batch_size)
 
 
-def _trace(recipe: Recipe, config: ModelConfig, rank: int, world: int) -> Trace:
-    return fake_step.run(recipe, config, rank, world, fake_step.full_rows(recipe))
+def _trace(recipe: Recipe, config: ModelConfig, rank: int, world: int, load: float) -> Trace:
+    return fake_step.run(recipe, config, rank, world, fake_step.full_rows(recipe), load)
 
 
 def _spans(recipe: Recipe) -> list[tuple[int, int]]:

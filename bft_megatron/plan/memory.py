@@ -39,7 +39,7 @@ class Collective:
     operator: str
     """c10d's name, such as `allreduce_`."""
     group: str
-    """tp, cp, pp, dp or world."""
+    """tp, cp, pp, dp, ep, etp, edp (of the experts) or world."""
     size: int
     """Number of ranks in the group."""
     bytes: int
@@ -57,6 +57,8 @@ class Work:
     bytes: int
     """Bytes read and written, each operand once."""
     dtype: str
+    grouped: bool = False
+    """Whether it is a product of many experts' matrices at once."""
 
 
 @dataclass
@@ -225,7 +227,7 @@ class Ledger(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in inputs) + sum(t.numel() * t.element_size() for t in born)
         dtype = str((inputs or born)[0].dtype).removeprefix("torch.")
         attention = func._opname.startswith("attention") or "scaled_dot_product" in func._opname
-        self.step.work[self.phase, Work(attention, flops, moved, dtype)] += 1
+        self.step.work[self.phase, Work(attention, flops, moved, dtype, func._opname.startswith("experts"))] += 1
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -13,12 +13,17 @@ import torch.distributed as dist
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig
-from torch import Tensor, library
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from bft_megatron.layers.spec import has_experts
+from bft_megatron.plan.kernels import OPS, kernel
+from bft_megatron.plan.modelled_experts import GroupedExperts
 from bft_megatron.upstream import gpu_kernels
 
 MODELLED = {
@@ -36,56 +41,46 @@ MODELLED = {
 }
 """Kernel -> its assumed allocations [and their source]."""
 
-_LIBRARY = library.Library("bft_plan", "DEF")
-_OPS = torch.ops.bft_plan
 
-
-def _kernel(schema: str) -> Any:
-    """Define an operator that computes shapes only."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    return lambda shapes: library.impl(_LIBRARY, name, "Meta")(shapes)
-
-
-@_kernel("norm(Tensor x, Tensor weight) -> (Tensor, Tensor)")
+@kernel("norm(Tensor x, Tensor weight) -> (Tensor, Tensor)")
 def _(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@_kernel("norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rsigma) -> (Tensor, Tensor)")
+@kernel("norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rsigma) -> (Tensor, Tensor)")
 def _(grad: Tensor, x: Tensor, weight: Tensor, rsigma: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-@_kernel("swiglu(Tensor x) -> Tensor")
+@kernel("swiglu(Tensor x) -> Tensor")
 def _(x: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
 
 
-@_kernel("swiglu_backward(Tensor grad, Tensor x) -> Tensor")
+@kernel("swiglu_backward(Tensor grad, Tensor x) -> Tensor")
 def _(grad: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@_kernel("rope(Tensor x) -> Tensor")
+@kernel("rope(Tensor x) -> Tensor")
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@_kernel("attention(Tensor q, Tensor k, Tensor v, int pairs) -> (Tensor, Tensor)")
+@kernel("attention(Tensor q, Tensor k, Tensor v, int pairs) -> (Tensor, Tensor)")
 def _(q: Tensor, k: Tensor, v: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     return q.new_empty(*q.shape[:-1], v.shape[-1]), lse
 
 
-@_kernel(
+@kernel(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, int pairs) -> (Tensor, Tensor, Tensor)"
 )
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-@_kernel("adam(Tensor[] parameters, Tensor[] gradients, Tensor[] first, Tensor[] second) -> Tensor")
+@kernel("adam(Tensor[] parameters, Tensor[] gradients, Tensor[] first, Tensor[] second) -> Tensor")
 def _(parameters: list[Tensor], gradients: list[Tensor], first: list[Tensor], second: list[Tensor]) -> Tensor:
     return parameters[0].new_empty(1)
 
@@ -100,20 +95,20 @@ def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, out: Any, pairs
     return 10 * pairs * q.shape[-1] * q.shape[-2]
 
 
-flop_registry[_OPS.attention] = _attention_flops
-flop_registry[_OPS.attention_backward] = _attention_backward_flops
+flop_registry[OPS.attention] = _attention_flops
+flop_registry[OPS.attention_backward] = _attention_backward_flops
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        out, rsigma = _OPS.norm(x, weight)
+        out, rsigma = OPS.norm(x, weight)
         ctx.save_for_backward(x, weight, rsigma)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return _OPS.norm_backward(grad, *ctx.saved_tensors)
+        return OPS.norm_backward(grad, *ctx.saved_tensors)
 
 
 class Norm(torch.nn.RMSNorm):
@@ -132,28 +127,28 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _OPS.swiglu(x)
+        return OPS.swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _OPS.swiglu_backward(grad, *ctx.saved_tensors)
+        return OPS.swiglu_backward(grad, *ctx.saved_tensors)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return _OPS.rope(x)
+        return OPS.rope(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _OPS.rope(grad)
+        return OPS.rope(grad)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pairs: int, group: dist.ProcessGroup) -> Tensor:
         if group.size() == 1:
-            out, lse = _OPS.attention(q, k, v, pairs)
+            out, lse = OPS.attention(q, k, v, pairs)
         else:
             out, lse, k, v = _ring_forward(q, k, v, pairs, group)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -164,7 +159,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, _ = ctx.saved_tensors
         if ctx.group.size() == 1:
-            return *_OPS.attention_backward(grad, q, k, v, out, ctx.pairs), None, None
+            return *OPS.attention_backward(grad, q, k, v, out, ctx.pairs), None, None
         return *_ring_backward(grad, q, k, v, out, ctx.pairs, ctx.group), None, None
 
 
@@ -185,7 +180,7 @@ def _ring_forward(
         if len(buffers) < size:
             buffers.append(torch.empty_like(buffers[-1]))
             _pass_on(buffers[-2], buffers[-1], group)
-        outputs.append(_OPS.attention(q, k, v, pairs // size))
+        outputs.append(OPS.attention(q, k, v, pairs // size))
     out, lse = torch.empty_like(outputs[0][0]), outputs[0][1]
     k, v = (x.view(k.shape) for x in buffers[-1].chunk(2))
     return out, lse, k, v
@@ -199,7 +194,7 @@ def _ring_backward(
     dq = torch.empty_like(q)
     for i in range(size):
         _pass_on(buffers[i % 2], buffers[(i + 1) % 2], group)
-        part = _OPS.attention_backward(grad, q, k, v, out, pairs // size)
+        part = OPS.attention_backward(grad, q, k, v, out, pairs // size)
         dq.add_(part[0])
         buffers[i % 2][1].add_(torch.stack(part[1:]))
     return dq, buffers[0][1, 0].clone(), buffers[0][1, 1].clone()
@@ -249,20 +244,31 @@ class FusedAdam(torch.optim.Optimizer):
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             if parameters:
                 moments = [[self.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")]
-                _OPS.adam(parameters, [p.grad for p in parameters], *moments)
+                OPS.adam(parameters, [p.grad for p in parameters], *moments)
 
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Return the decoder's spec for `GPTModelConfig.transformer_layer_spec`."""
     transformer = config.transformer
-    layer = get_gpt_layer_local_spec(qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization)
+    dense, mixture = _layer(transformer, None), _layer(transformer, transformer.num_moe_experts)
+    first = get_transformer_layer_offset(transformer, vp_stage)
+    layers = range(first, first + get_num_layers_to_build(transformer, vp_stage))
+    specs = [mixture if has_experts(transformer, i) else dense for i in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
+
+
+def _layer(transformer: TransformerConfig, experts: int | None) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=experts, qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = Attention
     if transformer.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
-    layers = get_num_layers_to_build(transformer, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
+    if experts is not None:
+        layer.submodules.mlp.keywords["submodules"].experts = GroupedExperts
+    return layer
 
 
 def install() -> None:

@@ -21,6 +21,8 @@ class Trace:
 
     rank: int
     parameters: int
+    expert_parameters: int
+    """Those that expert parallelism shares out, of `parameters`."""
     layers: int
     micro_batches: int
     """Micro-batches of the traced step; all work but that done once a step grows with their number."""
@@ -143,6 +145,7 @@ class StepProbe:
         return Trace(
             rank,
             sum(p.numel() for chunk in self.chunks for p in chunk.parameters()),
+            sum(p.numel() for chunk in self.chunks for p in chunk.parameters() if not getattr(p, "allreduce", True)),
             sum(len(unwrap_model(chunk).decoder.layers) for chunk in self.chunks),
             get_num_microbatches(),
             self.at_rest,

@@ -44,6 +44,8 @@ def as_json(plan: Plan, changes: list[Alternative]) -> dict[str, Any]:
             a.name: [a.least, _round(a.most)] for a in allowances(v.stage, plan.cluster.gpu, plan.cluster.world)
         },
         "changes": [{"set": c.words, "peak_gib": _round(c.verdict.peak), "fits": c.verdict.fits} for c in changes],
+        "expert_load": plan.load,
+        "by_load": [{"load": a, "peak_gib": _round(other.peak), "verdict": other.answer} for a, other in plan.by_load],
         "layout": asdict(plan.recipe.parallel),
         "estimate": None if e is None else asdict(e) | {"days": plan.days},
     }
@@ -57,7 +59,10 @@ def console() -> Console:
 
 def parameters(plan: Plan) -> int:
     """Return the number of parameters that Megatron holds, with vocabulary padding and tied copies."""
-    return sum(stage.count * stage.trace.parameters for stage in plan.stages) * plan.recipe.parallel.tensor
+    parallel = plan.recipe.parallel
+    shared_out = sum(stage.count * stage.trace.expert_parameters for stage in plan.stages)
+    rest = sum(stage.count * stage.trace.parameters for stage in plan.stages) - shared_out
+    return rest * parallel.tensor + shared_out * parallel.expert * parallel.expert_tensor
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -79,6 +84,9 @@ def show(plan: Plan, console: Console) -> None:
         console,
         f"[bold]{v.answer}[/]: {needs}, by the ranks of stage {v.stage.name}, in {v.stage.trace.step.peak_mark}",
     )
+    if plan.by_load:
+        others = ", ".join(f"{a:g}: {other.peak:.1f} GiB, {other.answer}" for a, other in plan.by_load)
+        _say(console, f"with {plan.load:g} times the mean tokens on the fullest rank; peak by that load: {others}")
     if e is None:
         return
     shown = ", ".join(f"{group} {t:.2g}" for group, t in e.shown.items() if t >= 0.001) or "0"
@@ -108,13 +116,13 @@ def show_changes(changes: list[Alternative], console: Console) -> None:
 def show_layouts(plans: list[Plan], console: Console) -> None:
     """Print the layouts that a search found, the fastest that fit first."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("TP", "PP", "VP", "CP", "DP", "peak GiB", "", "s a step", "tokens/s a GPU", "of peak"):
+    for heading in ("TP", "PP", "VP", "CP", "DP", "EP", "ETP", "peak GiB", "", "s a step", "tokens/s a GPU", "of peak"):
         table.add_column(heading, justify="right")
     for plan in plans:
         p, e, v = plan.recipe.parallel, plan.estimate, plan.verdict
         assert e is not None, "a search estimates every layout"
         data = plan.cluster.world // (p.tensor * p.pipeline * p.context)
-        sizes = (str(n) for n in (p.tensor, p.pipeline, p.virtual_pipeline, p.context, data))
+        sizes = (str(n) for n in (p.tensor, p.pipeline, p.virtual_pipeline, p.context, data, p.expert, p.expert_tensor))
         speed = (f"{e.seconds:.3g}", f"{e.tokens_per_second:,.0f}", f"{e.mfu:.0%}")
         table.add_row(*sizes, f"{v.peak:.1f}", v.answer, *speed)
     console.print(table)

@@ -25,15 +25,15 @@ TRACED = 8
 """Number of layouts that a search traces."""
 
 
-def search(recipe: Recipe, config: ModelConfig, on: Cluster) -> list[Plan]:
+def search(recipe: Recipe, config: ModelConfig, on: Cluster, load: float = 1.0) -> list[Plan]:
     """Return the plans of the most promising layouts: those that fit first, then by their estimated step."""
     chosen = sorted(candidates(recipe, config, on), key=lambda r: _rough_time(r, config, on))[:TRACED]
     plans = []
-    for layout, found in zip(chosen, ends(chosen, config, on.world), strict=True):
+    for layout, found in zip(chosen, ends(chosen, config, on.world, load), strict=True):
         if isinstance(found, list):
             judged = verdict(found, on.gpu, on.world)
-            took = estimate(layout, found, on)
-            plans.append(Plan(layout, config, on, found, judged, took))
+            took = estimate(layout, found, on, load)
+            plans.append(Plan(layout, config, on, found, judged, took, load=load))
     return sorted(plans, key=lambda p: (not p.verdict.fits, p.estimate and p.estimate.seconds))
 
 
@@ -44,8 +44,11 @@ def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Rec
         one_copy = tensor * pipeline * context
         if one_copy > on.world or on.world % one_copy:
             continue
-        for virtual in range(1, config.layers // pipeline + 1) if pipeline > 1 else [1]:
-            sizes = ParallelSettings(tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context)
+        virtuals = range(1, config.layers // pipeline + 1) if pipeline > 1 else [1]
+        for virtual, expert in product(virtuals, _expert_sizes(config, on.world // pipeline)):
+            sizes = ParallelSettings(
+                tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, context=context, expert=expert
+            )
             layout = replace(recipe, parallel=sizes)
             if possible(layout, config, on.world):
                 held = _states(layout, config, on.world) + _activations(layout, config, on.world)
@@ -53,14 +56,37 @@ def candidates(recipe: Recipe, config: ModelConfig, on: Cluster) -> Iterator[Rec
                     yield layout
 
 
+def _expert_sizes(config: ModelConfig, ranks: int) -> list[int]:
+    """Return the powers of two by which expert parallelism may share out the experts over a stage's ranks."""
+    if config.experts is None:
+        return [1]
+    return [n for n in (1 << i for i in range(10)) if ranks % n == 0 and config.experts.count % n == 0]
+
+
 def _states(recipe: Recipe, config: ModelConfig, world: int) -> float:
     """Return the bytes of a rank's weights, gradients and optimizer state."""
     parallel = recipe.parallel
-    own = parameter_count(config) / (parallel.tensor * parallel.pipeline)
-    sharded = world / (parallel.tensor * parallel.pipeline)
+    ranks = world / parallel.pipeline
+    experts = _expert_parameters(config) / parallel.pipeline
+    rest = parameter_count(config) / parallel.pipeline - experts
     weight = 2 if recipe.train.precision == "bf16" else 4
     gradient = 2 if recipe.megatron.get("grad-reduce-in-bf16") else 4
-    return own * (weight + gradient + OPTIMIZER_BYTES / sharded)
+    held = rest / parallel.tensor + experts / (parallel.expert * parallel.expert_tensor)
+    return held * (weight + gradient) + (rest + experts) / ranks * OPTIMIZER_BYTES
+
+
+def _expert_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters of all layers' experts."""
+    if config.experts is None:
+        return 0
+    layers = sum(map(config.has_experts, range(config.layers)))
+    return layers * config.experts.count * 3 * config.hidden * config.experts.ffn
+
+
+def _active_parameters(config: ModelConfig) -> float:
+    """Return the number of parameters that a token meets."""
+    idle = 0.0 if config.experts is None else 1 - config.experts.per_token / config.experts.count
+    return parameter_count(config) - idle * _expert_parameters(config)
 
 
 def _activations(recipe: Recipe, config: ModelConfig, world: int) -> float:
@@ -70,11 +96,17 @@ def _activations(recipe: Recipe, config: ModelConfig, world: int) -> float:
         return 0.0
     norms = 4 * config.hidden  # input and output of both norms
     attention = 2 * (config.heads + config.kv_heads) * config.head_dim  # q, out; k, v
-    kept = 2 * (norms + attention + 3 * config.ffn)  # gate, up and their product
+    kept = 2 * (norms + attention + 3 * _width(config))  # gate, up and their product
     tokens = recipe.train.micro_batch_size * recipe.data.seq_length / parallel.context / parallel.tensor
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
     in_flight = pipeline if virtual == 1 else pipeline + (pipeline - 1) / virtual
     return min(in_flight, micro_batches(recipe, world)) * config.layers / pipeline * tokens * kept
+
+
+def _width(config: ModelConfig) -> int:
+    """Return the feed-forward columns that a token meets in a layer."""
+    experts = config.experts
+    return config.ffn if experts is None else experts.per_token * experts.ffn + experts.shared_ffn
 
 
 def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:
@@ -83,7 +115,7 @@ def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:
     The formula leaves out what makes short pipelines and chunks of a single layer slower.
     """
     parallel, tokens = recipe.parallel, recipe.train.global_batch_size * recipe.data.seq_length
-    kernels = 6 * parameter_count(config) * tokens / (on.gpu.flops * 0.5) / on.world
+    kernels = 6 * _active_parameters(config) * tokens / (on.gpu.flops * 0.5) / on.world
     within = parallel.tensor * parallel.context <= on.gpus_per_node
     layers = config.layers / parallel.pipeline
     own_tokens = tokens * parallel.tensor * parallel.pipeline / on.world
@@ -95,4 +127,17 @@ def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:
     )
     total = micro_batches(recipe, on.world)
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / total
-    return (kernels + tensor + ring) * (1 + bubble)
+    return (kernels + tensor + ring + _rough_exchange(layers * message, config, on, parallel)) * (1 + bubble)
+
+
+def _rough_exchange(hidden_states: float, config: ModelConfig, on: Cluster, parallel: ParallelSettings) -> float:
+    """Estimate the seconds of tokens' ways to experts and back, in both passes.
+
+    Args:
+        hidden_states: seconds that all layers' hidden states of a TP group take within a node.
+    """
+    if config.experts is None:
+        return 0.0
+    ranks = parallel.expert * parallel.expert_tensor
+    slower = 1 if ranks <= on.gpus_per_node else on.gpu.nvlink / on.gpu.network
+    return 4 * config.experts.per_token * hidden_states / parallel.tensor * (ranks - 1) / ranks * slower

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from bft_megatron.upstream.change import Change
 
@@ -49,6 +52,15 @@ NORM = _change(
     *("chunk_size", "noop_flag", "tensor_lists", "per_tensor", "args"),
 )
 
+ROUTE = Change(
+    "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
+    "wrapped",
+    "It runs, with its messages. The numbers of tokens that it reads from values are replaced by equal ones.",
+    _UNTIL,
+    _TEST,
+    ("self", "routing_map"),
+)
+
 
 def join(rank: int, world: int) -> None:
     """Form a process group in which this is the only rank that exists."""
@@ -84,3 +96,33 @@ def _own_success(reduce: Callable[..., bool]) -> Callable[..., bool]:
         return SUCCESS.read(reduce, args, kwargs)["input"]
 
     return own
+
+
+def route_evenly(load: float) -> None:
+    """Have every rank send equally many tokens to each expert.
+
+    Args:
+        load: factor of the tokens that this rank's experts receive; a rank sends as many as without it.
+    """
+
+    def counting(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+        def counts(*args: Any, **kwargs: Any) -> Tensor:
+            preprocess(*args, **kwargs)
+            dispatcher, chosen = ROUTE.read(preprocess, args, kwargs).values()
+            sent = chosen.shape[0] * dispatcher.config.moe_router_topk
+            ranks, experts = dispatcher.ep_size, dispatcher.num_local_experts
+            received = _equal_parts(round(sent * load / ranks), experts)  # of each rank, by expert
+            dispatcher.input_splits = _equal_parts(sent, ranks)
+            dispatcher.output_splits = [sum(received)] * ranks
+            dispatcher.output_splits_tp = numpy.full(dispatcher.tp_size, sum(received) * ranks)
+            grid = torch.tensor([received] * (ranks * dispatcher.tp_size))
+            dispatcher.num_global_tokens_per_local_expert = grid
+            return grid.sum(dim=0)
+
+        return counts
+
+    ROUTE.wrap(counting)
+
+
+def _equal_parts(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]

@@ -14,6 +14,8 @@ SHIPPED = {
     "qwen25_7b": 8,
     "qwen25_32b": 16,
     "qwen3_8b": 8,
+    "qwen3_30b_a3b": 16,
+    "mixtral_8x7b": 16,
 }
 
 # What the recipes' comments propose for another number of GPUs.

@@ -43,6 +43,24 @@ def test_layout(layout: Layout, data: Path, tmp_path: Path):
     check(made, layout.world, [0] if layout.pipeline == 1 else [0, layout.world - 1])
 
 
+EXPERT_LAYOUTS = {
+    "dp2-ep2": pytest.param(Layout(data=2, expert=2), marks=pytest.mark.plan),
+    "tp2-sp-etp2": pytest.param(Layout(tensor=2, sequence=True, expert_tensor=2), marks=pytest.mark.plan),
+    "tp2-sp-ep2": pytest.param(Layout(tensor=2, sequence=True, expert=2), marks=pytest.mark.plan),
+    "tp2-sp-dp2-ep2-etp2": pytest.param(
+        Layout(tensor=2, sequence=True, data=2, expert=2, expert_tensor=2), marks=pytest.mark.plan
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS.values(), ids=EXPERT_LAYOUTS.keys())
+def test_layout_of_experts(layout: Layout, data: Path, tmp_path: Path):
+    """With equally many tokens for each expert."""
+    batch = f"train.global_batch_size={2 * layout.data}"
+    made = make_recipe(tmp_path, data, Case(model="qwen3_moe"), layout, 2, "device=cpu", batch)
+    check(made, layout.world, [0])
+
+
 SMOLLM2 = {
     "hidden_size": 576,
     "intermediate_size": 1536,

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import gc
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,8 @@ class _TwoSteps(BaseException):
 def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
     ledger = _RealLedger("cpu", kind_of_group, real=True)
     recorder = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    if config.experts is not None:
+        _balance_routing()
     with output_to(RunFolder.of(recipe).log(int(os.environ["RANK"]))) as console, recorder, ledger:
         _mark_moments(ledger)
         with contextlib.suppress(_TwoSteps):
@@ -111,11 +113,27 @@ def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
     return Sizes(
         weights=moments.grown("setup", "model"),
         gradients=moments.grown("setup", "optimizer") - moments.grown("setup", "model"),
-        optimizer=moments.grown("optimizer", "optimizer done") + moments.grown("adam", "adam done"),
+        optimizer=moments.grown("optimizer", "optimizer done") + moments.grown_in_all("adam"),
         saved=moments.grown("forward", "forward done"),
         rise=moments.highest("step 2", "step 2 done") - moments.at("step 2"),
         collectives=_without_phases(ledger.step.collectives),
     )
+
+
+def _balance_routing() -> None:
+    """Let each token of a rank go to the next experts in turn, whatever its router says."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    routing = TopKRouter.routing
+
+    def balanced(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights, chosen = routing(self, *args, **kwargs)
+        k, (tokens, experts) = self.config.moe_router_topk, chosen.shape
+        turns = torch.arange(tokens * k).remainder(experts).view(tokens, k)
+        chosen.data.zero_().scatter_(1, turns, True)
+        return weights, chosen
+
+    TopKRouter.routing = balanced
 
 
 def _mark_moments(ledger: Ledger) -> None:
@@ -178,12 +196,13 @@ class _Moments:
 
     def __init__(self, recorder: profile) -> None:
         events = sorted(recorder.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-        self.balance, self.times, now = [], {}, 0
+        self.balance, self.times, self.all, now = [], {}, defaultdict(list), 0
         for event in events:
             if event.name() == "[memory]":
                 now += event.nbytes()
                 self.balance.append(now)
             elif event.name().startswith("moment: "):
+                self.all[event.name().removeprefix("moment: ")].append(now)
                 self.times.setdefault(event.name().removeprefix("moment: "), len(self.balance))
 
     def at(self, moment: str) -> int:
@@ -192,6 +211,10 @@ class _Moments:
 
     def grown(self, start: str, end: str) -> int:
         return self.at(end) - self.at(start)
+
+    def grown_in_all(self, what: str) -> int:
+        """The growth within all moments of the name: experts may have an optimizer of their own."""
+        return sum(self.all[f"{what} done"]) - sum(self.all[what])
 
     def highest(self, start: str, end: str) -> int:
         return max(self.balance[self.times[start] : self.times[end]])

@@ -22,6 +22,7 @@ from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.plan.memory import Ledger
 from bft_megatron.plan.probe import Enough, StepProbe, Trace
 from bft_megatron.recipe.schema import Recipe
+from bft_megatron.reporting.expert_load import ExpertLoad
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training import arguments, initialize, loop, measuring
 from bft_megatron.training.model import model_config
@@ -81,7 +82,8 @@ def run(
         validation=(0, 0),
     )
     meter = Meter(recipe.data.most_sources)
-    step = Step(recipe.objective, config.vocab_size, measuring.into(meter))
+    mixture = config.experts is not None
+    step = Step(recipe.objective, config.vocab_size, measuring.into(meter), mask_padding=mixture)
     ledger = Ledger("cpu" if on_cpu else "meta", kind_of_group)
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else contextlib.nullcontext()
     with fake, ledger:
@@ -92,7 +94,8 @@ def run(
         margs = command_line.parse([*arguments.without(flags, LEFT_OUT), *INSTEAD])
         margs.do_train = True  # Megatron would read it from a tensor
         model = model_config(recipe, config, None, margs, on_cpu, fill=False)  # there are no values to load
-        model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter)
+        watched = _with_experts(model, recipe, config) if mixture else None
+        model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter, watched)
         if not on_cpu:
             model.transformer_layer_spec = modelled.layer_spec
         probe = StepProbe(ledger)
@@ -100,6 +103,20 @@ def run(
         with contextlib.suppress(Enough):
             loop.pretrain(margs, model, step, provider)
     return probe.trace(rank)
+
+
+class _UnreadLoad(ExpertLoad):
+    """The load of experts as tensors without values: reduced over all ranks and not read."""
+
+    def _take(self, counts: torch.Tensor) -> None: ...
+
+
+def _with_experts(model: Any, recipe: Recipe, config: ModelConfig) -> ExpertLoad:
+    from bft_megatron.training import routers
+
+    load = _UnreadLoad(*routers.sizes(config))
+    routers.install(model, recipe, load)
+    return load
 
 
 def kind_of_group(name: str) -> tuple[str, int]:

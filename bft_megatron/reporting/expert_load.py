@@ -46,6 +46,10 @@ class ExpertLoad:
         counts = self._empty() if self._counts is None else self._counts
         dist.all_reduce(counts)
         self._counts = None
+        self._take(counts)
+
+    def _take(self, counts: Tensor) -> None:
+        """Read the reduced tokens; waits for the device."""
         loads = counts.cpu().double()
         mean = loads.mean(1, keepdim=True)
         worst = loads.amax(1) / mean[:, 0].clamp(min=1 / self.experts)

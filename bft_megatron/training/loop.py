@@ -39,9 +39,7 @@ from bft_megatron.upstream import (
     bucket_padding,
     checkpoint_writer,
     command_line,
-    expert_bias,
     expert_optimizers,
-    row_balance,
     signal_handler,
 )
 from bft_megatron.upstream.training_loop import TrainingLoop
@@ -118,13 +116,9 @@ def with_experts(model: Any, run: Run, step: Step, reporter: Reporter) -> Expert
     """Make a mixture's `GPTModelConfig` count its experts' load and weigh its routers' own losses; return the load."""
     from bft_megatron.training import routers
 
-    config = run.config
-    assert config.experts is not None, "a dense model has no routers"
-    load = ExpertLoad([i for i in range(config.layers) if config.has_experts(i)], config.experts.count)
-    expert_bias.install()
-    model.pre_wrap_hooks.append(routers.watch(load))
+    load = ExpertLoad(*routers.sizes(run.config))
+    routers.install(model, run.recipe, load)
     if run.recipe.moe.balance or run.recipe.moe.z_loss:
-        row_balance.install()
         scale = loss_scale(run, step.objective.reduce)
         model.transformer.moe_grad_scale_func = lambda: scale(reporter.iteration + 1)
     return load

@@ -10,7 +10,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from bft_megatron.hf.model_config import ModelConfig
+from bft_megatron.recipe.schema import Recipe
 from bft_megatron.reporting.expert_load import ExpertLoad
+from bft_megatron.upstream import expert_bias, row_balance
 
 Chunks = list[GPTModel]
 
@@ -18,6 +21,20 @@ Chunks = list[GPTModel]
 def routers(chunks: Chunks) -> Iterator[TopKRouter]:
     """Yield the routers of this rank's layers."""
     return (module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter))
+
+
+def sizes(config: ModelConfig) -> tuple[list[int], int]:
+    """Return the numbers of the layers that have experts, from 0, and the number of experts of each."""
+    assert config.experts is not None, "a dense model has no routers"
+    return [i for i in range(config.layers) if config.has_experts(i)], config.experts.count
+
+
+def install(model: Any, recipe: Recipe, load: ExpertLoad) -> None:
+    """Make a mixture's `GPTModelConfig` count its experts' load, and add its routers' own losses if any."""
+    expert_bias.install()
+    model.pre_wrap_hooks.append(watch(load))
+    if recipe.moe.balance or recipe.moe.z_loss:
+        row_balance.install()
 
 
 def freeze(chunks: Chunks) -> Chunks:
@@ -40,12 +57,12 @@ def watch(load: ExpertLoad) -> Callable[[Chunks], Chunks]:
             load.add(router.layer_number - 1, (chosen & ~padding[:, None]).sum(0))
         return spread(probs, chosen, padding, router.topk)
 
-    def install(chunks: Chunks) -> Chunks:
+    def register(chunks: Chunks) -> Chunks:
         for router in routers(chunks):
             router.register_forward_hook(hook)
         return chunks
 
-    return install
+    return register
 
 
 def spread(probs: Tensor, chosen: Tensor, padding: Tensor, top: int) -> tuple[Tensor, Tensor]:

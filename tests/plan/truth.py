@@ -122,18 +122,17 @@ def _profiled(recipe: Recipe, config: ModelConfig, rows: RunRows) -> Sizes:
 
 def _balance_routing() -> None:
     """Let each token of a rank go to the next experts in turn, whatever its router says."""
-    from megatron.core.transformer.moe.router import TopKRouter
+    from bft_megatron.training import routers
 
-    routing = TopKRouter.routing
+    spread = routers.spread
 
-    def balanced(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        weights, chosen = routing(self, *args, **kwargs)
-        k, (tokens, experts) = self.config.moe_router_topk, chosen.shape
-        turns = torch.arange(tokens * k).remainder(experts).view(tokens, k)
-        chosen.data.zero_().scatter_(1, turns, True)
+    def balanced(probs: Tensor, chosen: Tensor, padding: Tensor, top: int) -> tuple[Tensor, Tensor]:
+        weights, chosen = spread(probs, chosen, padding, top)
+        tokens, experts = chosen.shape
+        chosen.zero_().scatter_(1, torch.arange(tokens * top).remainder(experts).view(tokens, top), True)
         return weights, chosen
 
-    TopKRouter.routing = balanced
+    routers.spread = balanced
 
 
 def _mark_moments(ledger: Ledger) -> None:

@@ -88,6 +88,7 @@ def run(
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else contextlib.nullcontext()
     with fake, ledger:
         if not on_cpu:
+            from bft_megatron.layers.norm_after_rotary import norm_after_rotary
             from bft_megatron.plan import modelled
 
             modelled.install()
@@ -97,7 +98,8 @@ def run(
         watched = _with_experts(model, recipe, config) if mixture else None
         model.transformer.finalize_model_grads_func = measuring.finalize_grads(meter, watched)
         if not on_cpu:
-            model.transformer_layer_spec = modelled.layer_spec
+            spec = modelled.layer_spec
+            model.transformer_layer_spec = norm_after_rotary(spec) if config.norm_after_rotary else spec
         probe = StepProbe(ledger)
         probe.install()
         with contextlib.suppress(Enough):

@@ -63,6 +63,32 @@ _MIXTRAL = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
+_HUNYUAN = {
+    "architectures": ["HunYuanMoEV1ForCausalLM"],
+    "vocab_size": 128167,
+    "max_position_embeddings": 32768,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    "tie_word_embeddings": True,
+    "head_dim": 128,
+    "num_experts": 64,
+    "moe_topk": 8,
+}
+_GLM45 = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "vocab_size": 151552,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000.0,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "head_dim": 128,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
+}
 
 CONFIGS = {
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA | _sizes(32, 4096, 32, 8, 14336),
@@ -74,6 +100,8 @@ CONFIGS = {
     "Qwen/Qwen3-30B-A3B": _QWEN3_MOE | _sizes(48, 2048, 32, 4, 6144, moe_intermediate_size=768),
     "Qwen/Qwen3-235B-A22B": _QWEN3_MOE | _sizes(94, 4096, 64, 4, 12288, moe_intermediate_size=1536),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": _MIXTRAL | _sizes(32, 4096, 32, 8, 14336),
+    "tencent/Hunyuan-A13B-Instruct": _HUNYUAN | _sizes(32, 4096, 32, 8, 3072),
+    "zai-org/GLM-4.5-Air": _GLM45 | _sizes(46, 4096, 96, 8, 10944, moe_intermediate_size=1408),
 }
 """Hub id -> the fields of its `config.json` that determine sizes."""
 

@@ -15,7 +15,10 @@ SHIPPED = {
     "qwen25_32b": 16,
     "qwen3_8b": 8,
     "qwen3_30b_a3b": 16,
+    "qwen3_235b_a22b": 128,
     "mixtral_8x7b": 16,
+    "hunyuan_a13b": 32,
+    "glm45_air": 32,
 }
 
 # What the recipes' comments propose for another number of GPUs.

@@ -30,7 +30,7 @@ model has a padding token."""
 
 
 class RowCounts(NamedTuple):
-    """What rows hold."""
+    """The counts of some rows."""
 
     samples: int = 0
     supervised: int = 0

@@ -6,6 +6,8 @@ read without it would be a dense one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bft_megatron.hf.config_file import ConfigFile
 from bft_megatron.hf.model_config import ExpertNames, Experts
 
@@ -29,27 +31,25 @@ def checked(raw: ConfigFile, experts: Experts) -> Experts:
 
 def qwen3_moe(raw: ConfigFile) -> Experts:
     """Return the experts of `Qwen3MoeForCausalLM`: no shared network, dense layers where the config says so."""
-    return Experts(
-        count=raw.any_of("num_experts", "num_local_experts"),
-        per_token=raw.integer("num_experts_per_tok", 8),
-        ffn=raw.integer("moe_intermediate_size", 768),
-        scores="softmax of chosen" if raw.get("norm_topk_prob", False) else "softmax of all",
-        dense_layers=_qwen_dense_layers(raw),
-    )
+    return _qwen_moe(raw, per_token=8, ffn=768)
 
 
 def qwen2_moe(raw: ConfigFile) -> Experts:
     """Return the experts of `Qwen2MoeForCausalLM`: as Qwen3's, with a gated shared network."""
     if not raw.get("qkv_bias", True):
         raise raw.unsupported("query, key and value without a bias", "qkv_bias")
+    shared = raw.integer("shared_expert_intermediate_size", 5632)
+    return replace(_qwen_moe(raw, per_token=4, ffn=1408), shared_ffn=shared, shared_gate=True)
+
+
+def _qwen_moe(raw: ConfigFile, *, per_token: int, ffn: int) -> Experts:
+    """Return Qwen's experts; `per_token` and `ffn` are the class's defaults."""
     return Experts(
-        count=raw.any_of("num_experts", "num_local_experts"),
-        per_token=raw.integer("num_experts_per_tok", 4),
-        ffn=raw.integer("moe_intermediate_size", 1408),
+        count=_count(raw),
+        per_token=raw.integer("num_experts_per_tok", per_token),
+        ffn=raw.integer("moe_intermediate_size", ffn),
         scores="softmax of chosen" if raw.get("norm_topk_prob", False) else "softmax of all",
         dense_layers=_qwen_dense_layers(raw),
-        shared_ffn=raw.integer("shared_expert_intermediate_size", 5632),
-        shared_gate=True,
     )
 
 

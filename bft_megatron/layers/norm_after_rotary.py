@@ -35,7 +35,7 @@ def norm_after_rotary(spec: Spec | None) -> Spec:
 
 
 class _Norming:
-    """What is put before a core attention: the norms, each with weight [d]."""
+    """The norms before a core attention, each with weight [d]."""
 
     make_norm: Callable[..., Any]
 

@@ -45,7 +45,7 @@ def qwen2_moe(raw: ConfigFile) -> Experts:
 def _qwen_moe(raw: ConfigFile, *, per_token: int, ffn: int) -> Experts:
     """Return Qwen's experts; `per_token` and `ffn` are the class's defaults."""
     return Experts(
-        count=_count(raw),
+        count=raw.any_of("num_experts", "num_local_experts"),
         per_token=raw.integer("num_experts_per_tok", per_token),
         ffn=raw.integer("moe_intermediate_size", ffn),
         scores="softmax of chosen" if raw.get("norm_topk_prob", False) else "softmax of all",

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.export import export
 from bft_megatron.hf.hub import TRACKER
-from bft_megatron.hf.weights import Weight, weights
+from bft_megatron.hf.tensors import Weight
+from bft_megatron.hf.weights import weights
 
 TP = 8
 LLAMA_70B = {

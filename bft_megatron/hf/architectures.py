@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bft_megatron.errors import UserError, reading, shortened
-from bft_megatron.hf import experts, hub
+from bft_megatron.hf import experts, hub, linear_attention
 from bft_megatron.hf.config_file import ConfigFile
-from bft_megatron.hf.model_config import Experts, ModelConfig
+from bft_megatron.hf.model_config import Experts, LinearAttention, ModelConfig
 
 PREDICTION_LAYERS = "num_nextn_predict_layers"
 """The key of config.json with the number of layers for multi-token prediction."""
@@ -44,6 +44,12 @@ class Architecture:
     """Default if the config has no head_dim; None: hidden size / heads."""
     experts: Callable[[ConfigFile], Experts] | None = None
     """Reads the experts of a mixture; None: a dense model."""
+    linear_attention: Callable[[ConfigFile], LinearAttention] | None = None
+    """Reads the gated delta nets of a hybrid, whose norms are zero-centred and whose attention has a gate."""
+    text_part: bool = False
+    """Whether the decoder is a part of a model of several, described by the config's `text_config`."""
+    carried: tuple[str, ...] = ()
+    """Beginnings of the names of tensors in the files that are not trained."""
 
 
 def _mistral_window(raw: ConfigFile) -> int | None:
@@ -69,6 +75,16 @@ def _qwen_window(raw: ConfigFile) -> int | None:
     return raw.integer("sliding_window", 4096) if kinds == {"sliding_attention"} else None
 
 
+QWEN3_5 = Architecture(
+    qk_norm=True,
+    head_dim=256,
+    rotary_part=0.25,
+    linear_attention=linear_attention.qwen3_5,
+    carried=("mtp.",),
+)
+QWEN3_5_MOE = replace(QWEN3_5, experts=experts.qwen3_5_moe)
+OF_SEVERAL: dict[str, Any] = {"text_part": True, "carried": ("mtp.", "model.visual.")}
+
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(),  # Llama 2, 3, 3.1, 3.2, 3.3 and SmolLM2
     "Qwen2ForCausalLM": Architecture(window=_qwen_window, qkv_bias=True),  # and Qwen2.5
@@ -83,6 +99,11 @@ ARCHITECTURES = {
     "Glm4MoeForCausalLM": Architecture(
         qkv_bias=None, qk_norm=None, rotary_part=0.5, prediction_layers=1, experts=experts.glm4_moe
     ),
+    "Qwen3_5ForCausalLM": QWEN3_5,
+    "Qwen3_5ForConditionalGeneration": replace(QWEN3_5, **OF_SEVERAL),
+    "Qwen3_5MoeForCausalLM": QWEN3_5_MOE,
+    "Qwen3_5MoeForConditionalGeneration": replace(QWEN3_5_MOE, **OF_SEVERAL),
+    "Qwen3NextForCausalLM": replace(QWEN3_5, linear_attention=linear_attention.qwen3_next, experts=experts.qwen3_next),
 }
 
 
@@ -107,7 +128,10 @@ def _config(raw: ConfigFile) -> ModelConfig:
             f"{raw.path}: architectures",
         )
     architecture = ARCHITECTURES[names[0]]
+    if architecture.text_part:
+        raw = raw.part("text_config", ("tie_word_embeddings", "dtype", "torch_dtype"))
     _refuse_unsupported(raw, architecture)
+    mixture = experts.checked(raw, architecture.experts(raw)) if architecture.experts else None
     hidden, heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")
     head_dim = _head_dim(raw, architecture)
     rope = _rope(raw, architecture)
@@ -118,7 +142,7 @@ def _config(raw: ConfigFile) -> ModelConfig:
         heads=heads,
         kv_heads=raw.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        ffn=raw.integer("intermediate_size"),
+        ffn=raw.integer("intermediate_size", mixture.ffn if mixture else None),
         vocab_size=raw.integer("vocab_size"),
         tied=bool(raw.get("tie_word_embeddings", False)),
         rope_theta=_rope_base(raw, rope, architecture, head_dim),
@@ -133,7 +157,12 @@ def _config(raw: ConfigFile) -> ModelConfig:
         norm_after_rotary=architecture.norm_after_rotary,
         rotary_part=_rotary_part(raw, rope, architecture),
         prediction_layers=_prediction_layers(raw, architecture),
-        experts=experts.checked(raw, architecture.experts(raw)) if architecture.experts else None,
+        experts=mixture,
+        linear_attention=architecture.linear_attention(raw) if architecture.linear_attention else None,
+        output_gate=architecture.linear_attention is not None,
+        zero_centred_norms=architecture.linear_attention is not None,
+        prefix="model.language_model." if architecture.text_part else "model.",
+        carried=architecture.carried,
     )
 
 

@@ -26,6 +26,17 @@ class ConfigFile:
             raise UserError("no such model folder", str(folder))
         return cls(path, read_object(path))
 
+    def part(self, key: str, also: tuple[str, ...]) -> ConfigFile:
+        """Return the configuration of a part of a model, which has some values of the whole model as well.
+
+        Args:
+            also: keys whose values are the whole model's, if it has them.
+        """
+        part = self.get(key, None)
+        if not isinstance(part, dict):
+            raise UserError("must be the configuration of a part of the model", f"{self.path}: {key}")
+        return ConfigFile(self.path, part | {name: self.values[name] for name in also if name in self.values})
+
     def get(self, key: str, default: Any) -> Any:
         """Return the value of `key`, or the default if it is missing or null, as in transformers."""
         value = self.values.get(key)

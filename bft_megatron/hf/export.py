@@ -24,8 +24,9 @@ from bft_megatron.data.folders import USERS
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf import hub, prediction, shards, stops
 from bft_megatron.hf.architectures import PREDICTION_LAYERS, companions, read_config
+from bft_megatron.hf.tensors import HFTensor, Weight
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
-from bft_megatron.hf.weights import Weight, weights
+from bft_megatron.hf.weights import places, weights
 from bft_megatron.processes import lease
 
 
@@ -59,8 +60,7 @@ def export(
     """
     refuse_used(out)
     checkpoint = newest_checkpoint(checkpoints, iteration)
-    table = weights(read_config(hf_folder))
-    tensors = [_output(checkpoint, weight, i, dtype) for weight in table for i in range(len(weight.tensors))]
+    tensors = [_output(checkpoint, *item, dtype) for item in places(read_config(hf_folder)).items()]
     write_model(out, hf_folder, tensors, f"{checkpoint.identity} {shard_bytes}", shard_bytes, _found(base))
 
 
@@ -87,7 +87,7 @@ def write_model(
 ) -> None:
     """Write a model folder of these tensors, reading each just before it is written; otherwise as `export`.
 
-    Buffers are written in fp32 whatever the dtype of the weights.
+    What is fp32 in any model is written so, whatever the dtype of the other weights.
     Prints the model's stop tokens where they are not only those of its config.json, and what becomes of its layers for
     multi-token prediction.
 
@@ -98,8 +98,8 @@ def write_model(
     config = read_config(hf_folder)
     more = prediction.carried(base, config)
     changes: dict[str, Any] = {} if more or not config.prediction_layers else {PREDICTION_LAYERS: 0}
-    buffers = {t.name for w in weights(config) if w.buffer for t in w.tensors}
-    everything = [*(replace(t, dtype=torch.float32) if t.name in buffers else t for t in tensors), *more]
+    fp32 = {t.name for w in weights(config) if w.fp32 for t in w.tensors}
+    everything = [*(replace(t, dtype=torch.float32) if t.name in fp32 else t for t in tensors), *more]
     with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in everything]}") as partial:
         _copy_companions(hf_folder, partial, tensors[0].dtype, changes)
         _write_shards(partial, everything, shard_bytes)
@@ -149,14 +149,17 @@ def _clear_unless(content: str | None, partial: Path) -> None:
     note.write_bytes((content or "").encode())
 
 
-def _output(checkpoint: Checkpoint, weight: Weight, index: int, dtype: torch.dtype | None) -> shards.Output:
-    """Return tensor number `index` of a weight as an output that reads it when it is written."""
-    tensor = weight.tensors[index]
-    checkpoint.check_shape(weight)
+def _output(
+    checkpoint: Checkpoint, tensor: HFTensor, parts: list[tuple[Weight, int]], dtype: torch.dtype | None
+) -> shards.Output:
+    """Return a tensor as an output that reads its parts of these weights when it is written."""
+    weight = parts[0][0]
+    for part, _ in parts:
+        checkpoint.check_shape(part)
     dtype = dtype or checkpoint.dtype(weight)
     if dtype not in shards.DTYPES.values():
         raise UserError(f"{weight.path} has the dtype {dtype}: choose one with --dtype", str(checkpoint.folder))
-    return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_tensor(weight, index))
+    return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_whole(tensor, parts))
 
 
 def _copy_companions(source: Path, target: Path, dtype: torch.dtype, changes: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ for mixed precision or data parallelism.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,14 +23,16 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf import hub, prediction, shards
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.model_config import ModelConfig
+from bft_megatron.hf.place import Place
+from bft_megatron.hf.tensors import HFTensor, Weight, join
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
-from bft_megatron.hf.weights import Place, Weight, join, weights
+from bft_megatron.hf.weights import places, weights
 
 
 class Source(Protocol):
     """A reader of Hugging Face tensors: returns indices [start, stop) along an axis, or all of it if axis is None."""
 
-    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor: ...
+    def __call__(self, tensor: HFTensor, axis: int | None, start: int, stop: int, /) -> Tensor: ...
 
 
 def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Callable[[list[GPTModel]], list[GPTModel]]:
@@ -89,11 +93,12 @@ def buffers_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
 def place_of(chunk: GPTModel, config: ModelConfig) -> Place:
     """Return which layers and experts of the model a pipeline chunk of this rank holds."""
     layers = tuple(layer.layer_number - 1 for layer in chunk.decoder.layers)
+    delta_nets = frozenset(filter(config.has_linear_attention, layers))
     if config.experts is None:
-        return Place(layers)
+        return Place(layers, delta_nets=delta_nets)
     local = config.experts.count // parallel_state.get_expert_model_parallel_world_size()
-    mixtures = frozenset(i for i in layers if config.has_experts(i))
-    return Place(layers, mixtures, parallel_state.get_expert_model_parallel_rank() * local)
+    first_expert = parallel_state.get_expert_model_parallel_rank() * local
+    return Place(layers, frozenset(filter(config.has_experts, layers)), delta_nets, first_expert)
 
 
 def open_source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
@@ -103,7 +108,12 @@ def open_source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
     checkpoints = hub.checkpoints_of(folder)
     if checkpoints:
         return _FromCheckpoint(newest_checkpoint(checkpoints), config)
-    return shards.Reader(check_weights(folder, config))
+    return _from_files(folder, config)
+
+
+def _from_files(folder: Path, config: ModelConfig) -> Source:
+    read = shards.Reader(check_weights(folder, config))
+    return lambda tensor, axis, start, stop: tensor.read(partial(read, tensor.name), axis, start, stop)
 
 
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
@@ -114,7 +124,7 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
             model; or a shard is missing or truncated.
     """
     entries = shards.read_headers(folder)
-    expected = {t.name: t.shape for w in weights(config) for t in w.tensors}
+    expected = {t.name: t.shape for t in places(config)}
     missing = sorted(expected.keys() - entries.keys())
     if missing:
         raise UserError(f"{len(missing)} tensors of {config.architecture} are missing, {_some(missing)}", str(folder))
@@ -151,14 +161,14 @@ def fill_part(parameter: Tensor, weight: Weight, source: Source) -> None:
     if weight.padded:
         rows = parameter.shape[0]
         (tensor,) = weight.tensors
-        own = source(tensor.name, 0, min(rank * rows, tensor.shape[0]), min((rank + 1) * rows, tensor.shape[0]))
+        own = source(tensor, 0, min(rank * rows, tensor.shape[0]), min((rank + 1) * rows, tensor.shape[0]))
         parameter[: len(own)] = own
         parameter[len(own) :] = 0
         return
     parts = []
     for tensor in weight.tensors:
         n = tensor.shape[weight.axis or 0] // tp
-        parts.append(source(tensor.name, weight.axis, rank * n, (rank + 1) * n))
+        parts.append(source(tensor, weight.axis, rank * n, (rank + 1) * n))
     value = join(parts, max(weight.blocks // tp, 1))
     assert value.shape == parameter.shape, f"{weight.path}: {tuple(value.shape)} for {tuple(parameter.shape)}"
     parameter.copy_(value)
@@ -180,13 +190,16 @@ class _FromCheckpoint:
     """A reader of a torch_dist checkpoint of any layout; it loads a whole tensor, then returns the part."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig) -> None:
-        self._checkpoint = checkpoint
-        self._places = {t.name: (w, i) for w in weights(config) for i, t in enumerate(w.tensors)}
+        self._checkpoint, self._places = checkpoint, places(config)
+        self._weights = {t: (w, i) for w in weights(config) for i, t in enumerate(w.tensors)}
         for weight in weights(config):
             checkpoint.check_shape(weight)
 
-    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
-        whole = self._checkpoint.read_tensor(*self._places[name])
+    def __call__(self, tensor: HFTensor, axis: int | None, start: int, stop: int) -> Tensor:
+        if tensor in self._weights:
+            whole = self._checkpoint.read_tensor(*self._weights[tensor])
+        else:
+            whole = self._checkpoint.read_whole(tensor, self._places[tensor])
         return whole if axis is None else whole.narrow(axis, start, stop - start)
 
 
@@ -194,16 +207,25 @@ class _Random:
     """A source of random weights: draws a whole tensor from a generator seeded by its name and returns the part."""
 
     def __init__(self, config: ModelConfig, seed: int) -> None:
-        self._shapes = {t.name: t.shape for w in weights(config) for t in w.tensors}
         self._buffers = {t.name for w in weights(config) if w.buffer for t in w.tensors}
-        self._std, self._seed = config.initializer_range, seed
+        self._std, self._seed, self._zero_centred = config.initializer_range, seed, config.zero_centred_norms
+        self._draw_joined = lru_cache(maxsize=2)(self._draw)  # each expert's rows are asked for, one after the other
 
-    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
-        whole = self._draw(name)
-        return whole if axis is None else whole.narrow(axis, start, stop - start)
+    def __call__(self, tensor: HFTensor, axis: int | None, start: int, stop: int) -> Tensor:
+        joined = tensor.rows is not None and tensor.rows.lead is not None
+        whole = (self._draw_joined if joined else self._draw)(tensor.whole)
+        return tensor.read(lambda index: whole[index], axis, start, stop)
 
-    def _draw(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        if len(shape) == 1 and name not in self._buffers:  # as in transformers: norms are ones, biases zeros
-            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
-        return torch.randn(shape, generator=generator(self._seed, name)) * self._std
+    def _draw(self, tensor: HFTensor) -> Tensor:
+        """Draw a tensor as transformers initialises it."""
+        name, shape, random = tensor.name, tensor.shape, generator(self._seed, tensor.name)
+        if name.endswith("linear_attn.A_log"):
+            return torch.empty(shape).uniform_(0.01, 16, generator=random).log_()
+        if name.endswith("linear_attn.conv1d.weight"):
+            bound = 1 / math.sqrt(shape[-1])
+            return torch.empty(shape).uniform_(-bound, bound, generator=random)
+        if len(shape) == 1 and name not in self._buffers:
+            delta_net = name.endswith((".dt_bias", "linear_attn.norm.weight"))
+            zeros = name.endswith(".bias") or (self._zero_centred and not delta_net)
+            return torch.zeros(shape) if zeros else torch.ones(shape)
+        return torch.randn(shape, generator=random) * self._std

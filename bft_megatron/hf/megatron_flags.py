@@ -31,7 +31,7 @@ def megatron_flags(config: ModelConfig) -> list[str]:
         "--vocab-size": config.vocab_size,
         "--tokenizer-type": "NullTokenizer",  # the data set provides token ids
     }
-    values |= _expert_values(config)
+    values |= _expert_values(config) | _linear_attention_values(config)
     if config.window is not None:
         values["--window-size"] = f"{config.window - 1},0"  # Megatron does not count the token itself
     if config.rope_factor is not None:
@@ -42,6 +42,8 @@ def megatron_flags(config: ModelConfig) -> list[str]:
         "--disable-bias-linear": True,
         "--add-qkv-bias": config.qkv_bias,
         "--qk-layernorm": config.qk_norm and not config.norm_after_rotary,
+        "--attention-output-gate": config.output_gate,
+        "--apply-layernorm-1p": config.zero_centred_norms,
         "--use-rope-scaling": config.rope_factor is not None,
         "--untie-embeddings-and-output-weights": not config.tied,
         **_expert_switches(config.experts),
@@ -75,6 +77,22 @@ def _expert_values(config: ModelConfig) -> dict[str, str | int | float]:
     if experts.names.correction:
         values["--moe-router-bias-update-rate"] = 0.0  # the bias of the files, which training does not change
     return values
+
+
+def _linear_attention_values(config: ModelConfig) -> dict[str, str | int | float]:
+    net = config.linear_attention
+    if net is None:
+        return {}
+    kinds = ",".join(str(int(config.has_linear_attention(i))) for i in range(config.layers))
+    return {
+        "--experimental-attention-variant": "gated_delta_net",
+        "--linear-attention-freq": f"[{kinds}]",
+        "--linear-conv-kernel-dim": net.taps,
+        "--linear-key-head-dim": net.key_dim,
+        "--linear-value-head-dim": net.value_dim,
+        "--linear-num-key-heads": net.key_heads,
+        "--linear-num-value-heads": net.value_heads,
+    }
 
 
 def _expert_switches(experts: Experts | None) -> dict[str, bool]:

@@ -43,10 +43,42 @@ class ModelConfig:
     """Layers for multi-token prediction after the model's own in its files, which are not trained."""
     experts: Experts | None = None
     """The experts of a mixture; None: a dense model."""
+    linear_attention: LinearAttention | None = None
+    """The gated delta nets that some layers have in place of attention; None: every layer has attention."""
+    output_gate: bool = False
+    """Whether the attention's output is multiplied by the sigmoid of a gate, which is projected beside the query."""
+    zero_centred_norms: bool = False
+    """Whether norms multiply by 1 + weight; that of a gated delta net's output does not."""
+    prefix: str = "model."
+    """Beginning of the names of the decoder's tensors in the files."""
+    carried: tuple[str, ...] = ()
+    """Beginnings of the names of other tensors in the files, which are not trained."""
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer, numbered from 0, has experts in place of one feed-forward network."""
         return self.experts is not None and layer not in self.experts.dense_layers
+
+    def has_linear_attention(self, layer: int) -> bool:
+        """Return whether a layer, numbered from 0, has a gated delta net in place of attention."""
+        return self.linear_attention is not None and layer in self.linear_attention.layers
+
+
+@dataclass(frozen=True)
+class LinearAttention:
+    """A gated delta net: linear attention whose state decays and forgets what a key had stored before."""
+
+    layers: tuple[int, ...]
+    """The layers, numbered from 0, that have one."""
+    key_heads: int
+    value_heads: int
+    """A multiple of the key heads, each of which several value heads share."""
+    key_dim: int
+    value_dim: int
+    """Size of a head."""
+    taps: int
+    """Tokens that the convolution before it sees, the token itself included."""
+    joined_by_head: bool = False
+    """Whether the files join the projections, with the rows of a key head and of its value heads together."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +92,8 @@ class ExpertNames:
     shared_gate: str = "mlp.shared_expert_gate"
     correction: str = ""
     """Name of the bias that is added to the scores for the choice alone; empty: there is none."""
+    joined: bool = False
+    """Whether all experts of a layer are the two tensors `mlp.experts.gate_up_proj` and `mlp.experts.down_proj`."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from bft_megatron.hf.model_config import ModelConfig
 
 def is_predicting(name: str, config: ModelConfig) -> bool:
     """Return whether a tensor belongs to one of these layers."""
+    if name.startswith(config.carried):
+        return bool(config.carried)
     layer = re.match(r"model\.layers\.([0-9]{1,6})\.", name)
     return layer is not None and 0 <= int(layer[1]) - config.layers < config.prediction_layers
 
@@ -33,9 +35,7 @@ def carried(base: Path | None, config: ModelConfig) -> list[shards.Output]:
         return []
     entries = {name: e for name, e in _entries(base).items() if is_predicting(name, config)}
     read = shards.Reader(entries)
-    return [
-        shards.Output(name, _dtype(name, e), e.shape, partial(read, name, None, 0, 0)) for name, e in entries.items()
-    ]
+    return [shards.Output(name, _dtype(name, e), e.shape, partial(read, name)) for name, e in entries.items()]
 
 
 def announce(config: ModelConfig, tensors: list[shards.Output]) -> None:

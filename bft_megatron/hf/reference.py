@@ -19,7 +19,7 @@ from bft_megatron.hf.load import open_source
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.routing import Routing, differing
 from bft_megatron.hf.trainer import batch_sum
-from bft_megatron.hf.weights import weights
+from bft_megatron.hf.weights import places
 from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.records import Objective
 
@@ -114,7 +114,7 @@ def load(folder: Path, config: ModelConfig, *, pretrained: bool, seed: int) -> t
         loaded: torch.nn.Module = kind.from_pretrained(folder, use_safetensors=True, **options)
         return loaded.eval()
     source = open_source(folder if pretrained else None, config, seed)
-    state = {t.name: source(t.name, None, 0, 0).float() for w in weights(config) for t in w.tensors}
+    state = {t.name: source(t, None, 0, 0).float() for t in places(config)}
     of_files = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     # transformers joins the experts' tensors as it loads them.
     model: torch.nn.Module = kind.from_pretrained(None, config=of_files, state_dict=state, **options)

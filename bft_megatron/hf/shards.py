@@ -56,14 +56,12 @@ class Reader:
         self._entries = entries
         self._file: Path | None = None
 
-    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
-        """Return [start, stop) of a tensor along `axis` (None: all of it) in its dtype, a view of the mapped file."""
-
+    def __call__(self, name: str, index: tuple[Any, ...] = ()) -> Tensor:
+        """Return the indexed part of a tensor in its dtype, a view of the mapped file."""
         file = self._entries[name].file
         if file != self._file:
             self._file, self._mapped = file, safe_open(file, framework="pt")
-        tensor, wanted = self._mapped.get_slice(name), slice(None) if axis is None else slice(start, stop)
-        view: Tensor = tensor[:, wanted] if axis == 1 else tensor[wanted]
+        view: Tensor = self._mapped.get_slice(name)[index or (slice(None),)]
         return view
 
 

@@ -23,7 +23,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf import hub
 from bft_megatron.hf.record import crc_fault
 from bft_megatron.hf.seal import SEAL, read_seal, sealed_fault
-from bft_megatron.hf.weights import Weight, part
+from bft_megatron.hf.tensors import HFTensor, Weight, part
 
 
 class Checkpoint:
@@ -52,7 +52,7 @@ class Checkpoint:
 
     def dtype(self, weight: Weight) -> torch.dtype:
         """Return the dtype that a parameter is stored in."""
-        return self._find(weight)[1].properties.dtype
+        return self._find(weight.stored[0])[1].properties.dtype
 
     def shape(self, weight: Weight) -> tuple[int, ...]:
         """Return the shape of the whole parameter, over all TP ranks; a vocabulary includes Megatron's padding."""
@@ -89,13 +89,32 @@ class Checkpoint:
 
     def read_tensor(self, weight: Weight, index: int) -> Tensor:
         """Return the Hugging Face tensor number `index` of a parameter. Raises UserError as `read`."""
+        if weight.sections:
+            return self.read_tensor(weight.stored[index], 0)
         rows = [t.shape[0] for t in weight.tensors]
         if weight.blocks == 1:  # its rows are contiguous; the vocabulary's padding is left out
             return self.read(weight, sum(rows[:index]), rows[index])
         return part(weight, index, self.read(weight, 0, sum(rows)))
 
+    def read_whole(self, tensor: HFTensor, parts: list[tuple[Weight, int]]) -> Tensor:
+        """Return a tensor of the files, put together from the parts that it has in parameters.
+
+        Raises:
+            UserError: as `read`.
+        """
+        if parts[0][0].tensors[parts[0][1]] == tensor:
+            return self.read_tensor(*parts[0])
+        out = torch.empty(tensor.shape, dtype=self.dtype(parts[0][0]))
+        for weight, index in parts:
+            weight.tensors[index].put(self.read_tensor(weight, index), out)
+        return out
+
     def check_shape(self, weight: Weight) -> None:
         """Raise UserError if the shape of the checkpoint's parameter is not the one by config.json."""
+        for stored in weight.stored:
+            self._check_shape(stored)
+
+    def _check_shape(self, weight: Weight) -> None:
         rows = sum(t.shape[0] for t in weight.tensors)
         shape, needed = self.shape(weight), (rows, *weight.tensors[0].shape[1:])
         fits = shape[0] >= rows and shape[1:] == needed[1:] if weight.padded else shape == needed

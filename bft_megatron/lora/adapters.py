@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bft_megatron.hf.load import Source, fill_part, place_of
 from bft_megatron.hf.model_config import ModelConfig
-from bft_megatron.hf.weights import Weight
+from bft_megatron.hf.tensors import Weight
 from bft_megatron.lora.factors import Fresh, adapted, settings_of
 from bft_megatron.lora.layers import Adapter, GroupedAdapters, adapter_of, adapters
 from bft_megatron.lora.peft import AdapterFolder
@@ -38,7 +38,7 @@ def install(model: Any, recipe: Recipe, config: ModelConfig, *, torch_layers: bo
     """
     settings = settings_of(recipe)
     if settings.adapter is None:
-        source: Source = Fresh(adapted(config, settings), recipe.train.seed)
+        source: Source = Fresh(recipe.train.seed)
     else:
         source = AdapterFolder(Path(settings.adapter), config, settings)
     if not torch_layers:

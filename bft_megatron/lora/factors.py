@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.model_config import ModelConfig
-from bft_megatron.hf.weights import HFTensor, Weight, weights
+from bft_megatron.hf.tensors import HFTensor, Weight
+from bft_megatron.hf.weights import weights
 from bft_megatron.recipe.schema import LORA_TARGETS, LoraSettings, Recipe
 
 
@@ -93,26 +94,24 @@ class Fresh:
     """A source of new adapters, the same in every layout: A drawn by name as in PEFT (Kaiming uniform), B zero.
 
     Args:
-        table: the parameters that get adapters.
         seed: seed of A.
     """
 
-    def __init__(self, table: list[Adapted], seed: int) -> None:
-        self._shapes = {t.name: t.shape for w in all_factors(table) for t in w.tensors}
+    def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
+    def __call__(self, factor: HFTensor, axis: int | None, start: int, stop: int) -> Tensor:
         """Return [start, stop) along an axis (None: all) of a factor, fp32.
 
         The whole factor is drawn, so its scale depends on the whole input size in every layout.
         """
-        shape = self._shapes[name]
+        name, shape = factor.name, factor.whole.shape
         if name.endswith(".lora_B.weight"):
             whole = torch.zeros(shape)
         else:
             bound = 1 / math.sqrt(shape[1])  # kaiming_uniform_ with a = sqrt(5)
             whole = torch.rand(shape, generator=generator(self._seed, name)) * (2 * bound) - bound
-        return whole if axis is None else whole.narrow(axis, start, stop - start)
+        return factor.read(lambda index: whole[index], axis, start, stop)
 
 
 def all_factors(table: list[Adapted]) -> list[Weight]:

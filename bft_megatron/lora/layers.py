@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bft_megatron.hf.load import tensor_parallel_of
-from bft_megatron.hf.weights import Weight
+from bft_megatron.hf.tensors import Weight
 from bft_megatron.lora.factors import Adapted, scale
 from bft_megatron.recipe.schema import LoraSettings
 

@@ -22,8 +22,9 @@ from bft_megatron.hf.architectures import companions, read_config
 from bft_megatron.hf.export import refuse_used, write_model, written_whole
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.model_config import ModelConfig
+from bft_megatron.hf.tensors import HFTensor
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
-from bft_megatron.hf.weights import weights
+from bft_megatron.hf.weights import places
 from bft_megatron.lora.adapter_config import adapter_config
 from bft_megatron.lora.base import check_base
 from bft_megatron.lora.factors import Factors, adapted, all_factors, scale, settings_of
@@ -62,9 +63,9 @@ class AdapterFolder:
             )
         self._read = shards.Reader(entries)
 
-    def __call__(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
+    def __call__(self, factor: HFTensor, axis: int | None, start: int, stop: int) -> Tensor:
         """Return [start, stop) along an axis (None: all) of a factor, in the file's dtype."""
-        return self._read(PREFIX + name, axis, start, stop)
+        return factor.read(partial(self._read, PREFIX + factor.name), axis, start, stop)
 
 
 def export_adapter(
@@ -127,17 +128,16 @@ def export_merged(
     checkpoint, source = newest_checkpoint(run.checkpoints, iteration), open_source(folder, config, recipe.train.seed)
     factors = _by_tensor(config, settings, checkpoint)
 
-    def read(name: str) -> Tensor:
-        value = source(name, None, 0, 0)
-        if name not in factors:
+    def read(tensor: HFTensor) -> Tensor:
+        value = source(tensor, None, 0, 0)
+        if tensor.name not in factors:
             return value
-        a, b = (checkpoint.read_tensor(w, 0).float() for w in (factors[name].a, factors[name].b))
+        own = factors[tensor.name]
+        a, b = (checkpoint.read_tensor(w, 0).float() for w in (own.a, own.b))
         return (value.float() + scale(settings) * (b @ a)).to(dtype or value.dtype)
 
     tensors = [
-        shards.Output(t.name, dtype or source(t.name, 0, 0, 1).dtype, t.shape, partial(read, t.name))
-        for w in weights(config)
-        for t in w.tensors
+        shards.Output(t.name, dtype or source(t, 0, 0, 1).dtype, t.shape, partial(read, t)) for t in places(config)
     ]
     write_model(out, run.model, tensors, checkpoint.identity, base=folder)
 

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models.gpt import GPTModelConfig
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from bft_megatron.layers.spec import has_experts
+from bft_megatron.layers import spec
 from bft_megatron.plan.kernels import OPS, kernel
 from bft_megatron.plan.modelled_experts import GroupedExperts
 from bft_megatron.upstream import gpu_kernels
@@ -249,26 +247,14 @@ class FusedAdam(torch.optim.Optimizer):
 
 def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Return the decoder's spec for `GPTModelConfig.transformer_layer_spec`."""
-    transformer = config.transformer
-    dense, mixture = _layer(transformer, None), _layer(transformer, transformer.num_moe_experts)
-    first = get_transformer_layer_offset(transformer, vp_stage)
-    layers = range(first, first + get_num_layers_to_build(transformer, vp_stage))
-    specs = [mixture if has_experts(transformer, i) else dense for i in layers]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
 
+    def make(experts: bool, linear: bool) -> ModuleSpec:
+        made = spec.layer(config.transformer, Norm, Attention, experts=experts, linear=linear)
+        if experts:
+            made.submodules.mlp.keywords["submodules"].experts = GroupedExperts
+        return made
 
-def _layer(transformer: TransformerConfig, experts: int | None) -> ModuleSpec:
-    layer = get_gpt_layer_local_spec(
-        num_experts=experts, qk_layernorm=transformer.qk_layernorm, normalization=transformer.normalization
-    )
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = Attention
-    if transformer.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = Norm
-    if experts is not None:
-        layer.submodules.mlp.keywords["submodules"].experts = GroupedExperts
-    return layer
+    return TransformerBlockSubmodules(layer_specs=spec.layers(config.transformer, vp_stage, make), layer_norm=Norm)
 
 
 def install() -> None:

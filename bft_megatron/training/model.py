@@ -18,7 +18,7 @@ from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.lora import adapters
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import arguments, initialize
-from bft_megatron.upstream import command_line
+from bft_megatron.upstream import command_line, gated_delta
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -42,6 +42,8 @@ def model_config(
         from bft_megatron.layers.spec import layer_spec
 
         model.transformer_layer_spec = layer_spec
+    if config.linear_attention is not None:
+        gated_delta.install()
     if fill:
         source = model_folder if recipe.init == "pretrained" else None
         model.pre_wrap_hooks.append(load.weights_hook(source, config, seed=recipe.train.seed))
@@ -52,6 +54,10 @@ def model_config(
         model.pre_wrap_hooks.append(routers.freeze)
     if recipe.lora is not None:
         adapters.install(model, recipe, config, torch_layers=initialize.torch_layers(on_cpu))
+    if config.linear_attention is not None and not initialize.torch_layers(on_cpu):
+        from bft_megatron.layers.delta_net import with_delta_nets
+
+        model.transformer_layer_spec = with_delta_nets(model.transformer_layer_spec)
     if config.norm_after_rotary:
         from bft_megatron.layers.norm_after_rotary import norm_after_rotary
 

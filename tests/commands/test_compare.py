@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bft_megatron.hf import load
-from bft_megatron.hf.weights import Weight
+from bft_megatron.hf.tensors import Weight
 from tests.helpers.commands import run_command
 from tests.helpers.runs import MODEL
 

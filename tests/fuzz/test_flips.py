@@ -19,8 +19,9 @@ from bft_megatron.checkpoint.recovery import newest_whole
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.seal import SEAL
+from bft_megatron.hf.tensors import Weight
 from bft_megatron.hf.torch_dist import newest_checkpoint
-from bft_megatron.hf.weights import Weight, weights
+from bft_megatron.hf.weights import weights
 from bft_megatron.run import metrics
 from bft_megatron.run.folder import RunFolder
 from tests.helpers.background import arguments

@@ -20,9 +20,10 @@ from bft_megatron.data.dataset import training_rows, validation_rows
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.load import _Random
-from bft_megatron.hf.weights import weights
+from bft_megatron.hf.weights import places
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.prepared import prepare_rows
+from tests.helpers import in_float64
 from tests.helpers import objective_reference as reference
 from tests.helpers.runs import Result
 
@@ -82,10 +83,13 @@ def whole_model(made: Recipe) -> torch.nn.Module:
     folder = find_model(made.model)
     config = read_config(folder)
     draw = _Random(config, made.train.seed)
-    state = {t.name: draw(t.name, None, 0, 0) for w in weights(config) for t in w.tensors}
+    state = {t.name: draw(t, None, 0, 0) for t in places(config)}
+    kind = getattr(transformers, config.architecture)
+    if config.linear_attention is not None:
+        kind = in_float64.model_class(config.architecture)
     plain = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float64}
     of_files = AutoConfig.from_pretrained(folder)
-    return getattr(transformers, config.architecture).from_pretrained(None, config=of_files, state_dict=state, **plain)
+    return kind.from_pretrained(None, config=of_files, state_dict=state, **plain)
 
 
 def _named_as_in_files(model: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:

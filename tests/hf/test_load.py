@@ -17,7 +17,9 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf import shards
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import check_weights
-from bft_megatron.hf.weights import Place, join, part, weights
+from bft_megatron.hf.place import Place
+from bft_megatron.hf.tensors import join, part
+from bft_megatron.hf.weights import weights
 from tests.helpers import sharded, tiny_models
 from tests.helpers.sharded import Sharding
 from tests.helpers.tiny_models import SavedModel

@@ -25,7 +25,12 @@ def _build(core: type, config: Any) -> Any:
 def _computed() -> tuple[torch.Tensor, torch.Tensor, set[str]]:
     """Attention of a spec whose two layers share one module, of inputs normed by hand, and the names of its norms."""
     config = SimpleNamespace(
-        window_size=None, attention_dropout=0.0, kv_channels=DIM, layernorm_epsilon=EPS, sequence_parallel=False
+        window_size=None,
+        attention_dropout=0.0,
+        kv_channels=DIM,
+        layernorm_epsilon=EPS,
+        sequence_parallel=False,
+        layernorm_zero_centered_gamma=False,
     )
     attention = SimpleNamespace(core_attention=CoreAttention)
     layer = SimpleNamespace(submodules=SimpleNamespace(self_attention=SimpleNamespace(submodules=attention)))

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.router import Router
 
 from bft_megatron.hf import load
-from bft_megatron.hf.weights import Place
+from bft_megatron.hf.place import Place
 from bft_megatron.layers import norm
 from bft_megatron.objective import view
 from bft_megatron.training import arguments, step

@@ -31,7 +31,7 @@ ON_TP2_PP2 = Sharding(tp=2, pp=2)
 
 def _adapt(folder: Path, adapter: Path | None, gpt: Any) -> None:
     config = read_config(folder)
-    source = Fresh(adapted(config, SETTINGS), 1) if adapter is None else AdapterFolder(adapter, config, SETTINGS)
+    source = Fresh(1) if adapter is None else AdapterFolder(adapter, config, SETTINGS)
     gpt.pre_wrap_hooks.append(lora_hook(config, SETTINGS, source))
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import _Random
+from bft_megatron.hf.tensors import HFTensor
 from bft_megatron.lora.base import check_base, record_base
 from bft_megatron.lora.peft import export_adapter, export_merged
 from bft_megatron.recipe import reader
@@ -59,7 +60,7 @@ def test_merging_adds_b_times_a(runs: dict[str, RunFolder], tmp_path: Path):
     base = _Random(read_config(MODEL), made.train.seed)
     for name, value in merged.items():
         prefix = "base_model.model." + name.removesuffix(".weight")
-        expected = base(name, None, 0, 0)
+        expected = base(HFTensor(name, tuple(value.shape)), None, 0, 0)
         if f"{prefix}.lora_A.weight" in adapter:
             a, b = adapter[f"{prefix}.lora_A.weight"], adapter[f"{prefix}.lora_B.weight"]
             assert b.abs().max() > 0

@@ -12,7 +12,7 @@ from megatron.core.extensions import transformer_engine as te
 
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.lora.adapters import lora_hook
-from bft_megatron.lora.factors import Fresh, adapted
+from bft_megatron.lora.factors import Fresh
 from bft_megatron.lora.layers import Adapter, adapters
 from bft_megatron.lora.unfused import unfused_spec
 from bft_megatron.recipe.schema import LoraSettings
@@ -29,7 +29,7 @@ def _adapt(folder: Path, gpt: Any, spec: Any = None) -> None:
     config = read_config(folder)
     if spec is not None:
         gpt.transformer_layer_spec = spec
-    gpt.pre_wrap_hooks.append(lora_hook(config, SETTINGS, Fresh(adapted(config, SETTINGS), 1)))
+    gpt.pre_wrap_hooks.append(lora_hook(config, SETTINGS, Fresh(1)))
 
 
 def _contents(folders: list[Path], layout: Sharding, flags: tuple[str, ...], spec: Any) -> list[dict[str, Any]]:

@@ -154,6 +154,7 @@ def test_which_templates_show_all_beginnings_in_one_run(tiny: ChatTokenizer, nam
 
 SHOWN = {
     "qwen3": "none",
+    "qwen35": "none",
     "mistral": "none",
     "thinking": "none",
     **dict.fromkeys(("default of the prompt", "ends with a text", "remembers", "looks back"), "all"),

@@ -21,6 +21,7 @@ CONTROL = {
     "llama31": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
     "qwen25": [],
     "qwen3": [],
+    "qwen35": [],
     "mistral": [
         *("<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
         *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
@@ -54,17 +55,35 @@ TALKS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]] = {
     "ends with a call": ([*chat_of("a"), call({"a": 1})], TOOLS),
     "tools unused": (LONG, TOOLS),
 }
+STEPS = [
+    *(*LONG[:2], call({"a": [1]}, {"a": 2}, content="So") | {"reasoning_content": "First."}),
+    *(result("2"), result("3", 1), call({"a": 3}) | {"reasoning_content": "Then."}, result("4"), LONG[2]),
+]
+"""One question, whose answer takes three steps, the last without a thought."""
+
 MORE = {  # what not every template takes
     "qwen25": {
         "two calls": ([*chat_of("a"), call({"a": 1}, {}, content="So"), result("2"), result("3", 1), LONG[2]], TOOLS),
         "opens itself": ([LONG[2], *LONG[1:]], None),
     },
     "qwen3": {"thoughts": ([*chat_of("a"), LONG[2] | {"reasoning_content": "Well."}], None)},
+    "qwen35": {
+        "thoughts": ([*chat_of("a"), LONG[2] | {"reasoning_content": " Well.\n\nSo? "}], None),
+        "thoughts in the content": (chat_of("a", "<think>\nWell.\n</think>\n\nb"), None),
+        "steps": (STEPS, TOOLS),
+        "a null": ([*chat_of("a"), call({"a": None, "b": True, "c": {"d": None}, "e": "é\n", "f": 1.5})], TOOLS),
+        "no arguments": ([*chat_of("a"), call({}, {}, content="So")], TOOLS),
+    },
 }
 CASES = [
     (t, n, *talk) for t in CONTROL for n, talk in {**TALKS, **MORE.get(t, {})}.items() if t != "smollm2" or not talk[1]
 ]
-REWRITTEN = {("qwen3", name) for name in ("turns", "no system", "empty system", "calls", "tools unused")}
+THINKING = ("qwen3", "qwen35")
+REWRITTEN = {
+    (template, name)
+    for template in THINKING
+    for name in ("turns", "no system", "empty system", "calls", "tools unused")
+}
 """Conversations whose earlier answers are written without the thought, empty or not, that they had as the last one."""
 
 
@@ -124,7 +143,7 @@ def test_a_masked_turn_is_not_supervised(model: tuple[Any, ChatTokenizer, ChatTo
     """Each of three answers masked in turn, and all but the last: what is supervised is the others' own."""
     _, ours, plain = model
     turns = [i for i, message in enumerate(LONG) if message["role"] == "assistant"]
-    for tokenizer in (ours,) if template == "qwen3" else (ours, plain):
+    for tokenizer in (ours,) if template in THINKING else (ours, plain):
         tokens, whole = encoded(Conversation(1, LONG, 1.0), tokenizer)
         parts = []
         for i in turns:
@@ -135,13 +154,13 @@ def test_a_masked_turn_is_not_supervised(model: tuple[Any, ChatTokenizer, ChatTo
             parts.append(part)
         assert [sum(on) for on in zip(*parts, strict=True)] == whole
         assert encoded(Conversation(1, LONG, 1.0), tokenizer, "last")[1] == parts[-1]
-        if template == "qwen3":
+        if template in THINKING:
             continue
         everything = encoded(Conversation(1, LONG, 1.0, frozenset(turns)), tokenizer, "all")[1]
         assert everything[: len(whole)] == [1 - on for on in whole]
 
 
-@pytest.mark.parametrize("template", ["qwen3"])
+@pytest.mark.parametrize("template", THINKING)
 def test_thoughts_that_the_template_drops_are_supervised_a_row_a_turn(
     model: tuple[Any, ChatTokenizer, ChatTokenizer], template: str
 ) -> None:
@@ -157,25 +176,24 @@ def test_thoughts_that_the_template_drops_are_supervised_a_row_a_turn(
             tokenizer.backend.decode([t for t, on in zip(*row, strict=True) if on], skip_special_tokens=False)
             for row in rows
         ]
-        assert texts == [
-            "<think>\none\n</think>\n\nb<|im_end|>",
-            "<think>\ntwo\n</think>\n\nd<|im_end|>",
-        ]
+        opened = "<think>\n" if template == "qwen3" else ""  # the other's generation prompt ends in that
+        assert texts == [f"{opened}one\n</think>\n\nb<|im_end|>", f"{opened}two\n</think>\n\nd<|im_end|>"]
         whole = tokenizer.backend.decode(rows[1][0], skip_special_tokens=False)
         assert "one" not in whole, "as the model will see it when it answers"
         (only,) = chat.split(Conversation(1, messages, 1.0, frozenset({1})))
         assert encoded(only, tokenizer) == rows[1]
 
 
-@pytest.mark.parametrize("template", ["qwen3"])
+@pytest.mark.parametrize("template", THINKING)
 def test_a_rows_own_variables_reach_the_template(
     model: tuple[Any, ChatTokenizer, ChatTokenizer], template: str
 ) -> None:
     """Without thinking, the empty thought is part of the prompt and so not supervised."""
     *_, plain = model
+    opened = "<think>\n" if template == "qwen3" else ""
     supervised = [
         sum(encoded(Conversation(1, chat_of("a", "b"), 1.0, template=variables), plain)[1])
         for variables in ({}, {"enable_thinking": False})
     ]
     assert supervised[1] == len(plain.backend.encode("b<|im_end|>").ids)
-    assert supervised[0] == supervised[1] + len(plain.backend.encode("<think>\n\n</think>\n\n").ids)
+    assert supervised[0] == supervised[1] + len(plain.backend.encode(opened + "\n</think>\n\n").ids)

@@ -14,7 +14,8 @@ from typing import Any
 
 from bft_megatron.conversations.chat_tokenizer import BREAK
 from bft_megatron.conversations.templates import Span
-from bft_megatron.conversations.turns import THOUGHTS, Turns, other_words
+from bft_megatron.conversations.thoughts import FIELDS
+from bft_megatron.conversations.turns import Turns, other_words
 from bft_megatron.errors import UserError
 
 _ESCAPED = BREAK.encode("ascii", "backslashreplace").decode()
@@ -114,8 +115,8 @@ def _parts(message: dict[str, Any]) -> Iterator[_Words]:
         renamed = [{"function": f | {"name": f"{f['name']}_{other}"}} for f in functions]
         calls = [call | new for call, new in zip(message["tool_calls"], renamed, strict=True)]
         yield _Words("tool calls", [f["name"] for f in functions], message | {"tool_calls": calls})
-    for name in THOUGHTS:
+    for name in FIELDS:
         if isinstance(message.get(name), str) and message[name].strip():
-            others = {name: other for name in THOUGHTS if name in message}
+            others = {name: other for name in FIELDS if name in message}
             yield _Words("thoughts", [message[name].strip()], message | others)
             return

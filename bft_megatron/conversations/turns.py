@@ -13,8 +13,9 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
+from bft_megatron.conversations import thoughts
 from bft_megatron.conversations.chat_tokenizer import BREAK, ChatTokenizer
-from bft_megatron.conversations.template_limits import Limits
+from bft_megatron.conversations.template_limits import Limits, TemplateFault
 from bft_megatron.conversations.templates import Beginnings, Span
 from bft_megatron.errors import UserError
 
@@ -23,9 +24,6 @@ MANY = 5
 
 MOST = 20_000_000
 """Messages that are rendered for one conversation, one beginning after the other: a minute's work."""
-
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Names of a message's field for the thoughts before its answer."""
 
 _ASKS = r"add_generation_prompt"
 _LOOKS_AHEAD = r"loop\.(last|revindex|nextitem|length)|messages\[-1\]|messages\s*\|\s*(length|last)|\[::-1\]"
@@ -111,6 +109,10 @@ class Turns:
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> tuple[str, list[Span]]:
         return self.tokenizer.render(messages, prompt, *self._given, self._limits)
 
+    @property
+    def _variables(self) -> dict[str, Any]:
+        return self._given[1] or {}
+
     def _learn(self, wanted: list[int]) -> None:
         """Find all beginnings in a run or two, if so many are wanted that this is cheaper than to render them."""
         if len(wanted) < MANY:
@@ -128,6 +130,8 @@ class Turns:
         opened, end = self._opening(i, closed), len(closed)
         while end > opened and self.text[end - 1].isspace():
             end -= 1
+        if note := thoughts.note_of_empty(self.text, opened, end, self.tokenizer.template):
+            self.note(note)
         return opened, end if self.text.endswith(self.tokenizer.control, opened, end) else len(closed)
 
     def _checked(self, i: int, end: int) -> _Part:
@@ -157,7 +161,15 @@ class Turns:
                 "by rendering the conversation up to each: cut it, or set data.supervise: last to learn the last "
                 "answer alone"
             )
-        return self._render(messages, prompt)
+        try:
+            return self._render(messages, prompt)
+        except TemplateFault:
+            raise
+        except UserError as e:
+            raise UserError(
+                f"{e} (as far as messages[{len(messages) - 1}], from which the place of an answer is found; mark an "
+                "answer that comes before any question with loss: false)"
+            ) from None
 
     def _opening(self, i: int, closed: _Part) -> int:
         """Return where turn i begins after its header: behind the generation prompt, if the turn begins with that."""
@@ -190,10 +202,7 @@ class Turns:
         asked, before = opened.text(self.text), len(self._before(i))
         if len(header) == before or not asked.startswith(header):
             raise self._differs(i, opened, _ASKS, " with a generation prompt")
-        source = self.tokenizer.template
-        ways = ["thoughts in reasoning_content"] if "reasoning_content" in source else []
-        ways += ["data.chat_template_kwargs: {enable_thinking: false}"] if "enable_thinking" in source else []
-        advice = f" (to learn what follows it, give {' or '.join(ways)})" if ways else ""
+        advice = thoughts.of_prompt(self.tokenizer.template, self._variables)
         self.note(
             f"the generation prompt of the chat template ends in {asked[len(header) :]!r}, which it does not write in "
             f"a conversation: the answers are learned as it writes them there{advice}"
@@ -212,7 +221,7 @@ class Turns:
         lines = [k for k, line in enumerate(self.tokenizer.template.splitlines(), 1) if re.search(cause, line)]
         where = f" (see line {', '.join(map(str, lines[:5]))} of the template)" if lines else ""
         ways = (
-            self._advice
+            self._advice + thoughts.of_earlier(self.tokenizer.template, self._variables)
             if i + 1 < n
             else "add {% generation %} markers to the template and name its file in data.chat_template"
         )
@@ -224,7 +233,7 @@ class Turns:
 
 def other_words(message: dict[str, Any]) -> str:
     """Return words that begin otherwise than those of a message."""
-    texts = [str(message.get(name) or "").strip() for name in ("content", *THOUGHTS)]
+    texts = [str(message.get(name) or "").strip() for name in ("content", *thoughts.FIELDS)]
     return next(word for word in map(str, range(len(texts) + 1)) if not any(text.startswith(word) for text in texts))
 
 

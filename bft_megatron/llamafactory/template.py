@@ -13,19 +13,24 @@ from bft_megatron.llamafactory.conversion import Conversion
 _WELL_KNOWN = {name: name for name in known_templates.NAMES} | {"gemma2": "gemma", "glm4": "glm"}
 """LLaMA-Factory's name of a template -> the name of the same one in `data.chat_template`."""
 
+_WITHOUT_THINKING = "_nothink"
+"""End of the names of LLaMA-Factory's templates that let the model answer without a thought."""
+
 
 def carry(to: Conversion) -> None:
     """Convert `template` and `enable_thinking`."""
-    if name := to.config.text("template"):
+    name = to.config.text("template")
+    if name:
         _carry_template(to, name)
     if not to.config.flag("enable_thinking", True):
-        to.carry(
-            "thinking",
-            "enable_thinking false",
-            "data.chat_template_kwargs",
-            {"enable_thinking": False},
-            "data.chat_template_kwargs: enable_thinking false",
-        )
+        _switch_off(to, "enable_thinking false")
+    elif name.endswith(_WITHOUT_THINKING):
+        _switch_off(to, f"template {name}")
+
+
+def _switch_off(to: Conversion, said: str) -> None:
+    field, off = "data.chat_template_kwargs", {"enable_thinking": False}
+    to.carry("thinking", said, field, off, f"{field}: enable_thinking false")
 
 
 def _carry_template(to: Conversion, name: str) -> None:

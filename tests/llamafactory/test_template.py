@@ -80,6 +80,14 @@ def test_of_a_model_without(known: str | None, template: str, said: str, tmp_pat
     assert "data.chat_template" not in conversion.fields
 
 
+@pytest.mark.parametrize(("template", "off"), [("qwen3_5", False), ("qwen3_5_nothink", True)])
+def test_a_template_without_thinking_switches_it_off(template: str, off: bool, tmp_path: Path):
+    model = base_model(tmp_path / "model", template=THINKS)
+    conversion = convert(written(tmp_path, model_name_or_path=str(model), template=template))
+    assert not conversion.lost
+    assert conversion.fields.get("data.chat_template_kwargs") == ({"enable_thinking": False} if off else None)
+
+
 FIELDS: dict[str, dict[str, Any]] = {
     "a base model": {"template": "llama3"},
     "without thinking": {"enable_thinking": False},

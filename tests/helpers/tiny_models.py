@@ -126,11 +126,11 @@ def _hybrid(architecture: str, sizes: dict[str, Any]) -> transformers.PreTrained
         case "next":
             own = {"linear_num_value_heads": 6, "mlp_only_layers": [1]}
             return transformers.Qwen3NextConfig(**own | EXPERTS | SHARED | sizes)
-    own = {"linear_num_value_heads": 6, "mtp_num_hidden_layers": 1}
-    tied = {"tie_word_embeddings": sizes.get("tie_word_embeddings", architecture == "hybrid_vl")}
+    tied = {"tie_word_embeddings": architecture == "hybrid_vl"}
+    text = {"linear_num_value_heads": 6, "mtp_num_hidden_layers": 1} | tied | sizes
     if architecture == "hybrid_vl":
-        return transformers.Qwen3_5Config(text_config=own | sizes | tied, vision_config=VISION, **tied)
-    return transformers.Qwen3_5MoeConfig(text_config=own | EXPERTS | SHARED | sizes | tied, vision_config=VISION, **tied)
+        return transformers.Qwen3_5Config(text_config=text, vision_config=VISION, **tied)
+    return transformers.Qwen3_5MoeConfig(text_config=EXPERTS | SHARED | text, vision_config=VISION, **tied)
 
 
 def save(

@@ -137,7 +137,7 @@ def _config(raw: ConfigFile) -> ModelConfig:
         )
     architecture = ARCHITECTURES[names[0]]
     if architecture.text_part:
-        raw = raw.part(TEXT_PART, ("tie_word_embeddings", "dtype", "torch_dtype"))
+        raw = raw.part(TEXT_PART, ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config"))
     _refuse_unsupported(raw, architecture)
     mixture = experts.checked(raw, architecture.experts(raw)) if architecture.experts else None
     hidden, heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")

@@ -103,7 +103,7 @@ def _check_init(recipe: Recipe, model: ModelShape) -> None:
     if recipe.init == "random" and model.has_vision:
         raise FieldError(
             "init",
-            "random: the model's vision part is copied from its files, and random weights have none; for a text model "
+            "the model's vision part is copied from its files, and random weights have none; for a text model "
             "take a config.json with the values of text_config and an architecture of the text part, ...ForCausalLM",
         )
 

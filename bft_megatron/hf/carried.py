@@ -50,8 +50,8 @@ def outputs(base: Path | None, config: ModelConfig) -> list[shards.Output]:
     if config.has_vision and not any(map(_is_vision, entries)):
         where = "the model that the run started from" if base is None else str(base)
         raise UserError(
-            f"the vision part of {config.architecture}, {VISION}*, is in no checkpoint, and not in {where} any more: put "
-            "that model's files back, and export again. Nothing is lost, the checkpoint is whole"
+            f"{config.architecture} has a vision part, {VISION}*, that is in no checkpoint, and not in {where} any "
+            "more: put that model's files back, and export again. Nothing is lost, the checkpoint is whole"
         )
     read = shards.Reader(entries)
     return [shards.Output(name, _dtype(name, e), e.shape, partial(read, name)) for name, e in entries.items()]

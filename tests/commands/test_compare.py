@@ -106,9 +106,7 @@ def test_beside_a_vision_part(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ):
-    status, said = check(
-        data, tmp_path, monkeypatch, capfd, f"model={with_vision(name)}", "init=pretrained", *words
-    )
+    status, said = check(data, tmp_path, monkeypatch, capfd, f"model={with_vision(name)}", "init=pretrained", *words)
     assert status == 0
     assert said.splitlines()[-1] == "green"
 

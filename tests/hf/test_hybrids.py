@@ -53,7 +53,7 @@ def _visit(models: list[SavedModel], checkpoints: Path) -> Visited:
 
 @pytest.fixture(scope="module")
 def written(hybrids: list[SavedModel], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Visited]]:
-    """A folder with a checkpoint of each model, TP 2 with sequence parallelism x PP 2 x VPP 2, and what each rank found."""
+    """A folder with a checkpoint of each model, under its name, and what each rank found."""
     folder = tmp_path_factory.mktemp("checkpoints")
     return folder, run_world(4, _visit, hybrids, folder, megatron=True)
 

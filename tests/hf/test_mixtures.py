@@ -152,7 +152,7 @@ def test_an_export_has_the_bases_layers_for_multi_token_prediction_or_announces_
     base.rename(tmp_path / "elsewhere")
     announced, said = exported("without")
     assert announced == 0
-    assert "num_nextn_predict_layers is 0" in said
+    assert "multi-token prediction: left out, config.json announces none" in said
     assert_same({n: t for n, t in whole.items() if "layers.4" not in n}, tensors(tmp_path / "without"))
 
 

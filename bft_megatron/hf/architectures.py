@@ -16,10 +16,10 @@ from typing import Any
 from bft_megatron.errors import UserError, reading, shortened
 from bft_megatron.hf import experts, hub, linear_attention
 from bft_megatron.hf.config_file import ConfigFile
-from bft_megatron.hf.model_config import Experts, LinearAttention, ModelConfig
+from bft_megatron.hf.model_config import VISION, Experts, LinearAttention, ModelConfig
 
-PREDICTION_LAYERS = "num_nextn_predict_layers"
-"""The key of config.json with the number of layers for multi-token prediction."""
+TEXT_PART = "text_config"
+"""The key of config.json with the configuration of the decoder of a model of several parts."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ class Architecture:
     """Whether `dynamic` rope scaling with an `alpha` is a larger base of the rotary embedding."""
     rope_theta: float = 10000.0
     """Default base of the rotary embedding."""
-    prediction_layers: int | None = None
-    """Default number of layers for multi-token prediction; None: the architecture has none."""
+    prediction_key: str = ""
+    """The config's key with the number of layers for multi-token prediction; empty: it has none."""
+    prediction_layers: int = 0
+    """Default number of these layers."""
     head_dim: int | None = None
     """Default if the config has no head_dim; None: hidden size / heads."""
     experts: Callable[[ConfigFile], Experts] | None = None
@@ -47,7 +49,7 @@ class Architecture:
     linear_attention: Callable[[ConfigFile], LinearAttention] | None = None
     """Reads the gated delta nets of a hybrid, whose norms are zero-centred and whose attention has a gate."""
     text_part: bool = False
-    """Whether the decoder is a part of a model of several, described by the config's `text_config`."""
+    """Whether the decoder is a part of a model of several, described by the config's TEXT_PART."""
     carried: tuple[str, ...] = ()
     """Beginnings of the names of tensors in the files that are not trained."""
 
@@ -80,10 +82,11 @@ QWEN3_5 = Architecture(
     head_dim=256,
     rotary_part=0.25,
     linear_attention=linear_attention.qwen3_5,
+    prediction_key="mtp_num_hidden_layers",
     carried=("mtp.",),
 )
 QWEN3_5_MOE = replace(QWEN3_5, experts=experts.qwen3_5_moe)
-OF_SEVERAL: dict[str, Any] = {"text_part": True, "carried": ("mtp.", "model.visual.")}
+OF_SEVERAL: dict[str, Any] = {"text_part": True, "carried": ("mtp.", VISION)}
 
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture(),  # Llama 2, 3, 3.1, 3.2, 3.3 and SmolLM2
@@ -97,7 +100,12 @@ ARCHITECTURES = {
         qk_norm=True, norm_after_rotary=True, rope_alpha=True, experts=experts.hunyuan
     ),
     "Glm4MoeForCausalLM": Architecture(
-        qkv_bias=None, qk_norm=None, rotary_part=0.5, prediction_layers=1, experts=experts.glm4_moe
+        qkv_bias=None,
+        qk_norm=None,
+        rotary_part=0.5,
+        prediction_key="num_nextn_predict_layers",
+        prediction_layers=1,
+        experts=experts.glm4_moe,
     ),
     "Qwen3_5ForCausalLM": QWEN3_5,
     "Qwen3_5ForConditionalGeneration": replace(QWEN3_5, **OF_SEVERAL),
@@ -129,7 +137,7 @@ def _config(raw: ConfigFile) -> ModelConfig:
         )
     architecture = ARCHITECTURES[names[0]]
     if architecture.text_part:
-        raw = raw.part("text_config", ("tie_word_embeddings", "dtype", "torch_dtype"))
+        raw = raw.part(TEXT_PART, ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config"))
     _refuse_unsupported(raw, architecture)
     mixture = experts.checked(raw, architecture.experts(raw)) if architecture.experts else None
     hidden, heads = raw.integer("hidden_size"), raw.integer("num_attention_heads")
@@ -167,8 +175,8 @@ def _config(raw: ConfigFile) -> ModelConfig:
 
 
 def _prediction_layers(raw: ConfigFile, architecture: Architecture) -> int:
-    default = architecture.prediction_layers
-    return 0 if default is None else raw.integer(PREDICTION_LAYERS, default, least=0)
+    key = architecture.prediction_key
+    return raw.integer(key, architecture.prediction_layers, least=0) if key else 0
 
 
 def companions(folder: Path) -> list[Path]:

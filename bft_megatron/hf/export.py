@@ -14,16 +14,16 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from bft_megatron.data.folders import USERS
-from bft_megatron.errors import FieldError, UserError
-from bft_megatron.hf import hub, prediction, shards, stops
-from bft_megatron.hf.architectures import PREDICTION_LAYERS, companions, read_config
+from bft_megatron.errors import UserError
+from bft_megatron.hf import carried, exported_config, hub, joined_experts, shards, stops
+from bft_megatron.hf.architectures import companions, read_config
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.tensors import HFTensor, Weight
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import places, weights
@@ -54,27 +54,21 @@ def export(
         shard_bytes: maximum size of a file of weights; a larger tensor gets a file of its own.
 
     Raises:
-        UserError: no such checkpoint, or it belongs to another model, or a file of it is missing or broken; or `out`
-            cannot be written.
+        UserError: no such checkpoint, or it belongs to another model, or a file of it is missing or broken; or the
+            model has a vision part, and the base's files are gone; or `out` cannot be written.
         InUse: another process is writing it.
     """
     refuse_used(out)
     checkpoint = newest_checkpoint(checkpoints, iteration)
     tensors = [_output(checkpoint, *item, dtype) for item in places(read_config(hf_folder)).items()]
-    write_model(out, hf_folder, tensors, f"{checkpoint.identity} {shard_bytes}", shard_bytes, _found(base))
+    began_with = None if base is None else Path(base)
+    write_model(out, hf_folder, tensors, f"{checkpoint.identity} {shard_bytes}", shard_bytes, began_with)
 
 
 def refuse_used(out: Path) -> None:
     """Raise UserError if the folder to write is not empty."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("is not empty; choose another folder, or remove it", str(out))
-
-
-def _found(base: str | None) -> Path | None:
-    try:
-        return None if base is None else hub.find_model(base)
-    except FieldError:
-        return None
 
 
 def write_model(
@@ -87,24 +81,28 @@ def write_model(
 ) -> None:
     """Write a model folder of these tensors, reading each just before it is written; otherwise as `export`.
 
-    What is fp32 in any model is written so, whatever the dtype of the other weights.
-    Prints the model's stop tokens where they are not only those of its config.json, and what becomes of its layers for
-    multi-token prediction.
+    What is fp32 in any model, such as the decay of a gated delta net, is written so whatever the dtype of the other
+    weights. The experts of a layer are joined where they are in the base's files.
+    Prints the model's stop tokens where they are not only those of its config.json, and what becomes of the tensors
+    that are not trained.
 
     Args:
+        tensors: those of the table of `weights`.
         source: identifies the values; files of an earlier, interrupted call are kept only if it had the same.
-        base: folder of the model whose layers for multi-token prediction are copied; None: there is none.
+        base: the model that the run started from, a folder or an id, from which what is not trained is copied; None:
+            unknown.
     """
-    config = read_config(hf_folder)
-    more = prediction.carried(base, config)
-    changes: dict[str, Any] = {} if more or not config.prediction_layers else {PREDICTION_LAYERS: 0}
+    config, files = read_config(hf_folder), None if base is None else hub.origin(str(base))
+    more, dtype = carried.outputs(files, config), tensors[0].dtype
     fp32 = {t.name for w in weights(config) if w.fp32 for t in w.tensors}
-    everything = [*(replace(t, dtype=torch.float32) if t.name in fp32 else t for t in tensors), *more]
+    own = [replace(t, dtype=torch.float32) if t.name in fp32 else t for t in tensors]
+    everything = [*joined_experts.join(own, carried.entries_of(files), config), *more]
     with written_whole(out, f"{source} {[(t.name, t.dtype, t.shape) for t in everything]}") as partial:
-        _copy_companions(hf_folder, partial, tensors[0].dtype, changes)
+        _copy_companions(hf_folder, partial)
+        _write_config(hf_folder, partial, config, dtype, prediction=carried.has_prediction(more))
         _write_shards(partial, everything, shard_bytes)
     stops.announce(hf_folder)
-    prediction.announce(config, more)
+    carried.announce(more, config)
 
 
 @contextlib.contextmanager
@@ -162,15 +160,18 @@ def _output(
     return shards.Output(tensor.name, dtype, tensor.shape, lambda: checkpoint.read_whole(tensor, parts))
 
 
-def _copy_companions(source: Path, target: Path, dtype: torch.dtype, changes: dict[str, Any]) -> None:
-    """Copy a model's files other than weights, with the weights' dtype and other changes set in config.json."""
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copy a model's files other than weights."""
     for file in companions(source):
         shutil.copyfile(file, target / file.name)
-    config = json.loads((source / "config.json").read_text())
-    key, name = "torch_dtype" if "torch_dtype" in config else "dtype", str(dtype).removeprefix("torch.")
-    changes = {k: v for k, v in {key: name, **changes}.items() if config.get(k) != v}
-    if changes:
-        (target / "config.json").write_text(json.dumps(config | changes, indent=2) + "\n")
+
+
+def _write_config(source: Path, target: Path, config: ModelConfig, dtype: torch.dtype, *, prediction: bool) -> None:
+    """Write config.json anew if it does not describe the weights; see `exported_config`."""
+    raw = json.loads((source / "config.json").read_text())
+    changed = exported_config.changed(raw, config, str(dtype).removeprefix("torch."), prediction=prediction)
+    if changed != raw:
+        (target / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
 
 
 def _write_shards(folder: Path, tensors: list[shards.Output], shard_bytes: float) -> None:

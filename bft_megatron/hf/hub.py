@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bft_megatron.errors import FieldError, reading
+from bft_megatron.errors import FieldError, UserError, reading
+from bft_megatron.recipe import reader
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's tracker file in a folder of checkpoints: the iteration of the newest."""
@@ -18,6 +19,21 @@ def checkpoints_of(folder: Path) -> Path | None:
     return (
         checkpoints if folder.name == "model" and (folder / "config.json").exists() and checkpoints.is_dir() else None
     )
+
+
+def origin(name: str) -> Path:
+    """Return the folder of files that a model's weights go back to, given a path or an `organisation/name`.
+
+    That is the model's folder, or for a run, or a converted model, that of its recipe's model. It may be gone.
+    """
+    try:
+        folder = find_model(name)
+        if checkpoints_of(folder) in (None, folder):
+            return folder
+        recipe = reader.load(folder.parent / "config.yaml")
+    except (FieldError, UserError):
+        return Path(name)
+    return origin(recipe.model)
 
 
 def find_model(name: str) -> Path:

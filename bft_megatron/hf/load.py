@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf import hub, prediction, shards
+from bft_megatron.hf import carried, hub, joined_experts, shards
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.place import Place
@@ -48,9 +48,12 @@ def weights_hook(folder: Path | None, config: ModelConfig, *, seed: int) -> Call
         The hook. It issues no collective: each rank reads or draws its own parts, one tensor at a time.
 
     Raises:
-        UserError: by `check_weights`, at once and on every rank; by the hook, if TP does not divide the model.
+        UserError: by `check_weights` or `carried.check_vision`, at once and on every rank; by the hook, if TP does not
+            divide the model.
     """
     source = open_source(folder, config, seed)
+    if folder is not None:
+        carried.check_vision(folder, config)
     table = {w.path: w for w in weights(config)}
     if config.tied:
         # For a last pipeline stage that is not the first; from here on Megatron keeps the two copies equal.
@@ -112,8 +115,14 @@ def open_source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
 
 
 def _from_files(folder: Path, config: ModelConfig) -> Source:
-    read = shards.Reader(check_weights(folder, config))
-    return lambda tensor, axis, start, stop: tensor.read(partial(read, tensor.name), axis, start, stop)
+    entries = check_weights(folder, config)
+    read, places_there = shards.Reader(entries), joined_experts.places_in(entries, config)
+
+    def source(tensor: HFTensor, axis: int | None, start: int, stop: int) -> Tensor:
+        there = places_there.get(tensor, tensor)
+        return there.read(partial(read, there.name), axis, start, stop)
+
+    return source
 
 
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
@@ -124,7 +133,7 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
             model; or a shard is missing or truncated.
     """
     entries = shards.read_headers(folder)
-    expected = {t.name: t.shape for t in places(config)}
+    expected = {t.name: t.shape for t in places(joined_experts.as_in(entries, config))}
     missing = sorted(expected.keys() - entries.keys())
     if missing:
         raise UserError(f"{len(missing)} tensors of {config.architecture} are missing, {_some(missing)}", str(folder))
@@ -146,9 +155,9 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
 
 
 def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Return whether a tensor can be ignored: of old files, of a tied output layer, of multi-token prediction."""
+    """Return whether a tensor can be ignored: of old files, of a tied output layer, not trained."""
     tied = config.tied and name == "lm_head.weight"
-    return tied or name.endswith(".rotary_emb.inv_freq") or prediction.is_predicting(name, config)
+    return tied or name.endswith(".rotary_emb.inv_freq") or carried.is_carried(name, config)
 
 
 def _some(names: list[str]) -> str:
@@ -209,11 +218,9 @@ class _Random:
     def __init__(self, config: ModelConfig, seed: int) -> None:
         self._buffers = {t.name for w in weights(config) if w.buffer for t in w.tensors}
         self._std, self._seed, self._zero_centred = config.initializer_range, seed, config.zero_centred_norms
-        self._draw_joined = lru_cache(maxsize=2)(self._draw)  # each expert's rows are asked for, one after the other
 
     def __call__(self, tensor: HFTensor, axis: int | None, start: int, stop: int) -> Tensor:
-        joined = tensor.rows is not None and tensor.rows.lead is not None
-        whole = (self._draw_joined if joined else self._draw)(tensor.whole)
+        whole = self._draw(tensor.whole)
         return tensor.read(lambda index: whole[index], axis, start, stop)
 
     def _draw(self, tensor: HFTensor) -> Tensor:

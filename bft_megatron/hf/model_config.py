@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+VISION = "model.visual."
+"""Beginning of the names of the tensors of a vision part."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -40,7 +43,7 @@ class ModelConfig:
     rotary_part: float = 1.0
     """Part of each head, its first elements, that has the rotary embedding."""
     prediction_layers: int = 0
-    """Layers for multi-token prediction after the model's own in its files, which are not trained."""
+    """Layers for multi-token prediction that config.json announces in its files, which are not trained."""
     experts: Experts | None = None
     """The experts of a mixture; None: a dense model."""
     linear_attention: LinearAttention | None = None
@@ -53,6 +56,11 @@ class ModelConfig:
     """Beginning of the names of the decoder's tensors in the files."""
     carried: tuple[str, ...] = ()
     """Beginnings of the names of other tensors in the files, which are not trained."""
+
+    @property
+    def has_vision(self) -> bool:
+        """Return whether the files have a vision part beside the decoder."""
+        return VISION in self.carried
 
     def has_experts(self, layer: int) -> bool:
         """Return whether a layer, numbered from 0, has experts in place of one feed-forward network."""

@@ -139,6 +139,7 @@ def _samples(row: Row) -> Iterator[tuple[slice, float]]:
 def _outputs(model: torch.nn.Module, tokens: Tensor) -> list[Tensor]:
     """Return the outputs for tokens [n]: [n, h] for each stage, [n, v] for the logits, fp32."""
     inner: Any = model.model  # the decoder that transformers' causal models keep under this name
+    inner = getattr(inner, "language_model", inner)  # beside a vision part
     found: list[Tensor] = []
 
     def keep(_: torch.nn.Module, __: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:

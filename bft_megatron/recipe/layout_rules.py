@@ -32,6 +32,10 @@ class ModelShape(Protocol):
         """Longest sequence that the model supports, in tokens."""
 
     @property
+    def has_vision(self) -> bool:
+        """Whether the model's files have a vision part beside the decoder."""
+
+    @property
     def experts(self) -> ExpertShape | None:
         """The experts of a mixture; None: a dense model."""
 

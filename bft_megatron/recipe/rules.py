@@ -29,6 +29,7 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_objective(recipe)
     _check_schedule(recipe)
     layout_rules.check_layout(recipe, model)
+    _check_init(recipe, model)
     _check_lora(recipe, model)
     _check_moe(recipe, model)
     _check_flags(recipe)
@@ -94,6 +95,16 @@ def _check_schedule(recipe: Recipe) -> None:
             "train.micro_batch_size",
             f"a packed micro-batch is one row, not {train.micro_batch_size}: raise data.seq_length for a larger one, "
             "or set data.packing to false",
+        )
+
+
+def _check_init(recipe: Recipe, model: ModelShape) -> None:
+    """Raise FieldError if random weights are asked for of a model with a part that only its files have."""
+    if recipe.init == "random" and model.has_vision:
+        raise FieldError(
+            "init",
+            "the model's vision part is copied from its files, and random weights have none; for a text model "
+            "take a config.json with the values of text_config and an architecture of the text part, ...ForCausalLM",
         )
 
 

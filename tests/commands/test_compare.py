@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 
 from bft_megatron.hf import load
 from bft_megatron.hf.tensors import Weight
+from tests.helpers import tiny_models
 from tests.helpers.commands import run_command
 from tests.helpers.runs import MODEL
 
@@ -44,6 +48,9 @@ MODELS = [
     ("glm", "vpp2-ep2"),
     *(pytest.param(name, "cp2-padded", marks=pytest.mark.slow) for name in ("qwen3_moe_dense", "qwen2_moe", "mixtral")),
     pytest.param("hunyuan", "vpp2-padded", marks=pytest.mark.slow),
+    pytest.param("hybrid", "tp2-pp2", marks=pytest.mark.slow),
+    pytest.param("hybrid_moe", "vpp2-ep2", marks=pytest.mark.slow),
+    pytest.param("next", "tp2-ep2-etp2-dp2", marks=pytest.mark.slow),
 ]
 
 
@@ -64,6 +71,53 @@ def test_green(
     assert len(losses) == 2
     for transformers, here in losses:
         assert float(here) == pytest.approx(float(transformers), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def with_vision(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a small model -> its folder, with a tokenizer."""
+
+    @cache
+    def made(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name) / "model"
+        tiny_models.save(name, folder, vocab_size=500)
+        for file in MODEL.glob("tokenizer*.json"):
+            shutil.copy(file, folder)
+        return folder
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hybrid_moe_vl", ["parallel.tensor=2", "parallel.expert=2"]),
+        pytest.param("hybrid_vl", ["parallel.context=2"], marks=pytest.mark.slow),
+        pytest.param("hybrid_vl", ["train.precision=bf16", "parallel.pipeline=2"], marks=pytest.mark.slow),
+        pytest.param("hybrid_moe_vl", ["train.precision=bf16"], marks=pytest.mark.slow),
+    ],
+)
+def test_beside_a_vision_part(
+    name: str,
+    words: list[str],
+    with_vision: Callable[[str], Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    status, said = check(data, tmp_path, monkeypatch, capfd, f"model={with_vision(name)}", "init=pretrained", *words)
+    assert status == 0
+    assert said.splitlines()[-1] == "green"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hybrid", "hybrid_moe", "next"])
+def test_hybrids_in_bf16(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    words = [f"model={data / name}", "train.precision=bf16", "parallel.tensor=2", "parallel.sequence=true"]
+    assert check(data, tmp_path, monkeypatch, capfd, *words)[0] == 0
 
 
 def test_bf16_is_held_to_what_bf16_does_to_transformers(

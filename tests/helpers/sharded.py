@@ -36,6 +36,8 @@ class Sharding:
     """The parallel sizes of a model that is built without a recipe; data-parallel ranks are copies."""
 
     tp: int = 1
+    sp: bool = False
+    """Whether the tokens between the layers are sharded over the TP ranks."""
     pp: int = 1
     vpp: int = 1
     first: int | None = None
@@ -46,7 +48,8 @@ class Sharding:
 
     def __str__(self) -> str:
         sizes = [f"{name}{getattr(self, name)}" for name in ("vpp", "dp", "ep", "etp") if getattr(self, name) > 1]
-        return "-".join([f"tp{self.tp}-pp{self.pp}", *sizes, *(["uneven"] if self.first else [])])
+        others = [name for name, on in (("sp", self.sp), ("uneven", self.first)) if on]
+        return "-".join([f"tp{self.tp}-pp{self.pp}", *sizes, *others])
 
     @property
     def world(self) -> int:
@@ -58,6 +61,8 @@ class Sharding:
         if self.vpp > 1:
             flags += ["--num-virtual-stages-per-pipeline-rank", str(self.vpp)]
         flags += ["--expert-model-parallel-size", str(self.ep), "--expert-tensor-parallel-size", str(self.etp)]
+        if self.sp:
+            flags += ["--sequence-parallel"]
         if self.first is not None:
             flags += ["--decoder-first-pipeline-num-layers", str(self.first)]
         return flags

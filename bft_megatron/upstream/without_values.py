@@ -51,6 +51,11 @@ NORM = _change(
     _CLIPPING,
     *("chunk_size", "noop_flag", "tensor_lists", "per_tensor", "args"),
 )
+EDGES = _change(
+    "megatron.core.ssm.gated_delta_net.common:_GDNBase._resolve_cu_seqlens",
+    "It checks the edges of a packed row's samples by their values. The replacement returns them unchecked.",
+    *("self", "cu_seqlens_padded", "cu_seqlens_actual", "total_seq_len", "name", "cp_size"),
+)
 
 ROUTE = Change(
     "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
@@ -77,6 +82,7 @@ def install() -> None:
     SUCCESS.wrap(_own_success)
     APPLY.put(lambda op, noop_flag_buffer, tensor_lists, *args: op(0, noop_flag_buffer, tensor_lists, *args))
     SCALE.put(None)
+    EDGES.put(lambda _, padded, actual, *__, **___: actual if padded is None else padded)
     NORM.put(lambda chunk_size, noop_flag, tensor_lists, *_: (tensor_lists[0][0].new_zeros(1), None))
 
 

@@ -18,9 +18,9 @@ CHUNK = 64
 """Tokens of a chunk."""
 
 MODELLED = {
-    "gated delta rule": "keeps q, k (repeated for each value head), v, the decays' sums in fp32, beta, and a matrix of a "
-    "token's chunk, 64 numbers a token and head; the states, dk x dv a chunk and head, are made again in the backward "
-    "pass, where w, u, both kinds of states and all gradients are alive at once [flash-linear-attention "
+    "gated delta rule": "keeps q, k (repeated for each value head), v, the decays' sums in fp32, beta, and 64 numbers "
+    "a token and head, the solved system of its chunk; the states, dk x dv a chunk and head, are made again in the "
+    "backward pass, in which w, u, both kinds of states and all gradients live at once [flash-linear-attention "
     "ops/gated_delta_rule/chunk.py, ops/common/chunk_delta_h.py, ops/common/chunk_o.py]",
     "FLOPs of the rule": "with C = 64, a token and head: 6 dk dv + C (6 dk + 4 dv) + C^2 / 2 forward, "
     "16 dk dv + C (20 dk + 10 dv) + 4 C^2 backward, whatever the row's length [the products of its kernels]",
@@ -29,9 +29,10 @@ MODELLED = {
     "length of query and key": "keeps its output and an fp32 number a head [flash-linear-attention modules/l2norm.py]",
     "gated norm": "keeps its input, the gate and an fp32 number a head, no temporaries [Megatron "
     "core/ssm/gated_delta_net/common.py, _apply_gated_norm, compiled]",
-    "gate of attention's output": "keeps its input and the gate, no temporaries [Megatron core/transformer/attention.py, "
-    "_apply_output_gate, compiled]",
+    "gate of attention's output": "keeps its input and the gate, no temporaries [Megatron "
+    "core/transformer/attention.py, _apply_output_gate, compiled]",
 }
+"""Kernel -> its assumed allocations [and their source]."""
 
 
 @kernel("l2norm(Tensor x) -> (Tensor, Tensor)")

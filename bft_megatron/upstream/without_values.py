@@ -117,7 +117,8 @@ def route_evenly(load: float) -> None:
             dispatcher, chosen = ROUTE.read(preprocess, args, kwargs).values()
             sent = chosen.shape[0] * dispatcher.config.moe_router_topk
             ranks, experts = dispatcher.ep_size, dispatcher.num_local_experts
-            received = _equal_parts(round(sent * load / ranks), experts)  # of each rank, by expert
+            own_load = load if ranks * dispatcher.tp_size > 1 else 1.0  # one rank's experts receive its own tokens
+            received = _equal_parts(round(sent * own_load / ranks), experts)  # of each rank, by expert
             dispatcher.input_splits = _equal_parts(sent, ranks)
             dispatcher.output_splits = [sum(received)] * ranks
             dispatcher.output_splits_tp = numpy.full(dispatcher.tp_size, sum(received) * ranks)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -56,10 +56,13 @@ class HeadNorm(_KeepingFp32, torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=torch.float32)
+        self.group = (
+            parallel_state.get_tensor_model_parallel_group()
+        )  # given by name: to look it up ends a compiled graph
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., dv] in fp32 -> [..., dv]. Backward: an all-reduce over TP of the weight's gradient."""
-        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight)
+        weight = tensor_parallel.copy_to_tensor_model_parallel_region(self.weight, self.group)
         return torch.nn.functional.rms_norm(x.float(), self.normalized_shape, weight, self.eps)
 
 

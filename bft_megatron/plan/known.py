@@ -89,6 +89,30 @@ _GLM45 = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.0,
 }
+_QWEN35 = {
+    "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+    "head_dim": 256,
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000000.0, "partial_rotary_factor": 0.25},
+    "tie_word_embeddings": False,
+}
+
+
+def _qwen35(**sizes: Any) -> dict[str, Any]:
+    return {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": _QWEN35 | sizes}
+
+
+def _qwen35_moe(layers: int, hidden: int, heads: int, expert: int, value_heads: int) -> dict[str, Any]:
+    mixture = {"num_experts": 256, "num_experts_per_tok": 8, "linear_num_value_heads": value_heads}
+    widths = {"moe_intermediate_size": expert, "shared_expert_intermediate_size": expert}
+    sizes = _QWEN35 | _sizes(layers, hidden, heads, 2, expert) | mixture | widths
+    return {"architectures": ["Qwen3_5MoeForConditionalGeneration"], "text_config": sizes}
+
 
 CONFIGS = {
     "meta-llama/Llama-3.1-8B-Instruct": _LLAMA | _sizes(32, 4096, 32, 8, 14336),
@@ -101,6 +125,10 @@ CONFIGS = {
     "Qwen/Qwen3-235B-A22B": _QWEN3_MOE | _sizes(94, 4096, 64, 4, 12288, moe_intermediate_size=1536),
     "mistralai/Mixtral-8x7B-Instruct-v0.1": _MIXTRAL | _sizes(32, 4096, 32, 8, 14336),
     "tencent/Hunyuan-A13B-Instruct": _HUNYUAN | _sizes(32, 4096, 32, 8, 3072),
+    "Qwen/Qwen3.5-9B": _qwen35(**_sizes(32, 4096, 16, 4, 12288, linear_num_value_heads=32)),
+    "Qwen/Qwen3.5-27B": _qwen35(**_sizes(64, 5120, 24, 4, 17408, linear_num_value_heads=48)),
+    "Qwen/Qwen3.5-35B-A3B": _qwen35_moe(40, 2048, 16, expert=512, value_heads=32),
+    "Qwen/Qwen3.5-122B-A10B": _qwen35_moe(48, 3072, 32, expert=1024, value_heads=64),
     "zai-org/GLM-4.5-Air": _GLM45 | _sizes(46, 4096, 96, 8, 10944, moe_intermediate_size=1408),
 }
 """Hub id -> the fields of its `config.json` that determine sizes."""

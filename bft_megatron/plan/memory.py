@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -52,13 +52,12 @@ class Collective:
 class Work:
     """One kind of kernel."""
 
-    attention: bool
+    kind: Literal["attention", "experts", "delta rule", "other"]
+    """experts: a product of many experts' matrices at once. delta rule: a product of a gated delta net's rule."""
     flops: int
     bytes: int
     """Bytes read and written, each operand once."""
     dtype: str
-    grouped: bool = False
-    """Whether it is a product of many experts' matrices at once."""
 
 
 @dataclass
@@ -226,8 +225,15 @@ class Ledger(TorchDispatchMode):
         flops = 0 if count is None else count(*args, **kwargs, out_val=out)
         moved = sum(t.numel() * t.element_size() for t in inputs) + sum(t.numel() * t.element_size() for t in born)
         dtype = str((inputs or born)[0].dtype).removeprefix("torch.")
-        attention = func._opname.startswith("attention") or "scaled_dot_product" in func._opname
-        self.step.work[self.phase, Work(attention, flops, moved, dtype, func._opname.startswith("experts"))] += 1
+        self.step.work[self.phase, Work(_kind(func._opname), flops, moved, dtype)] += 1
+
+
+def _kind(operator: str) -> Literal["attention", "experts", "delta rule", "other"]:
+    if operator.startswith("attention") or "scaled_dot_product" in operator:
+        return "attention"
+    if operator.startswith("experts"):
+        return "experts"
+    return "delta rule" if operator.startswith("delta_") else "other"
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from bft_megatron.layers import spec
+from bft_megatron.plan import modelled_delta_net
 from bft_megatron.plan.kernels import OPS, kernel
 from bft_megatron.plan.modelled_experts import GroupedExperts
-from bft_megatron.upstream import gpu_kernels
+from bft_megatron.upstream import gated_delta, gpu_kernels
 
 MODELLED = {
     "attention": "keeps q, k, v, out and an fp32 log-sum-exp a row; no scores [FlashAttention; Transformer Engine "
@@ -250,6 +251,8 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
 
     def make(experts: bool, linear: bool) -> ModuleSpec:
         made = spec.layer(config.transformer, Norm, Attention, experts=experts, linear=linear)
+        if linear:
+            gated_delta.use(*modelled_delta_net.KERNELS)  # after the spec, which has put those in torch
         if experts:
             made.submodules.mlp.keywords["submodules"].experts = GroupedExperts
         return made
@@ -260,3 +263,4 @@ def layer_spec(config: GPTModelConfig, vp_stage: int | None = None) -> Transform
 def install() -> None:
     """Have Megatron use the modelled kernels in place of the GPU's for the rest of this process."""
     gpu_kernels.use(FusedAdam, _Rope.apply, _SwiGLU.apply)
+    gpu_kernels.use_gates(modelled_delta_net.gated_norm, modelled_delta_net.output_gate)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.plan.budget import PARTS, allowances, parts
 from bft_megatron.plan.changes import Alternative
 from bft_megatron.plan.memory import gib
@@ -70,10 +71,9 @@ def show(plan: Plan, console: Console) -> None:
     v, e, cluster = plan.verdict, plan.estimate, plan.cluster
     count = parameters(plan)
     held = f"{count / 1e9:.3g} B parameters held" if count >= 1e9 else f"{count / 1e6:.3g} M parameters held"
-    _say(
-        console,
-        f"{escape(plan.recipe.model)} ({held}), {describe_layout(plan.recipe, cluster.world)}, {cluster.gpu.name}",
-    )
+    held += _delta_nets(plan.config)
+    layout = describe_layout(plan.recipe, cluster.world)
+    _say(console, f"{escape(plan.recipe.model)} ({held}), {layout}, {cluster.gpu.name}")
     console.print(_table(plan))
     beside = ", ".join(
         f"{a.name} {_range(a.least, a.most)}" for a in allowances(v.stage, cluster.gpu, cluster.world) if a.most
@@ -142,6 +142,11 @@ def _table(plan: Plan) -> Table:
         sizes = (f"{gib(n):.{digits}f}" for n in (*parts(step.at_peak).values(), step.peak))
         table.add_row(stage.name, str(stage.trace.layers), *sizes)
     return table
+
+
+def _delta_nets(config: ModelConfig) -> str:
+    net = config.linear_attention
+    return "" if net is None else f", gated delta nets in {len(net.layers)} of {config.layers} layers"
 
 
 def _range(least: float, most: float) -> str:

@@ -95,12 +95,25 @@ def _activations(recipe: Recipe, config: ModelConfig, world: int) -> float:
     if recipe.megatron.get("recompute-granularity") == "full":
         return 0.0
     norms = 4 * config.hidden  # input and output of both norms
-    attention = 2 * (config.heads + config.kv_heads) * config.head_dim  # q, out; k, v
-    kept = 2 * (norms + attention + 3 * _width(config))  # gate, up and their product
+    kept = 2 * (norms + _attention_width(config) + 3 * _width(config))  # gate, up and their product
     tokens = recipe.train.micro_batch_size * recipe.data.seq_length / parallel.context / parallel.tensor
     pipeline, virtual = parallel.pipeline, parallel.virtual_pipeline
     in_flight = pipeline if virtual == 1 else pipeline + (pipeline - 1) / virtual
     return min(in_flight, micro_batches(recipe, world)) * config.layers / pipeline * tokens * kept
+
+
+def _attention_width(config: ModelConfig) -> float:
+    """Return the numbers of a token that attention or a gated delta net keeps, the mean of all layers."""
+    attention = 2 * (config.heads + config.kv_heads) * config.head_dim  # q, out; k, v
+    attention += 2 * config.heads * config.head_dim if config.output_gate else 0  # the gate, the gated output
+    net = config.linear_attention
+    if net is None:
+        return attention
+    keys, values = net.key_heads * net.key_dim, net.value_heads * net.value_dim
+    # In: q, k, v, gate. The rule: q and k of each key head and of each value head; v, gate, output, gated output.
+    rule = (2 * keys + 2 * values) + (2 * keys + 2 * net.value_heads * net.key_dim) + 4 * values
+    part = len(net.layers) / config.layers
+    return part * rule + (1 - part) * attention
 
 
 def _width(config: ModelConfig) -> int:
@@ -121,13 +134,24 @@ def _rough_time(recipe: Recipe, config: ModelConfig, on: Cluster) -> float:
     own_tokens = tokens * parallel.tensor * parallel.pipeline / on.world
     message = own_tokens * config.hidden * 2 / on.gpu.nvlink
     tensor = 6 * layers * message * (parallel.tensor - 1) / parallel.tensor
-    key_values = 2 * config.kv_heads * config.head_dim / config.hidden / parallel.tensor
-    ring = (
-        3 * layers * message * key_values * (parallel.context - 1) * (1 if within else on.gpu.nvlink / on.gpu.network)
-    )
+    slower = 1 if within else on.gpu.nvlink / on.gpu.network
+    context = layers * message * _rough_context(config, parallel) * slower
     total = micro_batches(recipe, on.world)
     bubble = (parallel.pipeline - 1) / parallel.virtual_pipeline / total
-    return (kernels + tensor + ring + _rough_exchange(layers * message, config, on, parallel)) * (1 + bubble)
+    return (kernels + tensor + context + _rough_exchange(layers * message, config, on, parallel)) * (1 + bubble)
+
+
+def _rough_context(config: ModelConfig, parallel: ParallelSettings) -> float:
+    """Estimate what a rank sends over CP in a layer's passes, the mean of all layers, in its hidden states over TP."""
+    size, width = parallel.context, config.hidden * parallel.tensor
+    ring = 3 * (size - 1) * 2 * config.kv_heads * config.head_dim / width
+    net = config.linear_attention
+    if net is None:
+        return ring
+    into = 2 * (net.key_heads * net.key_dim + net.value_heads * net.value_dim)
+    exchange = 2 * (size - 1) / size * (into + net.value_heads * net.value_dim) / width
+    part = len(net.layers) / config.layers
+    return part * exchange + (1 - part) * ring
 
 
 def _rough_exchange(hidden_states: float, config: ModelConfig, on: Cluster, parallel: ParallelSettings) -> float:

@@ -51,8 +51,12 @@ def fla_is_used() -> bool:
 
 def use_where_missing(l2norm: Callable[..., Any], convolution: Callable[..., Any], rule: Callable[..., Any]) -> None:
     """Have gated delta nets call these functions, unless flash-linear-attention computes them."""
-    if fla_is_used():
-        return
+    if not fla_is_used():
+        use(l2norm, convolution, rule)
+
+
+def use(l2norm: Callable[..., Any], convolution: Callable[..., Any], rule: Callable[..., Any]) -> None:
+    """Have gated delta nets that are built from here on call these functions."""
     HAVE_FLA.put(True)
     L2NORM.put(l2norm)
     CONVOLUTION.put(convolution)

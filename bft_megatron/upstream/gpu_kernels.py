@@ -19,6 +19,14 @@ IS_TORCHS = Change("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", "replaced"
 ROPE = Change(f"{_ROPE}:fused_apply_rotary_pos_emb", "replaced", _WHY, _UNTIL, _TEST)
 ROPE_PACKED = Change(f"{_ROPE}:fused_apply_rotary_pos_emb_thd", "replaced", _WHY, _UNTIL, _TEST)
 SWIGLU = Change("megatron.core.transformer.mlp:bias_swiglu_impl", "replaced", _WHY, _UNTIL, _TEST)
+GATED_NORM = Change(
+    "megatron.core.ssm.gated_delta_net.common:_GDNBase._apply_gated_norm",
+    *("replaced", _WHY, _UNTIL, _TEST, ("self", "x", "gate")),
+)
+OUTPUT_GATE = Change(
+    "megatron.core.transformer.attention:Attention._apply_output_gate",
+    *("replaced", _WHY, _UNTIL, _TEST, ("self", "x", "gate")),
+)
 
 
 def use(adam: type, rope: Callable[[Tensor], Tensor], swiglu: Callable[[Tensor], Tensor]) -> None:
@@ -41,3 +49,14 @@ def use(adam: type, rope: Callable[[Tensor], Tensor], swiglu: Callable[[Tensor],
     ROPE.put(first_argument(rope))
     ROPE_PACKED.put(first_argument(rope))
     SWIGLU.put(first_argument(swiglu))
+
+
+def use_gates(norm: Callable[[Any, Tensor, Tensor], Tensor], gate: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+    """Have layers with gates, which Megatron compiles on a GPU, use these kernels for the rest of this process.
+
+    Args:
+        norm: of a gated delta net, its heads' outputs and their gates [..., dv] -> [n, dv].
+        gate: of an attention, its output and the gate of it; keeps the output's shape.
+    """
+    GATED_NORM.put(norm)
+    OUTPUT_GATE.put(gate)

@@ -51,6 +51,11 @@ NORM = _change(
     _CLIPPING,
     *("chunk_size", "noop_flag", "tensor_lists", "per_tensor", "args"),
 )
+EDGES = _change(
+    "megatron.core.ssm.gated_delta_net.common:_GDNBase._resolve_cu_seqlens",
+    "It checks the edges of a packed row's samples by their values. The replacement returns them unchecked.",
+    *("self", "cu_seqlens_padded", "cu_seqlens_actual", "total_seq_len", "name", "cp_size"),
+)
 
 ROUTE = Change(
     "megatron.core.transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.preprocess",
@@ -77,6 +82,7 @@ def install() -> None:
     SUCCESS.wrap(_own_success)
     APPLY.put(lambda op, noop_flag_buffer, tensor_lists, *args: op(0, noop_flag_buffer, tensor_lists, *args))
     SCALE.put(None)
+    EDGES.put(lambda _, padded, actual, *__, **___: actual if padded is None else padded)
     NORM.put(lambda chunk_size, noop_flag, tensor_lists, *_: (tensor_lists[0][0].new_zeros(1), None))
 
 
@@ -111,7 +117,8 @@ def route_evenly(load: float) -> None:
             dispatcher, chosen = ROUTE.read(preprocess, args, kwargs).values()
             sent = chosen.shape[0] * dispatcher.config.moe_router_topk
             ranks, experts = dispatcher.ep_size, dispatcher.num_local_experts
-            received = _equal_parts(round(sent * load / ranks), experts)  # of each rank, by expert
+            own_load = load if ranks * dispatcher.tp_size > 1 else 1.0  # one rank's experts receive its own tokens
+            received = _equal_parts(round(sent * own_load / ranks), experts)  # of each rank, by expert
             dispatcher.input_splits = _equal_parts(sent, ranks)
             dispatcher.output_splits = [sum(received)] * ranks
             dispatcher.output_splits_tp = numpy.full(dispatcher.tp_size, sum(received) * ranks)

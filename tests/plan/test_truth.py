@@ -61,6 +61,22 @@ def test_layout_of_experts(layout: Layout, data: Path, tmp_path: Path):
     check(made, layout.world, [0])
 
 
+HYBRID_LAYOUTS = {
+    "one": pytest.param("hybrid", Layout(), marks=pytest.mark.plan),
+    "tp2-sp": pytest.param("hybrid", Layout(tensor=2, sequence=True), marks=pytest.mark.plan),
+    "cp2": pytest.param("hybrid", Layout(context=2), marks=pytest.mark.plan),
+    "moe-dp2-ep2": pytest.param("hybrid_moe", Layout(data=2, expert=2), marks=pytest.mark.plan),
+}
+
+
+@pytest.mark.parametrize(("model", "layout"), HYBRID_LAYOUTS.values(), ids=HYBRID_LAYOUTS.keys())
+def test_layout_of_hybrids(model: str, layout: Layout, data: Path, tmp_path: Path):
+    """With the gated delta nets' kernels in torch."""
+    batch = f"train.global_batch_size={2 * layout.data}"
+    made = make_recipe(tmp_path, data, Case(model=model), layout, 2, "device=cpu", batch)
+    check(made, layout.world, [0])
+
+
 SMOLLM2 = {
     "hidden_size": 576,
     "intermediate_size": 1536,

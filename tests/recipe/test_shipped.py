@@ -27,7 +27,12 @@ from tests.helpers.world import run_world
 
 
 def test_every_recipe_is_tried():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == SHIPPED.keys() | {"tiny", "tiny_moe", "cpu_demo"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == SHIPPED.keys() | {
+        "tiny",
+        "tiny_moe",
+        "tiny_hybrid",
+        "cpu_demo",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))

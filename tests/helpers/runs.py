@@ -89,7 +89,7 @@ HYBRID: dict[str, Any] = {
     "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
     "linear_num_key_heads": 4,
     "linear_num_value_heads": 8,
-    "linear_key_head_dim": 8,
+    "linear_key_head_dim": 16,
     "linear_value_head_dim": 12,
     "linear_conv_kernel_dim": 4,
     "rope_parameters": {

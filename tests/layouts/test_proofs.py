@@ -186,5 +186,4 @@ def test_a_broken_layout_is_seen(
 ):
     made = make_recipe(data / f"broken-{breaking.__name__}", data, case, layout, 1)
     found = differences(run(made, layout.world, before=breaking), plain(case, 1))
-    print(hurt, found[hurt], sorted(found.items(), key=lambda x: -x[1])[:4])
     assert found[hurt] > 20 * TOLERANCE

@@ -118,7 +118,7 @@ def keep_the_state_of_the_sample_before() -> None:
 
 
 def cut_the_joined_projections_evenly() -> None:
-    """A tensor-parallel rank takes neighbouring rows of a gated delta net's joined projections, not of each its part."""
+    """A tensor-parallel rank takes neighbouring rows of the joined projections, not its part of each."""
     by_section = load.fill_part
 
     def fill(parameter: Tensor, weight: Weight, source: load.Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 from bft_megatron.errors import FieldError
@@ -39,6 +40,18 @@ class ModelShape(Protocol):
     def experts(self) -> ExpertShape | None:
         """The experts of a mixture; None: a dense model."""
 
+    @property
+    def linear_attention(self) -> LinearAttentionShape | None:
+        """The gated delta nets of a hybrid; None: every layer has attention."""
+
+
+class LinearAttentionShape(Protocol):
+    """The size of gated delta nets that the checks need; `hf.model_config.LinearAttention` provides it."""
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key heads, a divisor of that of value heads."""
+
 
 class ExpertShape(Protocol):
     """The sizes of a mixture that the checks need; `hf.model_config.Experts` provides them."""
@@ -65,6 +78,8 @@ def check_layout(recipe: Recipe, model: ModelShape) -> None:
     _check_sizes(recipe)
     _check_model(recipe, model)
     _check_experts(recipe, model.experts)
+    if model.linear_attention is not None:
+        _check_linear_attention(recipe, model.linear_attention)
     _check_row_length(recipe, model)
 
 
@@ -180,6 +195,34 @@ def _check_kernels(recipe: Recipe) -> None:
     for flag, value in {"moe-router-fusion": True, "moe-token-dispatcher-type": "flex"}.items():
         if recipe.megatron.get(flag) == value:
             raise FieldError(f"megatron.{flag}", "its kernels are for GPUs, and device is cpu: leave it out")
+
+
+def _check_linear_attention(recipe: Recipe, net: LinearAttentionShape) -> None:
+    tensor, context = recipe.parallel.tensor, recipe.parallel.context
+    what = f"does not divide the {net.key_heads} key heads of the model's gated delta nets"
+    if net.key_heads % tensor:
+        raise FieldError("parallel.tensor", f"{tensor} {what}")
+    if net.key_heads % (tensor * context):
+        raise FieldError("parallel.context", f"tensor x context = {tensor * context} {what}: each rank computes some")
+    _check_flags_of_linear_attention(recipe)
+
+
+def _check_flags_of_linear_attention(recipe: Recipe) -> None:
+    """Refuse flags with which the first step would fail, or which nobody has tried with these layers."""
+    flags = recipe.megatron
+    if flags.get("deterministic-mode") and recipe.data.packing:
+        raise FieldError(
+            "megatron.deterministic-mode",
+            "gated delta nets then take no packed rows: leave it out, or set data.packing to false",
+        )
+    torch_layers = recipe.device == "cpu" or importlib.util.find_spec("transformer_engine") is None
+    if "gdn_norm_out" in (flags.get("recompute-modules") or ()) and torch_layers:
+        raise FieldError(
+            "megatron.recompute-modules",
+            "gdn_norm_out needs a GPU and Transformer Engine: leave it out, or set recompute-granularity to full",
+        )
+    if flags.get("tp-comm-overlap"):
+        raise FieldError("megatron.tp-comm-overlap", "it was not tried with gated delta nets: leave it out")
 
 
 def _check_row_length(recipe: Recipe, model: ModelShape) -> None:

@@ -1,4 +1,4 @@
-"""Transformer Engine's kernels on a GPU: which of them this installation has, and what a run costs without.
+"""Kernels on a GPU that other packages bring: which of them this installation has, and what a run costs without.
 
 Megatron uses a kernel for experts only where a flag asks for it, and may end the run where the kernel is missing.
 """
@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bft_megatron.upstream import gated_delta
+
 LAYERS_OF_TORCH = (
     "Transformer Engine is not installed: the layers are torch's, with flash attention in bf16 and fp16, without its "
     "fused norms, rotary embedding and FP8"
 )
 ONE_AFTER_THE_OTHER = "a layer's experts are multiplied one after the other, each too small a product to fill the GPU"
+DELTA_NETS_OF_TORCH = (
+    "flash-linear-attention is not installed: gated delta nets are computed by torch, one sample of a packed row after "
+    "the other, which is slower; pip install flash-linear-attention"
+)
 SEVERAL_PASSES = "tokens are sorted by expert in several passes over memory, with a copy each"
 
 
@@ -45,17 +51,19 @@ def expert_flags() -> list[str]:
     return [f"--{kernel.flag}" for kernel in EXPERT_KERNELS if kernel.is_there()]
 
 
-def missing(*, torch_layers: bool, experts: bool) -> list[str]:
+def missing(*, torch_layers: bool, experts: bool, delta_nets: bool) -> list[str]:
     """Return a sentence for each thing that a GPU does more slowly on this installation than it could.
 
     Args:
         torch_layers: whether the package's own layers are used, for want of Transformer Engine.
         experts: whether the model has experts.
+        delta_nets: whether it has gated delta nets.
     """
+    slow_nets = [DELTA_NETS_OF_TORCH] if delta_nets and not gated_delta.fla_is_used() else []
     if torch_layers:
         slow = f"; {ONE_AFTER_THE_OTHER}, and {SEVERAL_PASSES}"
-        return [LAYERS_OF_TORCH + slow * experts]
-    return [
+        return [LAYERS_OF_TORCH + slow * experts, *slow_nets]
+    return slow_nets + [
         f"Transformer Engine lacks {kernel.flag}, which {kernel.release} has: {kernel.without}"
         for kernel in EXPERT_KERNELS
         if experts and not kernel.is_there()

@@ -128,8 +128,9 @@ def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
     """Print the first lines of the run, and what a GPU does more slowly than it could."""
     print(sentence(run, start), *notes(run), sep="\n", file=console, flush=True)
     if not on_cpu:
-        experts = run.config.experts is not None
-        for line in kernels.missing(torch_layers=initialize.torch_layers(on_cpu), experts=experts):
+        experts, delta_nets = run.config.experts is not None, run.config.linear_attention is not None
+        torch_layers = initialize.torch_layers(on_cpu)
+        for line in kernels.missing(torch_layers=torch_layers, experts=experts, delta_nets=delta_nets):
             print(line, file=console, flush=True)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from tests.helpers.runs import Case, Layout
+from tests.helpers.runs import HYBRID, Case, Layout
 
 OWN = "examples.objectives.group_normalised:record"
 MOST_PROCESSES = 8
@@ -28,6 +28,9 @@ OBJECTIVES = [
 
 MIXTURES = ("qwen3_moe", "qwen3_moe_dense", "qwen2_moe", "mixtral", "hunyuan", "glm")
 """Those of `runs.VARIANTS` that have experts: of every kind of router, with shared experts and dense layers."""
+
+HYBRIDS = ("hybrid", "hybrid_moe", "next")
+"""Those that have gated delta nets: without experts, with experts, and with both kinds of feed-forward network."""
 
 CHOSEN = [
     # Padded rows: every dimension alone and together, one and two rows a micro-batch.
@@ -61,6 +64,14 @@ CHOSEN = [
     (Case(model="mixtral"), Layout(context=2, data=2, expert=4)),
     (Case(model="hunyuan"), Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2)),
     (Case("sft", model="glm"), Layout(tensor=2, sequence=True, expert=2)),
+    # Hybrids: their heads cut by tensor and context parallelism, their layers of two kinds by the pipeline.
+    (Case(model="hybrid"), Layout(tensor=2)),
+    (Case("dft", model="hybrid"), Layout(context=4)),
+    (Case("sft", packing=False, model="hybrid"), Layout(tensor=2, context=2, sequence=True)),
+    (Case(OWN, packing=False, model="hybrid"), Layout(pipeline=2, virtual_pipeline=2, micro_batch_size=2)),
+    (Case("sft", "samples", model="hybrid_moe"), Layout(context=2, data=2, expert=2)),
+    (Case(model="next"), Layout(tensor=2, sequence=True, expert=2)),
+    (Case("dft", packing=False, model="next"), Layout(pipeline=2, data=2, expert=2)),
 ]
 
 
@@ -97,6 +108,18 @@ def mixture_cases() -> list[tuple[Case, Layout]]:
     return _cases(every_layout_of_experts(), MIXTURES)
 
 
+def hybrid_cases() -> list[tuple[Case, Layout]]:
+    """The same of every hybrid, those with experts on every layout of their experts, where heads can be cut so."""
+    found = _cases(every_layout(), ["hybrid"]) + _cases(every_layout_of_experts(), ["hybrid_moe", "next"])
+    heads = HYBRID["linear_num_key_heads"]
+    return [pair for pair in found if heads % (pair[1].tensor * pair[1].context) == 0]
+
+
+def every_kind_of_cases() -> tuple[list[tuple[Case, Layout]], ...]:
+    """The cases by kind of model, of which a draw takes equal parts: most of all cases are mixtures."""
+    return dense_cases(), mixture_cases(), hybrid_cases()
+
+
 def _cases(layouts: Sequence[Layout], models: Sequence[str]) -> list[tuple[Case, Layout]]:
     found = []
     for layout, model, objective, packing in product(layouts, models, OBJECTIVES, (True, False)):
@@ -106,9 +129,9 @@ def _cases(layouts: Sequence[Layout], models: Sequence[str]) -> list[tuple[Case,
 
 
 def drawn(count: int) -> list[tuple[Case, Layout]]:
-    """`count` others than CHOSEN by SEED, half of them mixtures, those of fewer processes likelier for a short run."""
-    rng, found = random.Random(SEED), []
-    for cases in (dense_cases(), mixture_cases()):
+    """`count` others than CHOSEN by SEED, as many of each kind, those of fewer processes likelier for a short run."""
+    rng, found, kinds = random.Random(SEED), [], every_kind_of_cases()
+    for cases in kinds:
         pool = [pair for pair in cases if pair not in CHOSEN]
-        found += sorted(pool, key=lambda pair: rng.random() ** pair[1].world, reverse=True)[: count // 2]
+        found += sorted(pool, key=lambda pair: rng.random() ** pair[1].world, reverse=True)[: count // len(kinds)]
     return found

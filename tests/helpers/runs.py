@@ -83,12 +83,15 @@ class Case:
 
 HYBRID: dict[str, Any] = {
     # A sample's first output is its value times (query . key), which the norm after it may blow up, and with it any
-    # rounding: not with these two, under which transformers' own fp32 is within 2e-5 of float64.
+    # rounding: not with these two.
     "initializer_range": 0.05,
-    "rms_norm_eps": 1e-3,
+    "rms_norm_eps": 1e-2,
     "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    # A decay is drawn as transformers draws it, and most forget all within a token: their gradients are as small, and
+    # sums of terms that cancel, to a sixtieth of their size. Of 12 heads each layer has some that remember; of 8
+    # layer 1 has none, and transformers' own fp32 is 5e-3 off float64 in its A_log.
     "linear_num_key_heads": 4,
-    "linear_num_value_heads": 8,
+    "linear_num_value_heads": 12,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
     "linear_conv_kernel_dim": 4,

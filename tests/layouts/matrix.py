@@ -1,7 +1,7 @@
 """Every objective on every layout, as a table: `make matrix`, or a sample of it with `make matrix N=200 SEED=1`.
 
-What `test_layouts` does for some is done here for all that eight processes can hold; of a sample half are mixtures of
-experts, of which it would be nine tenths otherwise. All take days on two cores; an interrupt ends it with the table so
+What `test_layouts` does for some is done here for all that eight processes can hold; of a sample a third each are dense
+models, mixtures of experts and hybrids. All take days on two cores; an interrupt ends it with the table so
 far.
 """
 
@@ -21,7 +21,7 @@ from rich.table import Table
 
 import tests.conftest  # noqa: F401  torch and Megatron, once, before any fork
 from tests.helpers import model_reference as reference
-from tests.helpers.cases import SEED, dense_cases, mixture_cases
+from tests.helpers.cases import SEED, every_kind_of_cases
 from tests.helpers.comparing import TOLERANCE, differences
 from tests.helpers.runs import Case, Layout, Result, make_recipe, run, write_data
 
@@ -30,9 +30,10 @@ console = Console()
 
 def main(count: int | None) -> int:
     """Run all cases, or `count` of them, and print a line a layout; 1 if a difference is above the tolerance."""
-    kinds, rng = (dense_cases(), mixture_cases()), random.Random(SEED)
+    kinds, rng = every_kind_of_cases(), random.Random(SEED)
     total = sum(map(len, kinds))
-    chosen = [pair for pool in kinds for pair in rng.sample(pool, min((count or 2 * total) // 2, len(pool)))]
+    each = total if count is None else count // len(kinds)
+    chosen = [pair for pool in kinds for pair in rng.sample(pool, min(each, len(pool)))]
     worst: dict[str, list[tuple[float, str]]] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         matrix = Matrix(Path(folder))

@@ -90,6 +90,12 @@ def test_nor_does_it_where_samples_share_experts(data: Path, context: int):
     _check(data / "qwen3_moe", 1, context)
 
 
+@pytest.mark.parametrize(("tensor", "context"), [(1, 1), (1, 2), (2, 2)])
+def test_nor_does_it_where_a_state_runs_over_the_row(data: Path, tensor: int, context: int):
+    """In gated delta nets, whose convolution and state go from token to token."""
+    _check(data / "hybrid", tensor, context)
+
+
 def _check(model: Path, tensor: int, context: int) -> None:
     ranks = run_world(tensor * context, log_probs, model, tensor, context, megatron=True)
     for rank, (before, after) in enumerate(ranks):

@@ -37,7 +37,7 @@ def test_packed_rows_and_padded_rows_of_the_same_samples_give_the_same_numbers(d
 
 
 @pytest.mark.parametrize(
-    ("case", "layout"), [*CHOSEN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in drawn(20))], ids=str
+    ("case", "layout"), [*CHOSEN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in drawn(21))], ids=str
 )
 def test_layout_agrees_with_plain_float64_and_with_one_process(
     case: Case,

@@ -12,10 +12,13 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.router import Router
+from torch import Tensor
 
-from bft_megatron.hf import load
+from bft_megatron.hf import layer_weights, load
 from bft_megatron.hf.place import Place
-from bft_megatron.layers import norm
+from bft_megatron.hf.tensors import Weight, split
+from bft_megatron.layers import delta_rule, norm
+from bft_megatron.layers.delta_net import HeadNorm
 from bft_megatron.objective import view
 from bft_megatron.training import arguments, step
 from tests.helpers.comparing import TOLERANCE, differences
@@ -94,9 +97,60 @@ def halve_the_gradients_of_experts() -> None:
     DistributedDataParallel.scale_gradients = scale_twice
 
 
+def convolve_across_samples() -> None:
+    """The convolution of a gated delta net sees the last tokens of the neighbour."""
+    within = delta_rule.causal_conv1d
+
+    def across(*args: Any, cu_seqlens: Tensor, **options: Any) -> Any:
+        return within(*args, **options)
+
+    delta_rule.causal_conv1d = across
+
+
+def keep_the_state_of_the_sample_before() -> None:
+    """A sample of a packed row begins with its neighbour's state."""
+    within = delta_rule.chunk_gated_delta_rule
+
+    def across(*args: Any, cu_seqlens: Tensor, **options: Any) -> Any:
+        return within(*args, **options)
+
+    delta_rule.chunk_gated_delta_rule = across
+
+
+def cut_the_joined_projections_evenly() -> None:
+    """A tensor-parallel rank takes neighbouring rows of the joined projections, not its part of each."""
+    by_section = load.fill_part
+
+    def fill(parameter: Tensor, weight: Weight, source: load.Source) -> None:
+        if not weight.name.endswith("in_proj.weight"):
+            by_section(parameter, weight, source)
+            return
+        tp, rank = load.tensor_parallel_of(weight)
+        whole = torch.cat([source(tensor, None, 0, 0) for tensor in weight.tensors])
+        parameter.copy_(whole.chunk(tp)[rank])
+
+    load.fill_part = fill
+
+
+def take_gates_for_queries() -> None:
+    """The rows of query and gate, of which a file has each head's together, are taken for all queries and all gates."""
+    layer_weights.split = lambda whole, *sizes, blocks=1: split(whole, *sizes)
+
+
+def keep_head_norm_gradients_local() -> None:
+    """A tensor-parallel rank norms its own heads: without the sum over ranks each has its own gradient."""
+
+    def forward(self: HeadNorm, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+    HeadNorm.forward = forward
+
+
 MIXTURE = Case(model="qwen3_moe")
 ON_TWO = Layout(data=2, expert=2)
 EXPERT = "gradient model.layers.0.mlp.experts.5.down_proj.weight"
+HYBRID = Case(model="hybrid")
+DELTA_NET = "model.layers.0.linear_attn"
 
 
 @pytest.mark.parametrize(
@@ -115,6 +169,11 @@ EXPERT = "gradient model.layers.0.mlp.experts.5.down_proj.weight"
         ),
         (weigh_by_the_softmax_of_all, MIXTURE, ON_TWO, EXPERT),
         (halve_the_gradients_of_experts, MIXTURE, ON_TWO, EXPERT),
+        (convolve_across_samples, HYBRID, Layout(), f"gradient {DELTA_NET}.conv1d.weight"),
+        (keep_the_state_of_the_sample_before, HYBRID, Layout(), f"gradient {DELTA_NET}.A_log"),
+        (cut_the_joined_projections_evenly, HYBRID, Layout(tensor=2), f"gradient {DELTA_NET}.in_proj_qkv.weight"),
+        (take_gates_for_queries, HYBRID, Layout(), "gradient model.layers.3.self_attn.q_proj.weight"),
+        (keep_head_norm_gradients_local, HYBRID, Layout(tensor=2), f"gradient {DELTA_NET}.norm.weight"),
     ],
 )
 def test_a_broken_layout_is_seen(

@@ -33,3 +33,15 @@ def test_five_layers_on_two_stages(data: Path, five_layers: str):
     for advised in ("decoder-first-pipeline-num-layers=3", "account-for-embedding-in-pipeline-split=true"):
         made = make_recipe(data / advised.partition("=")[0], data, case, PIPELINE, 1, f"megatron.{advised}")
         assert_same(run(made, PIPELINE.world), reference.first_step(made, 1))
+
+
+def test_layers_of_two_kinds(data: Path):
+    """Three gated delta nets on the first stage; attention and another net on the second."""
+    kinds = ["linear_attention"] * 3 + ["full_attention", "linear_attention"]
+    shutil.copytree(data / "hybrid", data / "five_of_two")
+    config = json.loads((data / "hybrid" / "config.json").read_text())
+    config |= {"num_hidden_layers": 5, "layer_types": kinds}
+    (data / "five_of_two" / "config.json").write_text(json.dumps(config))
+    first = "megatron.decoder-first-pipeline-num-layers=3"
+    made = make_recipe(data / "two-kinds", data, Case(model="five_of_two"), PIPELINE, 1, first)
+    assert_same(run(made, PIPELINE.world), reference.first_step(made, 1))

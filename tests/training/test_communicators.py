@@ -53,6 +53,8 @@ def _noting(groups: set[str], call: Callable[..., Any]) -> Callable[..., Any]:
         ("qwen3_moe", Layout(tensor=2, data=2, expert=2, sequence=True)),
         ("qwen3_moe", Layout(data=4, expert=2, expert_tensor=2)),
         ("qwen3_moe", Layout(pipeline=2, context=2, expert=2)),
+        ("hybrid", Layout(tensor=2, context=2)),
+        ("next", Layout(pipeline=2, context=2, expert=2)),
     ],
     ids=str,
 )

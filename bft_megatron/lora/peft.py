@@ -27,7 +27,7 @@ from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import places
 from bft_megatron.lora.adapter_config import adapter_config
 from bft_megatron.lora.base import check_base
-from bft_megatron.lora.factors import Factors, adapted, all_factors, scale, settings_of
+from bft_megatron.lora.factors import Factors, adapted, all_factors, in_files, scale, settings_of
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 
@@ -51,7 +51,7 @@ class AdapterFolder:
         _check_config(folder / CONFIG, adapter_config("", config, settings))
         entries = shards.read_header(folder / WEIGHTS)
         _refuse_joined(folder / WEIGHTS, entries)
-        expected = {PREFIX + t.name: t.shape for w in all_factors(adapted(config, settings)) for t in w.tensors}
+        expected = {PREFIX + t.name: t.shape for t in in_files(all_factors(adapted(config, settings)))}
         found = {name: entry.shape for name, entry in entries.items()}
         differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if differing:
@@ -90,13 +90,12 @@ def export_adapter(
         checkpoint.check_shape(weight)
     tensors = [
         shards.Output(
-            PREFIX + t.name,
-            dtype or checkpoint.dtype(weight),
-            t.shape,
-            partial(checkpoint.read_tensor, weight, 0),
+            PREFIX + tensor.name,
+            dtype or checkpoint.dtype(parts[0][0]),
+            tensor.shape,
+            partial(checkpoint.read_whole, tensor, parts),
         )
-        for weight in factors
-        for t in weight.tensors
+        for tensor, parts in in_files(factors).items()
     ]
     with written_whole(out) as unfinished:
         for file in companions(run.model):
@@ -130,11 +129,14 @@ def export_merged(
 
     def read(tensor: HFTensor) -> Tensor:
         value = source(tensor, None, 0, 0)
-        if tensor.name not in factors:
+        if tensor not in factors:
             return value
-        own = factors[tensor.name]
-        a, b = (checkpoint.read_tensor(w, 0).float() for w in (own.a, own.b))
-        return (value.float() + scale(settings) * (b @ a)).to(dtype or value.dtype)
+        merged = value.to(torch.float32, copy=True)
+        for own in factors[tensor]:
+            a, b = (checkpoint.read_whole(t, parts) for t, parts in in_files([own.a, *own.b]).items())
+            matrix = own.matrix.read(merged.__getitem__, None, 0, 0)
+            matrix += scale(settings) * (b.float() @ a.float())
+        return merged.to(dtype or value.dtype)
 
     tensors = [
         shards.Output(t.name, dtype or source(t, 0, 0, 1).dtype, t.shape, partial(read, t)) for t in places(config)
@@ -142,15 +144,15 @@ def export_merged(
     write_model(out, run.model, tensors, checkpoint.identity, base=folder)
 
 
-def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[str, Factors]:
-    """Return the factors by the name of the matrix that they adapt."""
-    found = {}
-    for entry in adapted(config, settings):
-        for tensor, factors in zip(entry.weight.tensors, entry.factors, strict=True):
-            if factors is not None:
-                checkpoint.check_shape(factors.a)
-                checkpoint.check_shape(factors.b)
-                found[tensor.name] = factors
+def _by_tensor(
+    config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint
+) -> dict[HFTensor, list[Factors]]:
+    """Return the factors by the tensor of the files whose matrix, or matrices, they adapt."""
+    found: dict[HFTensor, list[Factors]] = {}
+    for factors in (f for entry in adapted(config, settings) for f in entry.factors):
+        for weight in (factors.a, *factors.b):
+            checkpoint.check_shape(weight)
+        found.setdefault(factors.matrix.whole, []).append(factors)
     return found
 
 

@@ -179,6 +179,10 @@ class TrainSettings:
 
 LORA_TARGETS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "linear_attention": (
+        *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+        *("in_proj_qkvz", "in_proj_ba"),
+    ),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
 """Group of modules -> the Hugging Face names of its modules."""

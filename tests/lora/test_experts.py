@@ -18,7 +18,7 @@ from torch import Tensor
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.lora.adapter_config import adapter_config
-from bft_megatron.lora.factors import adapted, all_factors, settings_of
+from bft_megatron.lora.factors import adapted, all_factors, in_files, settings_of
 from bft_megatron.lora.layers import GroupedAdapters, adapter_of
 from bft_megatron.lora.peft import CONFIG, PREFIX, WEIGHTS, AdapterFolder
 from bft_megatron.recipe.schema import LoraSettings, Recipe
@@ -34,7 +34,7 @@ SETTINGS = LoraSettings(rank=4, alpha=8)
 def write_adapter(folder: Path, model: Path, settings: LoraSettings = SETTINGS) -> Path:
     """A folder with random factors, as an export writes it."""
     config, generator = read_config(model), torch.Generator().manual_seed(3)
-    shapes = {t.name: t.shape for w in all_factors(adapted(config, settings)) for t in w.tensors}
+    shapes = {t.name: t.shape for t in in_files(all_factors(adapted(config, settings)))}
     folder.mkdir()
     save_file(
         {PREFIX + name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
@@ -53,8 +53,7 @@ def apart(joined: dict[str, Tensor], model: Path) -> dict[str, Tensor]:
     config, r = read_config(model), SETTINGS.rank
     known = {name.removeprefix(PREFIX).replace(".default.", "."): value for name, value in joined.items()}
     found = {}
-    for weight in all_factors(adapted(config, SETTINGS)):
-        [tensor] = weight.tensors
+    for tensor, [(weight, _), *_] in in_files(all_factors(adapted(config, SETTINGS))).items():
         if weight.expert is None:
             found[tensor.name] = known[tensor.name]
             continue
@@ -88,8 +87,9 @@ def gradients(made: Recipe) -> dict[str, Tensor]:
     dcp.load(moments, storage_reader=reader, no_dist=True)
     found = {}
     for weight in all_factors(adapted(read_config(Path(made.model)), made.lora)):
-        whole = moments[prefix + weight.name] / (1 - made.train.adam_beta1)
-        found[weight.tensors[0].name] = whole if weight.expert is None else whole[weight.expert]
+        value, [tensor] = moments[prefix + weight.name] / (1 - made.train.adam_beta1), weight.tensors
+        value = value if weight.expert is None else value[weight.expert]
+        tensor.put(value, found.setdefault(tensor.name, torch.full(tensor.whole.shape, torch.nan)))
     return found
 
 

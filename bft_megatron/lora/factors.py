@@ -28,7 +28,7 @@ class Factors:
     module: str
     """The module's name in `lora.target`, such as `q_proj`."""
     matrix: HFTensor
-    """The matrix [out, in]: a tensor of the files, or an expert's rows of one."""
+    """The matrix itself, [out, in]."""
     a: Weight
     """[rank, in]; named like the matrix, with `lora_A.weight` in place of `weight`, in checkpoints too. There all
     experts of a layer are one tensor, [experts, rank, in], whose name has no expert's number, as with their weights."""
@@ -61,11 +61,11 @@ def settings_of(recipe: Recipe) -> LoraSettings:
 def adapted(config: ModelConfig, settings: LoraSettings) -> list[Adapted]:
     """Return every parameter that gets an adapter, in the order of the layers."""
     found = []
+    own_names = dict(zip(config.experts.names.matrices, LORA_TARGETS["mlp"], strict=True)) if config.experts else {}
     for weight in weights(config):
-        matrices = [_matrix(config, weight, i) for i in range(len(weight.tensors))]
-        parts = _parts(weight, matrices, settings)
-        if any(parts):
-            found.append(Adapted(weight, parts))
+        modules = [_module(weight, tensor, settings, own_names) for tensor in weight.tensors]
+        if any(modules):
+            found.append(Adapted(weight, _parts(weight, modules, settings.rank)))
     return found
 
 
@@ -74,56 +74,44 @@ def scale(settings: LoraSettings) -> float:
     return settings.alpha / settings.rank
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """A Hugging Face matrix, whatever tensors its files have."""
+def _module(weight: Weight, tensor: HFTensor, settings: LoraSettings, own_names: dict[str, str]) -> str | None:
+    """Return the name of a tensor's module if the settings name it and the tensor is its matrix, or rows of it.
 
-    path: str
-    """Name of its module in the whole model."""
-    module: str
-    """The module's name in `lora.target`."""
-    tensor: HFTensor
-
-
-def _matrix(config: ModelConfig, weight: Weight, index: int) -> _Matrix | None:
-    """Return the matrix that a weight's tensor is, or is a part of; None: it is not a layer's matrix."""
-    tensor = weight.tensors[index]
-    if weight.expert is not None and tensor.rows is not None:  # all experts of a layer are one tensor of the files
-        module = LORA_TARGETS["mlp"][index if weight.axis == 0 else 2]
-        return _Matrix(f"{tensor.name.rpartition('.')[0]}.{weight.expert}.{module}", module, tensor)
+    Args:
+        own_names: the names in `lora.target` of matrices that the model's files name otherwise.
+    """
     path, _, kind = tensor.name.rpartition(".")
-    if weight.layer is None or kind != "weight":
-        return None
-    own = dict(zip(config.experts.names.matrices, LORA_TARGETS["mlp"], strict=True)) if config.experts else {}
     last = path.rpartition(".")[2]
-    return _Matrix(path, own.get(last, last), tensor.whole)
+    module = own_names.get(last, last)
+    if weight.layer is None or kind != "weight" or module not in settings.modules:
+        return None
+    return module if weight.expert is None or settings.experts else None
 
 
-def _parts(
-    weight: Weight, matrices: list[_Matrix | None], settings: LoraSettings
-) -> tuple[tuple[Factors, Weight] | None, ...]:
-    """Return the entries of `Adapted.parts` by the matrix of each of a weight's tensors."""
-    own: dict[_Matrix, list[HFTensor]] = {}
-    for matrix, tensor in zip(matrices, weight.tensors, strict=True):
-        if matrix is not None and matrix.module in settings.modules and (weight.expert is None or settings.experts):
-            own.setdefault(matrix, []).append(tensor)
-    factors = {matrix: _factors(weight, matrix, tensors, settings.rank) for matrix, tensors in own.items()}
-    rows = {matrix: iter(f.b) for matrix, f in factors.items()}
-    return tuple((factors[m], next(rows[m])) if m in factors else None for m in matrices)
+def _parts(weight: Weight, modules: list[str | None], rank: int) -> tuple[tuple[Factors, Weight] | None, ...]:
+    """Return the entries of `Adapted.parts` by the module of each of a weight's tensors."""
+    own: dict[str, list[HFTensor]] = {}
+    for module, tensor in zip(modules, weight.tensors, strict=True):
+        if module is not None:
+            own.setdefault(module, []).append(tensor)
+    factors = {module: _factors(weight, module, tensors, rank) for module, tensors in own.items()}
+    rows = {module: iter(f.b) for module, f in factors.items()}
+    return tuple(None if m is None else (factors[m], next(rows[m])) for m in modules)
 
 
-def _factors(weight: Weight, matrix: _Matrix, parts: list[HFTensor], rank: int) -> Factors:
+def _factors(weight: Weight, module: str, parts: list[HFTensor], rank: int) -> Factors:
     """Return the factors of a matrix that a weight has in these parts."""
-    rows, columns = matrix.tensor.shape
+    matrix = parts[0].whole
+    path, (rows, columns) = matrix.name.removesuffix(".weight"), matrix.shape
     # A row-parallel matrix is sharded along its input, and so is A; a column-parallel one along its output, as is B.
-    a = _factor(weight, HFTensor(f"{matrix.path}.lora_A.weight", (rank, columns)), axis=1)
-    b = HFTensor(f"{matrix.path}.lora_B.weight", (rows, rank))
+    a = _factor(weight, HFTensor(f"{path}.lora_A.weight", (rank, columns)), axis=1)
+    b = HFTensor(f"{path}.lora_B.weight", (rows, rank))
     if len(parts) == 1:
-        return Factors(matrix.module, matrix.tensor, a, (_factor(weight, b, axis=0),))
+        return Factors(module, matrix, a, (_factor(weight, b, axis=0),))
     places = [replace(p.rows, shape=b.shape) for p in parts if p.rows is not None]
     own = [replace(b, shape=(p.shape[0], rank), rows=at) for p, at in zip(parts, places, strict=True)]
     numbered = tuple(_factor(weight, t, axis=0, number=f".{i}") for i, t in enumerate(own))
-    return Factors(matrix.module, matrix.tensor, a, numbered)
+    return Factors(module, matrix, a, numbered)
 
 
 def _factor(weight: Weight, tensor: HFTensor, axis: int, number: str = "") -> Weight:

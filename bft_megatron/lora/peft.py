@@ -27,7 +27,7 @@ from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import places
 from bft_megatron.lora.adapter_config import adapter_config
 from bft_megatron.lora.base import check_base
-from bft_megatron.lora.factors import Factors, adapted, all_factors, in_files, scale, settings_of
+from bft_megatron.lora.factors import adapted, all_factors, in_files, scale, settings_of
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 
@@ -125,18 +125,14 @@ def export_merged(
     folder = find_model(recipe.model) if recipe.init == "pretrained" else None
     check_base(run, recipe, config, folder)
     checkpoint, source = newest_checkpoint(run.checkpoints, iteration), open_source(folder, config, recipe.train.seed)
-    factors = _by_tensor(config, settings, checkpoint)
+    factors = _by_matrix(config, settings, checkpoint)
 
     def read(tensor: HFTensor) -> Tensor:
         value = source(tensor, None, 0, 0)
         if tensor not in factors:
             return value
-        merged = value.to(torch.float32, copy=True)
-        for own in factors[tensor]:
-            a, b = (checkpoint.read_whole(t, parts) for t, parts in in_files([own.a, *own.b]).items())
-            matrix = own.matrix.read(merged.__getitem__, None, 0, 0)
-            matrix += scale(settings) * (b.float() @ a.float())
-        return merged.to(dtype or value.dtype)
+        a, b = (checkpoint.read_whole(*item).float() for item in in_files(factors[tensor]).items())
+        return (value.float() + scale(settings) * (b @ a)).to(dtype or value.dtype)
 
     tensors = [
         shards.Output(t.name, dtype or source(t, 0, 0, 1).dtype, t.shape, partial(read, t)) for t in places(config)
@@ -144,15 +140,11 @@ def export_merged(
     write_model(out, run.model, tensors, checkpoint.identity, base=folder)
 
 
-def _by_tensor(
-    config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint
-) -> dict[HFTensor, list[Factors]]:
-    """Return the factors by the tensor of the files whose matrix, or matrices, they adapt."""
-    found: dict[HFTensor, list[Factors]] = {}
-    for factors in (f for entry in adapted(config, settings) for f in entry.factors):
-        for weight in (factors.a, *factors.b):
-            checkpoint.check_shape(weight)
-        found.setdefault(factors.matrix.whole, []).append(factors)
+def _by_matrix(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[HFTensor, list[Weight]]:
+    """Return A and the parts of B by the matrix that they adapt."""
+    found = {f.matrix: [f.a, *f.b] for entry in adapted(config, settings) for f in entry.factors}
+    for weight in (w for factors in found.values() for w in factors):
+        checkpoint.check_shape(weight)
     return found
 
 

@@ -35,6 +35,18 @@ class ModelShape(Protocol):
     def experts(self) -> ExpertShape | None:
         """The experts of a mixture; None: a dense model."""
 
+    @property
+    def linear_attention(self) -> LinearAttentionShape | None:
+        """The gated delta nets of a hybrid; None: every layer has attention."""
+
+
+class LinearAttentionShape(Protocol):
+    """What the checks need of gated delta nets; `hf.model_config.LinearAttention` provides it."""
+
+    @property
+    def joined_by_head(self) -> bool:
+        """Whether the files join the projections by key head."""
+
 
 class ExpertShape(Protocol):
     """The sizes of a mixture that the checks need; `hf.model_config.Experts` provides them."""

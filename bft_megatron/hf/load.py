@@ -20,7 +20,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf import hub, prediction, shards
+from bft_megatron.hf import hub, joined_experts, prediction, shards
 from bft_megatron.hf.draw import generator
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.place import Place
@@ -112,8 +112,14 @@ def open_source(folder: Path | None, config: ModelConfig, seed: int) -> Source:
 
 
 def _from_files(folder: Path, config: ModelConfig) -> Source:
-    read = shards.Reader(check_weights(folder, config))
-    return lambda tensor, axis, start, stop: tensor.read(partial(read, tensor.name), axis, start, stop)
+    entries = check_weights(folder, config)
+    read, places_there = shards.Reader(entries), joined_experts.places_in(entries, config)
+
+    def source(tensor: HFTensor, axis: int | None, start: int, stop: int) -> Tensor:
+        there = places_there.get(tensor, tensor)
+        return there.read(partial(read, there.name), axis, start, stop)
+
+    return source
 
 
 def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
@@ -124,7 +130,7 @@ def check_weights(folder: Path, config: ModelConfig) -> dict[str, shards.Entry]:
             model; or a shard is missing or truncated.
     """
     entries = shards.read_headers(folder)
-    expected = {t.name: t.shape for t in places(config)}
+    expected = {t.name: t.shape for t in places(joined_experts.as_in(entries, config))}
     missing = sorted(expected.keys() - entries.keys())
     if missing:
         raise UserError(f"{len(missing)} tensors of {config.architecture} are missing, {_some(missing)}", str(folder))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -17,3 +17,10 @@ def assert_same(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor])
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
+
+
+def rewrite(folder: Path, whole: dict[str, torch.Tensor]) -> None:
+    """Put these tensors into one file in place of the folder's."""
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})

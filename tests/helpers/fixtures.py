@@ -46,6 +46,15 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
 
 
 @pytest.fixture(scope="session")
+def hybrids(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
+    folder = tmp_path_factory.mktemp("hybrids")
+    return [
+        SavedModel(name, folder / name, tiny_models.logits(tiny_models.save(name, folder / name, shard_size="400KB")))
+        for name in tiny_models.HYBRIDS
+    ]
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     write_data(folder)

@@ -45,16 +45,16 @@ def _logits(folders: list[Path], layout: Sharding) -> list[torch.Tensor | None]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_logits_are_those_of_transformers(layout: Sharding, models: list[SavedModel]) -> None:
-    _check_logits(layout, models)
+    check_logits(layout, models)
 
 
 @pytest.mark.parametrize("layout", [Sharding(tp=2, pp=2), Sharding(pp=2, first=1)], ids=str)
 def test_logits_tied_and_untied(layout: Sharding, models_tied_otherwise: list[SavedModel]) -> None:
     """Where it makes a difference: tied, the last stage has a copy of the embedding."""
-    _check_logits(layout, models_tied_otherwise)
+    check_logits(layout, models_tied_otherwise)
 
 
-def _check_logits(layout: Sharding, models: list[SavedModel]) -> None:
+def check_logits(layout: Sharding, models: list[SavedModel]) -> None:
     ranks = run_world(layout.world, _logits, [m.folder for m in models], layout, megatron=True)
     for model, *outputs in zip(models, *ranks, strict=True):
         logits_are_close(model, layout, outputs)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from bft_megatron.errors import UserError
 from bft_megatron.hf import reference
@@ -19,7 +18,7 @@ from bft_megatron.hf.load import check_weights
 from bft_megatron.hf.weights import weights
 from tests.helpers import sharded, tiny_models
 from tests.helpers.commands import run_command
-from tests.helpers.exported import assert_same, tensors
+from tests.helpers.exported import assert_same, rewrite, tensors
 from tests.helpers.sharded import Sharding
 from tests.helpers.tiny_models import SavedModel
 from tests.helpers.world import run_world
@@ -106,7 +105,7 @@ def test_a_correction_stays_in_fp32_beside_bf16(tmp_path: Path) -> None:
     """Megatron's wrapper for mixed precision would round it, and other experts would be chosen."""
     tiny_models.save("glm", tmp_path / "glm", dtype=torch.bfloat16)
     before = {n: torch.rand(8) if n.endswith(CORRECTION) else t for n, t in tensors(tmp_path / "glm").items()}
-    _rewrite(tmp_path / "glm", before)
+    rewrite(tmp_path / "glm", before)
     saved = {tmp_path / "glm": tmp_path / "checkpoints"}
     run_world(2, partial(sharded.save_loaded, saved, Sharding(pp=2), flags=("--bf16",)), megatron=True)
     for dtype in (None, torch.float16):
@@ -120,19 +119,13 @@ def test_a_correction_stays_in_fp32_beside_bf16(tmp_path: Path) -> None:
                 assert t.dtype == (dtype or torch.bfloat16)
 
 
-def _rewrite(folder: Path, whole: dict[str, torch.Tensor]) -> None:
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    save_file(whole, folder / "model.safetensors")
-
-
 # ------------------------------------------------------------------------------------ layers for multi-token prediction
 def _with_prediction(model: SavedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Copy GLM with a layer after its last, as its files on the hub have one, in bf16; returns all tensors."""
     shutil.copytree(model.folder, folder)
     made = {f"model.layers.4.{name}": torch.randn(3, 5).bfloat16() for name in ("eh_proj.weight", "enorm.weight")}
     whole = tensors(folder) | made
-    _rewrite(folder, whole)
+    rewrite(folder, whole)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     return whole

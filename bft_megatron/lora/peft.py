@@ -22,7 +22,7 @@ from bft_megatron.hf.architectures import companions, read_config
 from bft_megatron.hf.export import refuse_used, write_model, written_whole
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.model_config import ModelConfig
-from bft_megatron.hf.tensors import HFTensor
+from bft_megatron.hf.tensors import HFTensor, Weight
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import places
 from bft_megatron.lora.adapter_config import adapter_config

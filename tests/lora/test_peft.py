@@ -49,9 +49,12 @@ def _logits(
     return found
 
 
+def _load(folder: Path) -> Any:
+    return getattr(transformers, read_config(folder).architecture).from_pretrained(folder).eval()
+
+
 def _peft_logits(base: Path, adapter: Path) -> Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    return tiny_models.logits(peft.PeftModel.from_pretrained(model, adapter).eval())
+    return tiny_models.logits(peft.PeftModel.from_pretrained(_load(base), adapter).eval())
 
 
 def _assert_close(found: Tensor, expected: Tensor) -> None:
@@ -90,6 +93,13 @@ def test_mixtures_in_and_out_and_merged(mixtures: list[SavedModel], tmp_path: Pa
     _assert_in_and_out_and_merged(mixtures, adapters, Sharding(pp=2, dp=2, ep=2), tmp_path)
 
 
+@pytest.mark.slow
+def test_hybrids_in_and_out_and_merged(hybrids: list[SavedModel], tmp_path: Path):
+    """Of whole models, and of a vision part's decoder alone."""
+    adapters = [write_adapter(tmp_path / f"{m.name}-adapter", m.folder, SETTINGS) for m in hybrids]
+    _assert_in_and_out_and_merged(hybrids, adapters, Sharding(tp=2, pp=2), tmp_path)
+
+
 def _assert_in_and_out_and_merged(
     models: list[SavedModel], adapters: list[Path], layout: Sharding, tmp_path: Path
 ) -> None:
@@ -108,8 +118,7 @@ def _assert_in_and_out_and_merged(
         export_adapter(run, made, run.root / "adapter")
         assert torch.equal(_peft_logits(model.folder, run.root / "adapter"), expected)
         export_merged(run, made, run.root / "merged")
-        merged = transformers.AutoModelForCausalLM.from_pretrained(run.root / "merged").eval()
-        _assert_close(tiny_models.logits(merged), expected)
+        _assert_close(tiny_models.logits(_load(run.root / "merged")), expected)
 
 
 def test_a_fresh_adapter_is_the_same_on_every_layout_and_changes_nothing(

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.shards import Output
+from bft_megatron.lora import joined
 from bft_megatron.lora.adapter_config import adapter_config
 from bft_megatron.lora.factors import adapted, all_factors, in_files, settings_of
 from bft_megatron.lora.layers import GroupedAdapters, adapter_of
@@ -34,12 +36,15 @@ SETTINGS = LoraSettings(rank=4, alpha=8)
 def write_adapter(folder: Path, model: Path, settings: LoraSettings = SETTINGS) -> Path:
     """A folder with random factors, as an export writes it."""
     config, generator = read_config(model), torch.Generator().manual_seed(3)
-    shapes = {t.name: t.shape for t in in_files(all_factors(adapted(config, settings)))}
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    factors = all_factors(adapted(config, settings))
+    outputs = {t: Output(t.name, torch.float32, t.shape, partial(random, t.shape)) for t in in_files(factors)}
+    written = joined.join(outputs, joined.places(factors, config))
     folder.mkdir()
-    save_file(
-        {PREFIX + name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
-        folder / WEIGHTS,
-    )
+    save_file({PREFIX + output.name: output.read() for output in written}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(adapter_config(str(model), config, settings)))
     return folder
 

@@ -34,9 +34,7 @@ def places_in(names: Iterable[str], config: ModelConfig) -> dict[HFTensor, HFTen
 
 def join(tensors: list[shards.Output], names: Iterable[str], config: ModelConfig) -> list[shards.Output]:
     """Return tensors of the table as those of files with these tensors; each reads its rows one after the other."""
-    there = {
-        t.name: place for t, place in places_in(names, config).items() if place.rows and place.rows.lead is not None
-    }
+    there = {t.name: place for t, place in places_in(names, config).items() if place.rows and place.rows.lead is not None}
     found: dict[str, shards.Output] = {}
     rows: dict[HFTensor, list[tuple[HFTensor, shards.Output]]] = {}
     for output in tensors:

@@ -124,8 +124,10 @@ def _check_lora_target(lora: LoraSettings, model: ModelShape) -> None:
     else:
         groups["linear_attention"] = (*DELTA_NET_INPUTS[net.joined_by_head], "out_proj")
     known = [name for names in groups.values() for name in names]
-    unknown = [] if lora.target in ("all", *groups) else [name for name in lora.modules if name not in known]
-    if unknown or not lora.modules:
+    one = isinstance(lora.target, str)
+    named, allowed = ([lora.target], ["all", *groups, *known]) if one else (lora.modules, known)
+    unknown = [name for name in named if name not in allowed]
+    if unknown or not named:
         what = ", ".join(map(str, unknown)) or "an empty list"
         takes = f"all, {', '.join(groups)}, or a list of {', '.join(known)}"
         raise FieldError("lora.target", f"{what}: this model's are {takes}")

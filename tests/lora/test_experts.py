@@ -132,6 +132,8 @@ SLOW = {
     "mixtral": LAYOUTS,
     "hunyuan": LAYOUTS,
     "glm": LAYOUTS,
+    "hybrid_moe": [Layout(), Layout(tensor=2, sequence=True, expert=2), Layout(context=2, expert=2), *LAYOUTS],
+    "next": [Layout(), Layout(pipeline=2, data=2, expert=2), Layout(context=2), *LAYOUTS],
 }
 
 
@@ -155,6 +157,14 @@ def test_gradients_are_those_of_peft(data: Path, tmp_path: Path):
     assert all(value <= 1e-5 for value, _ in worst.values()), worst
 
 
+@pytest.mark.parametrize(
+    ("model", "layout"), [("hybrid_moe", Layout(data=2, expert=2)), ("next", Layout(tensor=2, sequence=True))], ids=str
+)
+def test_gradients_of_hybrids_are_those_of_peft(model: str, layout: Layout, data: Path, tmp_path: Path):
+    worst = compare(model, data, tmp_path, [layout])
+    assert all(value <= 1e-5 for value, _ in worst.values()), worst
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", SLOW)
 def test_gradients_are_those_of_peft_on_every_layout(model: str, data: Path, tmp_path: Path):
@@ -166,6 +176,21 @@ REFUSALS = [
     ("qwen3_moe", "{target: [gate_proj, down_proj]}", "", "lora.target: down_proj, gate_proj: peft joins"),
     ("mixtral", "{target: [q_proj, gate_proj, up_proj]}", "", "lora.target: gate_proj, up_proj: peft joins"),
     ("qwen3_moe", "{target: mlp, experts: false}", "", "lora.experts: leaves no module with an adapter"),
+    ("hybrid_moe", "{target: [up_proj]}", "", "lora.target: up_proj: peft joins"),
+    (
+        "hybrid",
+        "{target: [in_proj_z, in_proj_ba, conv1d]}",
+        "",
+        "lora.target: in_proj_ba, conv1d: this model's are all, ",
+    ),
+    ("hybrid", "{target: [in_proj_ba]}", "", "or a list of q_proj, k_proj, v_proj, o_proj, in_proj_qkv, in_proj_z, "),
+    ("next", "{target: [in_proj_z]}", "", "v_proj, o_proj, in_proj_qkvz, in_proj_ba, out_proj, gate_proj, "),
+    (
+        "tiny",
+        "{target: linear_attention}",
+        "",
+        "lora.target: linear_attention: this model's are all, attention, mlp, or a list of q_proj",
+    ),
     ("qwen2_moe", "{}", "megatron.moe-shared-expert-overlap=true", "megatron.moe-shared-expert-overlap: takes"),
 ]
 
@@ -177,7 +202,12 @@ def test_what_cannot_be_is_refused_by_name(model: str, lora: str, flag: str, sai
     assert said in str(error.value)
 
 
-ALLOWED = [("qwen3_moe", "{target: [down_proj]}"), ("qwen2_moe", "{target: mlp, experts: false}")]
+ALLOWED = [
+    ("hybrid", "{target: linear_attention}"),
+    ("next", "{target: [in_proj_ba, q_proj]}"),
+    ("qwen3_moe", "{target: [down_proj]}"),
+    ("qwen2_moe", "{target: mlp, experts: false}"),
+]
 
 
 @pytest.mark.parametrize(("model", "lora"), ALLOWED)

@@ -68,7 +68,7 @@ RECOMPUTE = [f"megatron.recompute-{name}" for name in ("granularity=full", "meth
 CASES = {
     "tiny": [(Layout(), RECOMPUTE), (Layout(tensor=2, pipeline=2, sequence=True), [])],
     "qwen3": [(Layout(tensor=2, data=2), [])],
-    "hybrid": [(Layout(tensor=2, sequence=True), []), (Layout(context=2), [])],
+    "hybrid": [(Layout(tensor=2, sequence=True), [])],
 }
 """Full recompute: behind a frozen embedding it would leave the first layer without a gradient."""
 
@@ -79,6 +79,7 @@ SLOW = {
         (Layout(tensor=2), []),
         (Layout(pipeline=2), []),
         (Layout(pipeline=2, virtual_pipeline=2), []),
+        (Layout(context=2), []),
         (Layout(context=4), []),
         (Layout(tensor=2, sequence=True, pipeline=2, context=2), []),
     ],

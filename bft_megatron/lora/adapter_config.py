@@ -12,7 +12,7 @@ from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.lora.factors import adapted
 from bft_megatron.recipe.schema import LoraSettings
 
-NOT_TRANSLATED = {"Qwen2MoeForCausalLM"}
+NOT_TRANSLATED = {"Qwen2MoeForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"}
 """Mixtures of which `peft` 0.21 translates an adapter's factors, but not its description."""
 
 
@@ -57,11 +57,11 @@ def _adapted_modules(config: ModelConfig, lora: LoraSettings) -> tuple[set[str],
     """Return the last two parts of the names of the modules with adapters: attention's, networks' and experts'."""
     attention, networks, experts = set[str](), set[str](), set[str]()
     for entry in adapted(config, lora):
-        for tensor, factors in zip(entry.weight.tensors, entry.factors, strict=True):
-            parent, module, _ = tensor.name.rsplit(".", 3)[-3:]
-            if factors is not None:
-                kind = experts if entry.weight.expert is not None else attention if parent == "self_attn" else networks
-                kind.add(f"{parent}.{module}")
+        for factors in entry.factors:
+            parent, module = factors.a.tensors[0].name.removesuffix(".lora_A.weight").rsplit(".", 2)[-2:]
+            of_attention = parent in ("self_attn", "linear_attn")
+            kind = experts if entry.weight.expert is not None else attention if of_attention else networks
+            kind.add(f"{parent}.{module}")
     return attention, networks, experts
 
 

@@ -40,13 +40,16 @@ class Adapter(torch.nn.Module):
         self.rank, self.scale = settings.rank, scale(settings)
         self.blocks = max(entry.weight.blocks // tp, 1)
         self.rows = [t.shape[0] // (tp if self.column else 1) for t in entry.weight.tensors]
-        self.modules_adapted = [None if f is None else f.module for f in entry.factors]
+        self.modules_adapted = [f.module for f in entry.factors]
         self.weights: dict[str, Weight] = {}
+        names: dict[Weight, str] = {}
         for f in entry.factors:
-            if f is not None:
-                # Registered on this module, because DDP waits for gathered parameters by the module that is called.
-                self._add(f"{f.module}_a", f.a, like)
-                self._add(f"{f.module}_b", f.b, like)
+            # Registered on this module, because DDP waits for gathered parameters by the module that is called.
+            self._add(f"{f.module}_a", f.a, like)
+            for i, b in enumerate(f.b):
+                names[b] = f"{f.module}_b" if len(f.b) == 1 else f"{f.module}_b{i}"
+                self._add(names[b], b, like)
+        self.parts = [None if part is None else (part[0].module, names[part[1]]) for part in entry.parts]
 
     def _add(self, name: str, weight: Weight, like: Tensor) -> None:
         (tensor,) = weight.tensors
@@ -71,13 +74,12 @@ class Adapter(torch.nn.Module):
         parallelism, none without; row-parallel, a reduce-scatter with it, an all-reduce without. Backward: the
         transposed ones.
         """
-        factors = [name for name in self.modules_adapted if name]
-        z = linear(x, torch.cat([self._factor(f"{name}_a") for name in factors]))
+        z = linear(x, torch.cat([self._factor(f"{name}_a") for name in self.modules_adapted]))
         z = self.scale * self._across_ranks(z)  # [s, b, matrices * rank]
-        parts = dict(zip(factors, z.split(self.rank, -1), strict=True))
+        of_module = dict(zip(self.modules_adapted, z.split(self.rank, -1), strict=True))
         out = [
-            linear(parts[name], self._factor(f"{name}_b")) if name else z.new_zeros(*z.shape[:-1], rows)
-            for name, rows in zip(self.modules_adapted, self.rows, strict=True)
+            linear(of_module[part[0]], self._factor(part[1])) if part else z.new_zeros(*z.shape[:-1], rows)
+            for part, rows in zip(self.parts, self.rows, strict=True)
         ]
         if len(out) == 1:
             return out[0]

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from bft_megatron.hf.architectures import companions, read_config
 from bft_megatron.hf.export import refuse_used, write_model, written_whole
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.model_config import ModelConfig
-from bft_megatron.hf.tensors import HFTensor
+from bft_megatron.hf.tensors import HFTensor, Weight
 from bft_megatron.hf.torch_dist import Checkpoint, newest_checkpoint
 from bft_megatron.hf.weights import places
+from bft_megatron.lora import joined
 from bft_megatron.lora.adapter_config import adapter_config
 from bft_megatron.lora.base import check_base
-from bft_megatron.lora.factors import Factors, adapted, all_factors, scale, settings_of
+from bft_megatron.lora.factors import adapted, all_factors, in_files, scale, settings_of
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 
@@ -50,8 +52,12 @@ class AdapterFolder:
     def __init__(self, folder: Path, config: ModelConfig, settings: LoraSettings) -> None:
         _check_config(folder / CONFIG, adapter_config("", config, settings))
         entries = shards.read_header(folder / WEIGHTS)
-        _refuse_joined(folder / WEIGHTS, entries)
-        expected = {PREFIX + t.name: t.shape for w in all_factors(adapted(config, settings)) for t in w.tensors}
+        factors = all_factors(adapted(config, settings))
+        self._joined = joined.places(factors, config)
+        if not self._joined:
+            _refuse_joined(folder / WEIGHTS, entries)
+        needed = [self._joined[t].whole if t in self._joined else t for t in in_files(factors)]
+        expected = {PREFIX + t.name: t.shape for t in needed}
         found = {name: entry.shape for name, entry in entries.items()}
         differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         if differing:
@@ -62,10 +68,25 @@ class AdapterFolder:
                 str(folder / WEIGHTS),
             )
         self._read = shards.Reader(entries)
+        self._refuse_mixed(folder / WEIGHTS)
+
+    def _refuse_mixed(self, path: Path) -> None:
+        """Raise UserError if gate and up of joined experts share ranks, whichever expert's."""
+        for place in self._joined.values():
+            if place.expert == 0 and place.is_mixed(self._read(PREFIX + place.whole.name)):
+                raise UserError(
+                    f"{place.whole.name} mixes the ranks of {' and '.join(place.matrices)}, as training by peft does: "
+                    "read are adapters of each, as an export has them",
+                    str(path),
+                )
 
     def __call__(self, factor: HFTensor, axis: int | None, start: int, stop: int) -> Tensor:
         """Return [start, stop) along an axis (None: all) of a factor, in the file's dtype."""
-        return factor.read(partial(self._read, PREFIX + factor.name), axis, start, stop)
+        place = self._joined.get(factor)
+        if place is None:
+            return factor.read(partial(self._read, PREFIX + factor.name), axis, start, stop)
+        value = place.of(self._read(PREFIX + place.whole.name))
+        return value if axis is None else value.narrow(axis, start, stop - start)
 
 
 def export_adapter(
@@ -88,16 +109,13 @@ def export_adapter(
     factors = all_factors(adapted(config, settings))
     for weight in factors:
         checkpoint.check_shape(weight)
-    tensors = [
-        shards.Output(
-            PREFIX + t.name,
-            dtype or checkpoint.dtype(weight),
-            t.shape,
-            partial(checkpoint.read_tensor, weight, 0),
+    outputs = {
+        t: shards.Output(
+            t.name, dtype or checkpoint.dtype(parts[0][0]), t.shape, partial(checkpoint.read_whole, t, parts)
         )
-        for weight in factors
-        for t in weight.tensors
-    ]
+        for t, parts in in_files(factors).items()
+    }
+    tensors = [replace(o, name=PREFIX + o.name) for o in joined.join(outputs, joined.places(factors, config))]
     with written_whole(out) as unfinished:
         for file in companions(run.model):
             if file.name != "config.json":  # transformers would take the folder for a whole model
@@ -126,14 +144,13 @@ def export_merged(
     folder = find_model(recipe.model) if recipe.init == "pretrained" else None
     check_base(run, recipe, config, folder)
     checkpoint, source = newest_checkpoint(run.checkpoints, iteration), open_source(folder, config, recipe.train.seed)
-    factors = _by_tensor(config, settings, checkpoint)
+    factors = _by_matrix(config, settings, checkpoint)
 
     def read(tensor: HFTensor) -> Tensor:
         value = source(tensor, None, 0, 0)
-        if tensor.name not in factors:
+        if tensor not in factors:
             return value
-        own = factors[tensor.name]
-        a, b = (checkpoint.read_tensor(w, 0).float() for w in (own.a, own.b))
+        a, b = (checkpoint.read_whole(*item).float() for item in in_files(factors[tensor]).items())
         return (value.float() + scale(settings) * (b @ a)).to(dtype or value.dtype)
 
     tensors = [
@@ -142,15 +159,11 @@ def export_merged(
     write_model(out, run.model, tensors, checkpoint.identity, base=folder)
 
 
-def _by_tensor(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[str, Factors]:
-    """Return the factors by the name of the matrix that they adapt."""
-    found = {}
-    for entry in adapted(config, settings):
-        for tensor, factors in zip(entry.weight.tensors, entry.factors, strict=True):
-            if factors is not None:
-                checkpoint.check_shape(factors.a)
-                checkpoint.check_shape(factors.b)
-                found[tensor.name] = factors
+def _by_matrix(config: ModelConfig, settings: LoraSettings, checkpoint: Checkpoint) -> dict[HFTensor, list[Weight]]:
+    """Return A and the parts of B by the matrix that they adapt."""
+    found = {f.matrix: [f.a, *f.b] for entry in adapted(config, settings) for f in entry.factors}
+    for weight in (w for factors in found.values() for w in factors):
+        checkpoint.check_shape(weight)
     return found
 
 

@@ -14,22 +14,22 @@ def unfused_spec(config: Any, vp_stage: int | None = None) -> Any:
     from megatron.training.models.gpt import default_layer_spec
 
     spec = default_layer_spec(config, vp_stage)
-    for layer in getattr(spec, "layer_specs", [spec]):  # a mixture's spec is a block's
+    for layer in getattr(spec, "layer_specs", [spec]):  # a mixture's spec and a hybrid's are a block's
         _unfuse(layer.submodules)
     return spec
 
 
 def _unfuse(parts: Any) -> None:
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet
     from megatron.core.transformer.mlp import MLPSubmodules
 
-    backend, network = TESpecProvider(), parts.mlp.keywords["submodules"]
-    names = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map
+    backend, attention, network = TESpecProvider(), parts.self_attention, parts.mlp.keywords["submodules"]
     parts.input_layernorm = parts.pre_mlp_layernorm = backend.layer_norm(has_residual=True)
-    parts.self_attention.submodules.linear_qkv = backend.column_parallel_linear()
-    if isinstance(network, MLPSubmodules):
+    first = "in_proj" if issubclass(attention.module, GatedDeltaNet) else "linear_qkv"
+    setattr(attention.submodules, first, backend.column_parallel_linear())
+    names = {"input_layernorm.": f"self_attention.{first}.layer_norm_"}
+    if isinstance(network, MLPSubmodules):  # the norm before a router is a module of its own in the fused spec too
         network.linear_fc1 = backend.column_parallel_linear()
-    else:  # the norm before a router is a module of its own in the fused spec too
-        names = {k: v for k, v in names.items() if k != "pre_mlp_layernorm."}
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     parts.sharded_state_dict_keys_map = names

@@ -46,11 +46,15 @@ class ModelShape(Protocol):
 
 
 class LinearAttentionShape(Protocol):
-    """The size of gated delta nets that the checks need; `hf.model_config.LinearAttention` provides it."""
+    """What the checks need of gated delta nets; `hf.model_config.LinearAttention` provides it."""
 
     @property
     def key_heads(self) -> int:
         """Number of key heads, a divisor of that of value heads."""
+
+    @property
+    def joined_by_head(self) -> bool:
+        """Whether the files join the projections by key head."""
 
 
 class ExpertShape(Protocol):

@@ -17,7 +17,7 @@ from bft_megatron.errors import FieldError, reading, shortened
 from bft_megatron.recipe import layout_rules
 from bft_megatron.recipe.layout_rules import ExpertShape, ModelShape
 from bft_megatron.recipe.limits import Range
-from bft_megatron.recipe.schema import LORA_TARGETS, LoraSettings, Recipe
+from bft_megatron.recipe.schema import DELTA_NET_INPUTS, LORA_TARGETS, LoraSettings, Recipe
 
 TIME_OUT = "distributed-timeout-minutes"
 TIME_OUT_MINUTES = Range(above=0, at_most=366 * 24 * 60)
@@ -122,13 +122,26 @@ def _check_lora(recipe: Recipe, model: ModelShape) -> None:
             f"must be 0, not {lora.dropout}: each rank would draw the mask of its own part, and a run would depend on "
             "its layout",
         )
-    known = [name for names in LORA_TARGETS.values() for name in names]
-    unknown = [name for name in lora.modules if name not in known]
-    if unknown or not lora.modules:
-        what = ", ".join(map(str, unknown)) or "an empty list"
-        raise FieldError("lora.target", f"{what}: takes all, attention, mlp, or a list of {', '.join(known)}")
+    _check_lora_target(lora, model)
     if model.experts is not None:
         _check_lora_of_experts(recipe, lora, model.experts)
+
+
+def _check_lora_target(lora: LoraSettings, model: ModelShape) -> None:
+    """Raise FieldError if `lora.target` names what the model does not have."""
+    groups, net = dict(LORA_TARGETS), model.linear_attention
+    if net is None:
+        del groups["linear_attention"]
+    else:
+        groups["linear_attention"] = (*DELTA_NET_INPUTS[net.joined_by_head], "out_proj")
+    known = [name for names in groups.values() for name in names]
+    one = isinstance(lora.target, str)
+    named, allowed = ([lora.target], ["all", *groups, *known]) if one else (lora.modules, known)
+    unknown = [name for name in named if name not in allowed]
+    if unknown or not named:
+        what = ", ".join(map(str, unknown)) or "an empty list"
+        takes = f"all, {', '.join(groups)}, or a list of {', '.join(known)}"
+        raise FieldError("lora.target", f"{what}: this model's are {takes}")
 
 
 def _check_lora_of_experts(recipe: Recipe, lora: LoraSettings, experts: ExpertShape) -> None:

@@ -177,8 +177,15 @@ class TrainSettings:
     """Steps with a non-finite gradient are skipped; after this many in a row the run gives up."""
 
 
+DELTA_NET_INPUTS = {
+    False: ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    True: ("in_proj_qkvz", "in_proj_ba"),
+}
+"""Projections into a gated delta net, by whether the model's files join them by key head."""
+
 LORA_TARGETS = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "linear_attention": (*DELTA_NET_INPUTS[False], *DELTA_NET_INPUTS[True], "out_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
 }
 """Group of modules -> the Hugging Face names of its modules."""
@@ -195,8 +202,10 @@ class LoraSettings:
     dropout: float = number(0.0, at_least=0, below=1)
     """Must be 0: dropout in the adapters would make a run depend on its layout."""
     target: Any = "all"
-    """`all`, `attention`, `mlp`, or a list of Hugging Face module names such as `[q_proj, v_proj]`. In a mixture `mlp`
-    is the dense layers' networks, the shared ones and, by `experts`, the experts; a router has no adapter."""
+    """`all`, `attention`, `linear_attention`, `mlp`, or a list of Hugging Face module names such as `[q_proj, v_proj]`.
+    `attention` is full attention alone; `linear_attention` is the projections of gated delta nets, whose convolution
+    has no adapter. In a mixture `mlp` is the dense layers' networks, the shared ones and, by `experts`, the experts; a
+    router has no adapter."""
     experts: bool = True
     """Whether `gate_proj` and the like are also those of a mixture's experts, each with adapters of its own."""
     adapter: str | None = field(default=None, metadata=PATH)

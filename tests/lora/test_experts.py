@@ -17,8 +17,10 @@ from torch import Tensor
 
 from bft_megatron.errors import FieldError, UserError
 from bft_megatron.hf.architectures import read_config
+from bft_megatron.hf.shards import Output
+from bft_megatron.lora import joined
 from bft_megatron.lora.adapter_config import adapter_config
-from bft_megatron.lora.factors import adapted, all_factors, settings_of
+from bft_megatron.lora.factors import adapted, all_factors, in_files, settings_of
 from bft_megatron.lora.layers import GroupedAdapters, adapter_of
 from bft_megatron.lora.peft import CONFIG, PREFIX, WEIGHTS, AdapterFolder
 from bft_megatron.recipe.schema import LoraSettings, Recipe
@@ -34,12 +36,15 @@ SETTINGS = LoraSettings(rank=4, alpha=8)
 def write_adapter(folder: Path, model: Path, settings: LoraSettings = SETTINGS) -> Path:
     """A folder with random factors, as an export writes it."""
     config, generator = read_config(model), torch.Generator().manual_seed(3)
-    shapes = {t.name: t.shape for w in all_factors(adapted(config, settings)) for t in w.tensors}
+
+    def random(shape: tuple[int, ...]) -> Tensor:
+        return 0.1 * torch.randn(shape, generator=generator)
+
+    factors = all_factors(adapted(config, settings))
+    outputs = {t: Output(t.name, torch.float32, t.shape, partial(random, t.shape)) for t in in_files(factors)}
+    written = joined.join(outputs, joined.places(factors, config))
     folder.mkdir()
-    save_file(
-        {PREFIX + name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()},
-        folder / WEIGHTS,
-    )
+    save_file({PREFIX + output.name: output.read() for output in written}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(adapter_config(str(model), config, settings)))
     return folder
 
@@ -53,8 +58,7 @@ def apart(joined: dict[str, Tensor], model: Path) -> dict[str, Tensor]:
     config, r = read_config(model), SETTINGS.rank
     known = {name.removeprefix(PREFIX).replace(".default.", "."): value for name, value in joined.items()}
     found = {}
-    for weight in all_factors(adapted(config, SETTINGS)):
-        [tensor] = weight.tensors
+    for tensor, [(weight, _), *_] in in_files(all_factors(adapted(config, SETTINGS))).items():
         if weight.expert is None:
             found[tensor.name] = known[tensor.name]
             continue
@@ -88,8 +92,9 @@ def gradients(made: Recipe) -> dict[str, Tensor]:
     dcp.load(moments, storage_reader=reader, no_dist=True)
     found = {}
     for weight in all_factors(adapted(read_config(Path(made.model)), made.lora)):
-        whole = moments[prefix + weight.name] / (1 - made.train.adam_beta1)
-        found[weight.tensors[0].name] = whole if weight.expert is None else whole[weight.expert]
+        value, [tensor] = moments[prefix + weight.name] / (1 - made.train.adam_beta1), weight.tensors
+        value = value if weight.expert is None else value[weight.expert]
+        tensor.put(value, found.setdefault(tensor.name, torch.full(tensor.whole.shape, torch.nan)))
     return found
 
 
@@ -127,6 +132,14 @@ SLOW = {
     "mixtral": LAYOUTS,
     "hunyuan": LAYOUTS,
     "glm": LAYOUTS,
+    "hybrid_moe": [
+        Layout(),
+        Layout(data=2, expert=2),
+        Layout(tensor=2, sequence=True, expert=2),
+        Layout(context=2, expert=2),
+        *LAYOUTS,
+    ],
+    "next": [Layout(), Layout(pipeline=2, data=2, expert=2), Layout(context=2), *LAYOUTS],
 }
 
 
@@ -150,6 +163,11 @@ def test_gradients_are_those_of_peft(data: Path, tmp_path: Path):
     assert all(value <= 1e-5 for value, _ in worst.values()), worst
 
 
+def test_gradients_of_a_hybrid_are_those_of_peft(data: Path, tmp_path: Path):
+    worst = compare("next", data, tmp_path, [Layout(tensor=2, sequence=True)])
+    assert all(value <= 1e-5 for value, _ in worst.values()), worst
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", SLOW)
 def test_gradients_are_those_of_peft_on_every_layout(model: str, data: Path, tmp_path: Path):
@@ -161,6 +179,21 @@ REFUSALS = [
     ("qwen3_moe", "{target: [gate_proj, down_proj]}", "", "lora.target: down_proj, gate_proj: peft joins"),
     ("mixtral", "{target: [q_proj, gate_proj, up_proj]}", "", "lora.target: gate_proj, up_proj: peft joins"),
     ("qwen3_moe", "{target: mlp, experts: false}", "", "lora.experts: leaves no module with an adapter"),
+    ("hybrid_moe", "{target: [up_proj]}", "", "lora.target: up_proj: peft joins"),
+    (
+        "hybrid",
+        "{target: [in_proj_z, in_proj_ba, conv1d]}",
+        "",
+        "lora.target: in_proj_ba, conv1d: this model's are all, ",
+    ),
+    ("hybrid", "{target: [in_proj_ba]}", "", "or a list of q_proj, k_proj, v_proj, o_proj, in_proj_qkv, in_proj_z, "),
+    ("next", "{target: [in_proj_z]}", "", "v_proj, o_proj, in_proj_qkvz, in_proj_ba, out_proj, gate_proj, "),
+    (
+        "tiny",
+        "{target: linear_attention}",
+        "",
+        "lora.target: linear_attention: this model's are all, attention, mlp, or a list of q_proj",
+    ),
     ("qwen2_moe", "{}", "megatron.moe-shared-expert-overlap=true", "megatron.moe-shared-expert-overlap: takes"),
 ]
 
@@ -172,7 +205,12 @@ def test_what_cannot_be_is_refused_by_name(model: str, lora: str, flag: str, sai
     assert said in str(error.value)
 
 
-ALLOWED = [("qwen3_moe", "{target: [down_proj]}"), ("qwen2_moe", "{target: mlp, experts: false}")]
+ALLOWED = [
+    ("hybrid", "{target: linear_attention}"),
+    ("next", "{target: [in_proj_ba, q_proj]}"),
+    ("qwen3_moe", "{target: [down_proj]}"),
+    ("qwen2_moe", "{target: mlp, experts: false}"),
+]
 
 
 @pytest.mark.parametrize(("model", "lora"), ALLOWED)

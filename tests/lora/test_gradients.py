@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
-from bft_megatron.lora.factors import adapted, all_factors
+from bft_megatron.lora.factors import adapted, all_factors, in_files
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
@@ -46,14 +46,16 @@ def with_adapter(folder: Path, model: torch.nn.Module) -> torch.nn.Module:
 def gradients(made: Recipe) -> dict[str, Tensor]:
     """Of step 1, out of Adam's first moment, by peft's names."""
     reader, prefix = dcp.FileSystemReader(RunFolder.of(made).checkpoint(1)), "optimizer.state.exp_avg."
-    names = {f.name: f.tensors[0].shape for f in all_factors(adapted(read_config(find_model(made.model)), made.lora))}
-    moments = {prefix + name: torch.empty(shape) for name, shape in names.items()}
+    factors = all_factors(adapted(read_config(find_model(made.model)), made.lora))
+    moments = {prefix + f.name: torch.empty(f.tensors[0].shape) for f in factors}
     dcp.load(moments, storage_reader=reader, no_dist=True)
-    return {
-        f"base_model.model.{key.removeprefix(prefix).removesuffix('weight')}default.weight": m
-        / (1 - made.train.adam_beta1)
-        for key, m in moments.items()
-    }
+    found = {}
+    for whole, parts in in_files(factors).items():
+        gradient = torch.full(whole.shape, torch.nan)
+        for part, _ in parts:
+            part.tensors[0].put(moments[prefix + part.name] / (1 - made.train.adam_beta1), gradient)
+        found[f"base_model.model.{whole.name.removesuffix('weight')}default.weight"] = gradient
+    return found
 
 
 def run(made: Recipe, world: int) -> dict[str, Tensor]:
@@ -66,15 +68,39 @@ RECOMPUTE = [f"megatron.recompute-{name}" for name in ("granularity=full", "meth
 CASES = {
     "tiny": [(Layout(), RECOMPUTE), (Layout(tensor=2, pipeline=2, sequence=True), [])],
     "qwen3": [(Layout(tensor=2, data=2), [])],
+    "hybrid": [(Layout(tensor=2, sequence=True), [])],
 }
 """Full recompute: behind a frozen embedding it would leave the first layer without a gradient."""
 
 
+SLOW = {
+    "hybrid": [
+        *((layout, RECOMPUTE) for layout in (Layout(), Layout(tensor=2, sequence=True))),
+        (Layout(tensor=2), []),
+        (Layout(pipeline=2), []),
+        (Layout(pipeline=2, virtual_pipeline=2), []),
+        (Layout(context=2), []),
+        (Layout(context=4), []),
+        (Layout(tensor=2, sequence=True, pipeline=2, context=2), []),
+    ],
+}
+
+
 @pytest.mark.parametrize("model", CASES)
 def test_gradients_are_those_of_peft(model: str, data: Path, tmp_path: Path):
+    compare(model, data, tmp_path, CASES[model])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SLOW)
+def test_gradients_are_those_of_peft_on_every_layout(model: str, data: Path, tmp_path: Path):
+    compare(model, data, tmp_path, SLOW[model])
+
+
+def compare(model: str, data: Path, tmp_path: Path, layouts: list[tuple[Layout, list[str]]]) -> None:
     base = make(tmp_path / "expected", data, model, Layout())
     expected = reference.first_step(base, adapt=partial(with_adapter, data / f"{model}-adapter"))
-    for i, (layout, words) in enumerate(CASES[model]):
+    for i, (layout, words) in enumerate(layouts):
         made = make(tmp_path / str(i), data, model, layout, *words)
         found = run(made, layout.world)
         assert found.keys() == expected.gradients.keys()

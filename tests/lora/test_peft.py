@@ -10,13 +10,15 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.torch_dist import Checkpoint
 from bft_megatron.lora.adapters import lora_hook
 from bft_megatron.lora.factors import Fresh, adapted, all_factors
-from bft_megatron.lora.peft import AdapterFolder, export_adapter, export_merged
+from bft_megatron.lora.peft import WEIGHTS, AdapterFolder, export_adapter, export_merged
 from bft_megatron.recipe.schema import LoraSettings, Recipe
 from bft_megatron.run.folder import RunFolder
 from tests.helpers import sharded, tiny_models
@@ -49,9 +51,12 @@ def _logits(
     return found
 
 
+def _load(folder: Path) -> Any:
+    return getattr(transformers, read_config(folder).architecture).from_pretrained(folder).eval()
+
+
 def _peft_logits(base: Path, adapter: Path) -> Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    return tiny_models.logits(peft.PeftModel.from_pretrained(model, adapter).eval())
+    return tiny_models.logits(peft.PeftModel.from_pretrained(_load(base), adapter).eval())
 
 
 def _assert_close(found: Tensor, expected: Tensor) -> None:
@@ -90,16 +95,38 @@ def test_mixtures_in_and_out_and_merged(mixtures: list[SavedModel], tmp_path: Pa
     _assert_in_and_out_and_merged(mixtures, adapters, Sharding(pp=2, dp=2, ep=2), tmp_path)
 
 
+@pytest.mark.slow
+def test_hybrids_in_and_out_and_merged(hybrids: list[SavedModel], tmp_path: Path):
+    """Of whole models, and of the decoder beside a vision part."""
+    adapters = [write_adapter(tmp_path / f"{m.name}-adapter", m.folder, SETTINGS) for m in hybrids]
+    _assert_in_and_out_and_merged(hybrids, adapters, Sharding(tp=2, pp=2), tmp_path)
+
+
+def test_a_mixture_beside_a_vision_part_in_and_out_and_merged(hybrids: list[SavedModel], tmp_path: Path):
+    """Its experts' adapters are joined in the files, of which those that mix gate and up are refused."""
+    [model] = [m for m in hybrids if m.name == "hybrid_moe_vl"]
+    adapter = write_adapter(tmp_path / "adapter", model.folder, SETTINGS)
+    _assert_in_and_out_and_merged([model], [adapter], Sharding(tp=2), tmp_path)
+    factors = load_file(adapter / WEIGHTS)
+    name = next(n for n in factors if n.endswith("experts.base_layer.lora_B.weight"))
+    factors[name][0, -1] = 1.0
+    save_file(factors, adapter / WEIGHTS)
+    with pytest.raises(UserError, match="mixes the ranks of gate_proj and up_proj"):
+        AdapterFolder(adapter, read_config(model.folder), SETTINGS)
+
+
 def _assert_in_and_out_and_merged(
     models: list[SavedModel], adapters: list[Path], layout: Sharding, tmp_path: Path
 ) -> None:
     folders = [m.folder for m in models]
     runs = [RunFolder(tmp_path / m.name) for m in models]
-    ranks = run_world(4, _logits, folders, layout, adapters, [run.checkpoints for run in runs], megatron=True)
+    ranks = run_world(
+        layout.world, _logits, folders, layout, adapters, [run.checkpoints for run in runs], megatron=True
+    )
     for i, (model, run) in enumerate(zip(models, runs, strict=True)):
         expected = _peft_logits(model.folder, adapters[i])
         assert (expected - model.logits).abs().max() > 0.1 * model.logits.abs().max()
-        for rank in ranks[2:]:
+        for rank in ranks[-2:]:
             _assert_close(rank[i], expected)
         made = Recipe(model=str(model.folder), data=None, output=str(run.root), lora=SETTINGS)
         run.model.mkdir()
@@ -108,8 +135,7 @@ def _assert_in_and_out_and_merged(
         export_adapter(run, made, run.root / "adapter")
         assert torch.equal(_peft_logits(model.folder, run.root / "adapter"), expected)
         export_merged(run, made, run.root / "merged")
-        merged = transformers.AutoModelForCausalLM.from_pretrained(run.root / "merged").eval()
-        _assert_close(tiny_models.logits(merged), expected)
+        _assert_close(tiny_models.logits(_load(run.root / "merged")), expected)
 
 
 def test_a_fresh_adapter_is_the_same_on_every_layout_and_changes_nothing(

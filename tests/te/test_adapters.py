@@ -11,6 +11,7 @@ import torch
 from megatron.core.extensions import transformer_engine as te
 
 from bft_megatron.hf.architectures import read_config
+from bft_megatron.layers.delta_net import with_delta_nets
 from bft_megatron.lora.adapters import lora_hook
 from bft_megatron.lora.factors import Fresh
 from bft_megatron.lora.layers import Adapter, adapters
@@ -65,12 +66,17 @@ def _layer_of(path: str, chunk: torch.nn.Module) -> str:
 
 
 def _assert_those_of_the_cpu(
-    folders: list[Path], layout: Sharding, flags: tuple[str, ...], layers: set[str], more: tuple[str, ...] = ()
+    folders: list[Path],
+    layout: Sharding,
+    flags: tuple[str, ...],
+    layers: set[str],
+    more: tuple[str, ...] = (),
+    spec: Any = unfused_spec,
 ) -> None:
     """The same factors at the same layers, bit for bit, marked alike, and nothing else trained or stored."""
     cpu = run_world(layout.world, _contents, folders, layout, flags, None, megatron=True)
     engine = run_world(
-        layout.world, _contents, folders, layout, (*TRANSFORMER_ENGINE, *flags, *more), unfused_spec, megatron=True
+        layout.world, _contents, folders, layout, (*TRANSFORMER_ENGINE, *flags, *more), spec, megatron=True
     )
     seen = set[str]()
     for expected_rank, rank in zip(cpu, engine, strict=True):
@@ -101,6 +107,17 @@ def test_adapters_of_mixtures_are_those_of_the_cpu(
 ):
     sequence = ("--sequence-parallel",) if layout.tp > 1 else ()
     _assert_those_of_the_cpu([m.folder for m in mixtures], layout, sequence, layers, more)
+
+
+def unfused_hybrid(config: Any, vp_stage: int | None = None) -> Any:
+    """As `training.model` has it."""
+    return with_delta_nets(unfused_spec)(config, vp_stage)
+
+
+@pytest.mark.parametrize("layout", [Sharding(), Sharding(tp=2, pp=2)], ids=str)
+def test_adapters_of_hybrids_are_those_of_the_cpu(layout: Sharding, hybrids: list[SavedModel]):
+    sequence = ("--sequence-parallel",) if layout.tp > 1 else ()
+    _assert_those_of_the_cpu([m.folder for m in hybrids], layout, sequence, LINEAR, spec=unfused_hybrid)
 
 
 def _norms(folder: Path) -> tuple[set[str], set[str]]:
@@ -148,9 +165,16 @@ def _whole(folders: list[Path], layout: Sharding, flags: tuple[str, ...], spec: 
 
 
 def test_the_unfused_layers_checkpoint_is_the_fused_ones(models: list[SavedModel], mixtures: list[SavedModel]):
-    folders, layout = [m.folder for m in (*models, *mixtures)], Sharding(tp=2)
+    _assert_same_checkpoint([m.folder for m in (*models, *mixtures)], None, unfused_spec)
+
+
+def test_the_unfused_layers_checkpoint_of_hybrids_is_the_fused_ones(hybrids: list[SavedModel]):
+    _assert_same_checkpoint([m.folder for m in hybrids], with_delta_nets(None), unfused_hybrid)
+
+
+def _assert_same_checkpoint(folders: list[Path], *specs: Any) -> None:
     fused, unfused = (
-        run_world(2, _whole, folders, layout, (*TRANSFORMER_ENGINE, "--sequence-parallel"), spec, megatron=True)
-        for spec in (None, unfused_spec)
+        run_world(2, _whole, folders, Sharding(tp=2), (*TRANSFORMER_ENGINE, "--sequence-parallel"), spec, megatron=True)
+        for spec in specs
     )
     assert fused == unfused

@@ -211,7 +211,11 @@ def main() -> None:
     steps, rng = 3 * options.events + 10, random.Random(options.seed)
     out, data, undisturbed = (options.disk / name for name in ("disturbed", "train.jsonl", "undisturbed"))
     shutil.copyfile(TINY / "train.jsonl", data)
-    words = (*overrides(steps), f"data.train={data}", *(options.model(options.disk / "models") if options.model else ()))
+    words = (
+        *overrides(steps),
+        f"data.train={data}",
+        *(options.model(options.disk / "models") if options.model else ()),
+    )
     finish(undisturbed, words)
     soak = Soak(out, data, words, rng)
     print(f"event 1: {soak.kill()}", flush=True)  # the others need a run that has begun

@@ -62,7 +62,7 @@ def test_a_process_goes_on_with_what_two_saved(data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("model", "first", "then"),
     [
-        *((HYBRID, TP2, then) for then in (DP2, VPP2, TP2_CP2, Layout(context=4), Layout(pipeline=2, data=2))),
+        *((HYBRID, TP2, then) for then in (DP2, VPP2, TP2_CP2, Layout(context=2, data=2), Layout(pipeline=2, data=2))),
         *((HYBRID, first, TP2) for first in (ONE, VPP2, Layout(context=2))),
         (MIXTURE, ONE, DP2_EP2),
         (MIXTURE, DP2_EP2, TP2_EP2),

@@ -31,7 +31,8 @@ class _KeepingFp32(torch.nn.Module):
         super()._apply(fn, recurse)
         for name, value in before.items():
             parameter = self.get_parameter(name)
-            parameter.data = value.to(parameter.device)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = value.to(parameter.device, torch.float32)
         return self
 
 

@@ -39,7 +39,7 @@ def causal_conv1d(
     cu_seqlens: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Convolve each channel over the tokens of its sample up to each token.
+    """Convolve each channel over the tokens of its sample up to each token, in fp32.
 
     Args:
         x: [b, s, d].
@@ -48,18 +48,19 @@ def causal_conv1d(
         cu_seqlens: [samples + 1] int, the edges of the samples of one row; None: each row is a sample.
 
     Returns:
-        [b, s, d], and None in place of the final state.
+        [b, s, d] in the dtype of x, and None in place of the final state.
     """
     s, taps = x.shape[1], weight.shape[1]
     at = torch.arange(s, device=x.device)
     if cu_seqlens is not None:
         edges = cu_seqlens.long()
         at = at - edges[torch.searchsorted(edges[1:], at, right=True)]
-    out = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
+    filled = F.pad(_wide(x), (0, 0, taps - 1, 0))  # kept once for the backward pass: the taps are views of it
+    out = filled[:, taps - 1 :] * weight[:, -1] + (0 if bias is None else bias)
     for back in range(1, taps):
-        earlier = F.pad(x, (0, 0, back, 0))[:, :s]
-        out = out + torch.where((at >= back)[:, None], earlier, 0) * weight[:, -1 - back]
-    return (F.silu(out) if activation else out), None
+        earlier = filled[:, taps - 1 - back :][:, :s] * weight[:, -1 - back]
+        out = out + torch.where((at >= back)[:, None], earlier, 0)
+    return (F.silu(out) if activation else out).to(x.dtype), None
 
 
 def chunk_gated_delta_rule(
@@ -94,17 +95,27 @@ def _sample(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
     size = min(CHUNK, s)
     q, k, v, g, beta = (_chunked(x, size) for x in (q * q.shape[-1] ** -0.5, k, v, g, beta))
     total = g.double().cumsum(-1)  # a difference of two sums of hundreds has only 1e-5 in fp32
-    since_start, until_end = total.exp().to(q), (total[..., -1:] - total).exp().to(q)
-    between = (total[..., :, None] - total[..., None, :]).tril().exp().to(q).tril()  # [..., i, j], 0 for j > i
+    since_start, until_end = total.to(q).exp(), (total[..., -1:] - total).to(q).exp()
+    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    between = (total[..., :, None] - total[..., None, :]).to(q).masked_fill(later, -torch.inf).exp()  # [..., i, j]
     own, of_state = _solved(k, v, since_start, between, beta)
     seen = q @ k.mT * between
-    from_state, kept = q * since_start[..., None], k * until_end[..., None]
+    from_state, kept = q * since_start[..., None], (k * until_end[..., None]).mT
+    whole = since_start[..., -1, None, None]
     state, out = q.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1]), []
-    for c in range(q.shape[2]):
-        stored = own[:, :, c] - of_state[:, :, c] @ state
-        out.append(from_state[:, :, c] @ state + seen[:, :, c] @ stored)
-        state = since_start[:, :, c, -1, None, None] * state + kept[:, :, c].mT @ stored
+    # unbound, since the backward pass of an index fills a tensor of the whole sample a chunk
+    for chunk in zip(*(x.unbind(2) for x in (own, of_state, seen, from_state, kept, whole)), strict=True):
+        made, state = _next(state, *chunk)
+        out.append(made)
     return torch.stack(out, 2).flatten(2, 3)[:, :, :s]
+
+
+def _next(
+    state: Tensor, own: Tensor, of_state: Tensor, seen: Tensor, from_state: Tensor, kept: Tensor, whole: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a chunk's outputs and the state [b, n, dk, dv] after it, from that before it."""
+    stored = own - of_state @ state
+    return from_state @ state + seen @ stored, whole * state + kept @ stored
 
 
 def _solved(k: Tensor, v: Tensor, since_start: Tensor, between: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """A run disturbed again and again, held to the same run left alone: kills, flipped bits, changed data, a full disk.
 
-    python -m tests.checkpoint.soak --events 30 [--experts]
+    python -m tests.checkpoint.soak --events 30 [--experts | --hybrid]
 
 prints a line an event and ends with status 0 where the last weights, Adam's moments and all metrics are the same bits.
 It runs in a mount namespace of its own, with the disturbed run on a small disk in memory. The run is the tiny one at
-TP 2, or a mixture of experts at EP 2.
+TP 2, a mixture of experts at EP 2, or a hybrid in bf16 at TP 2.
 """
 
 from __future__ import annotations
@@ -62,6 +62,13 @@ def mixture(folder: Path) -> tuple[str, ...]:
     folder.mkdir()
     write_data(folder)
     return (f"model={folder / 'qwen3_moe'}", "parallel.tensor=1", f"parallel.data={WORLD}", f"parallel.expert={WORLD}")
+
+
+def hybrid(folder: Path) -> tuple[str, ...]:
+    """The overrides for a hybrid in bf16, some of whose parameters are fp32."""
+    folder.mkdir()
+    write_data(folder)
+    return (f"model={folder / 'hybrid'}", "train.precision=bf16")
 
 
 def kill_once(out: Path, words: tuple[str, ...], moment: str, rng: random.Random) -> Kill | None:
@@ -193,7 +200,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--experts", action="store_true", help="a mixture of experts at EP 2")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--experts", dest="model", action="store_const", const=mixture, help="a mixture at EP 2")
+    models.add_argument("--hybrid", dest="model", action="store_const", const=hybrid, help="a hybrid in bf16 at TP 2")
     parser.add_argument("--disk", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.disk is None:
@@ -202,7 +211,11 @@ def main() -> None:
     steps, rng = 3 * options.events + 10, random.Random(options.seed)
     out, data, undisturbed = (options.disk / name for name in ("disturbed", "train.jsonl", "undisturbed"))
     shutil.copyfile(TINY / "train.jsonl", data)
-    words = (*overrides(steps), f"data.train={data}", *(mixture(options.disk / "models") if options.experts else ()))
+    words = (
+        *overrides(steps),
+        f"data.train={data}",
+        *(options.model(options.disk / "models") if options.model else ()),
+    )
     finish(undisturbed, words)
     soak = Soak(out, data, words, rng)
     print(f"event 1: {soak.kill()}", flush=True)  # the others need a run that has begun

@@ -1,4 +1,4 @@
-"""A gradient of one expert on one rank that is not finite skips the step on every rank, and the replicas stay equal."""
+"""A gradient of one layer on one rank that is not finite skips the step on every rank, and the replicas stay equal."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from tests.helpers.world import run_world
 STEPS, BAD = 3, 2
 EXPERT = "mlp.experts.local_experts.1.linear_fc1.weight"
 """Of the layers of the last rank."""
+DECAY = "self_attention.A_log"
 
 
-def _train(made: Recipe, prepared: RunRows) -> list[dict[str, Tensor]]:
+def _train(made: Recipe, prepared: RunRows, bad_parameter: str) -> list[dict[str, Tensor]]:
     """Train a rank, the last one with a NaN in step 2 -> its parameters after each step."""
     after: list[dict[str, Tensor]] = []
 
@@ -33,8 +34,8 @@ def _train(made: Recipe, prepared: RunRows) -> list[dict[str, Tensor]]:
         def step(forward: Any, data: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
             parameters = dict(model[0].module.named_parameters())
             bad = len(after) == BAD - 1 and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
-            experts = [p for name, p in parameters.items() if name.endswith(EXPERT)] if bad else []
-            hooks = [expert.register_hook(lambda gradient: gradient * torch.nan) for expert in experts]
+            those = [p for name, p in parameters.items() if name.endswith(bad_parameter)] if bad else []
+            hooks = [parameter.register_hook(lambda gradient: gradient * torch.nan) for parameter in those]
             result = train_step(forward, data, model, *args, **kwargs)
             for hook in hooks:
                 hook.remove()
@@ -49,20 +50,24 @@ def _train(made: Recipe, prepared: RunRows) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("model", "parameter", "layout"),
     [
-        Layout(data=2, expert=2),
-        pytest.param(Layout(tensor=2, sequence=True, expert=2), marks=pytest.mark.slow),
-        pytest.param(Layout(data=4, expert=2), marks=pytest.mark.slow),
+        ("qwen3_moe", EXPERT, Layout(data=2, expert=2)),
+        pytest.param("qwen3_moe", EXPERT, Layout(tensor=2, sequence=True, expert=2), marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", EXPERT, Layout(data=4, expert=2), marks=pytest.mark.slow),
+        pytest.param("hybrid", DECAY, Layout(tensor=2), marks=pytest.mark.slow),
+        pytest.param("hybrid", DECAY, Layout(data=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_a_nan_in_one_expert_on_one_rank_skips_the_step_everywhere(data: Path, tmp_path: Path, layout: Layout):
+def test_a_nan_in_one_layer_on_one_rank_skips_the_step_everywhere(
+    data: Path, tmp_path: Path, model: str, parameter: str, layout: Layout
+):
     words = ["data.valid=null", "train.validate_every=null", "train.global_batch_size=4", "train.keep_last=9"]
-    made = make_recipe(tmp_path / "run", data, Case(model="qwen3_moe"), layout, STEPS, *words)
-    model, folder = find_model(made.model), RunFolder.of(made)
-    prepared = prepare_rows(made, model, read_config(model).vocab_size)
-    ranks = run_world(layout.world, _train, made, prepared, megatron=True)
+    made = make_recipe(tmp_path / "run", data, Case(model=model), layout, STEPS, *words)
+    found, folder = find_model(made.model), RunFolder.of(made)
+    prepared = prepare_rows(made, found, read_config(found).vocab_size)
+    ranks = run_world(layout.world, _train, made, prepared, parameter, megatron=True)
     lines, _ = read_metrics(folder.metrics)
     assert [line.get("skipped", False) for line in lines] == [False, True, False]
     assert sorted(folder.iterations()) == [1, 3]

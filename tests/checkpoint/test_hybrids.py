@@ -1,20 +1,23 @@
-"""Checkpoints of hybrids in bf16, some of whose parameters are fp32."""
+"""A run of a hybrid goes on on any layout: in bf16, where some of its parameters are fp32, on the same to the bit."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from bft_megatron.hf.architectures import read_config
-from bft_megatron.hf.hub import find_model
-from bft_megatron.run.folder import RunFolder
-from bft_megatron.run.prepared import prepare_rows
-from tests.helpers.checkpoints import assert_same_tensors, tensors
-from tests.helpers.runs import Case, Layout, do_nothing, make_recipe, train_rank, write_data
-from tests.helpers.world import run_world
+from tests.helpers.resuming import Resuming
+from tests.helpers.runs import Layout, write_data
+
+ONE, DP2 = Layout(), Layout(data=2)
+TP2 = Layout(tensor=2, sequence=True)
+TP2_CP2 = Layout(tensor=2, context=2)
+VPP2 = Layout(pipeline=2, virtual_pipeline=2)
+TP2_EP2 = Layout(tensor=2, sequence=True, expert=2)
+DP2_EP2 = Layout(data=2, expert=2)
+HYBRID, MIXTURE, NEXT = "hybrid", "hybrid_moe", "next"
+BF16 = ("train.precision=bf16",)
 
 
 @pytest.fixture(scope="module")
@@ -24,22 +27,53 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(data: Path, folder: Path, layout: Layout) -> RunFolder:
-    """Train two steps in bf16, from the newest checkpoint of the folder."""
-    made = make_recipe(folder, data, Case(model="hybrid"), layout, 2, "train.precision=bf16", "train.clip_grad=1")
-    model = find_model(made.model)
-    prepared = prepare_rows(made, model, read_config(model).vocab_size)
-    run_world(layout.world, train_rank, made, prepared, do_nothing, megatron=True)
-    return RunFolder.of(made)
+def _check_bits(runs: Resuming, layout: Layout, folder: Path) -> None:
+    whole, expected = runs.undisturbed(layout)
+    runs.check_bits(whole, expected, layout, folder)
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(data: Path):
-    run = _run(data, data / "run", Layout(data=2))
-    shutil.copytree(data / "run", data / "resumed")
-    (data / "resumed" / "done").unlink()
-    shutil.rmtree(RunFolder(data / "resumed").checkpoint(2))
-    RunFolder(data / "resumed").write_tracker(1)
-    again = _run(data, data / "resumed", Layout(data=2))
-    assert_same_tensors(again.checkpoint(2), run.checkpoint(2))
-    kept = {name for name, x in tensors(run.checkpoint(2)).items() if "A_log" in name and x.dtype == torch.float32}
-    assert any(not name.startswith("optimizer.") for name in kept)
+def test_a_resumed_run_in_bf16_is_the_same_to_the_bit(data: Path, tmp_path: Path):
+    runs = Resuming(data, HYBRID, BF16, steps=2)
+    _check_bits(runs, DP2, tmp_path / "run")
+    stored = runs.last_tensors(runs.undisturbed(DP2)[0])
+    kept = {x.dtype for name, x in stored.items() if "A_log" in name or "out_norm" in name}
+    assert kept == {torch.float32}
+    assert {x.dtype for name, x in stored.items() if "in_proj" in name} == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [(), BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [TP2, TP2_CP2, VPP2], ids=str)
+def test_other_layouts_go_on_to_the_bit(data: Path, tmp_path: Path, layout: Layout, words: tuple[str, ...]):
+    _check_bits(Resuming(data, HYBRID, words), layout, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "layout"), [(MIXTURE, TP2_EP2), (MIXTURE, DP2_EP2), (NEXT, TP2_EP2)], ids=str)
+def test_mixtures_in_bf16_go_on_to_the_bit(data: Path, tmp_path: Path, model: str, layout: Layout):
+    _check_bits(Resuming(data, model, BF16), layout, tmp_path / "run")
+
+
+def test_a_process_goes_on_with_what_two_saved(data: Path, tmp_path: Path):
+    Resuming(data, HYBRID, steps=2).check(TP2, ONE, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "first", "then"),
+    [
+        *((HYBRID, TP2, then) for then in (DP2, VPP2, TP2_CP2, Layout(context=2, data=2), Layout(pipeline=2, data=2))),
+        *((HYBRID, first, TP2) for first in (ONE, VPP2, Layout(context=2))),
+        (MIXTURE, ONE, DP2_EP2),
+        (MIXTURE, DP2_EP2, TP2_EP2),
+        (MIXTURE, TP2_EP2, Layout(pipeline=2, data=2, expert=2)),
+        (MIXTURE, DP2_EP2, Layout(context=2, data=2, expert=4)),
+        (NEXT, TP2_EP2, VPP2),
+        (NEXT, DP2_EP2, TP2),
+    ],
+    ids=str,
+)
+def test_another_layout_goes_on_with_the_same_numbers(
+    data: Path, tmp_path: Path, model: str, first: Layout, then: Layout
+):
+    Resuming(data, model).check(first, then, tmp_path / "run")

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from bft_megatron.installation import driver
-
-INSTALL = "launch/install_gpu.sh"
-"""The command that installs Transformer Engine for the torch that is there."""
+from bft_megatron.installation.layers import INSTALL, WITHOUT_TRANSFORMER_ENGINE, transformer_engine_is_there
 
 
 @dataclass(frozen=True)
@@ -97,13 +95,11 @@ def nccl() -> Part:
 
 def transformer_engine() -> Part:
     """Return Transformer Engine: its core's and its PyTorch part's versions, and whether it loads."""
-    from bft_megatron.training.kernels import LAYERS_OF_TORCH
-
     name = "Transformer Engine"
     core = next((d for d in ("transformer-engine-cu13", "transformer-engine-cu12") if version(d)), None)
     whole, torch_part = version("transformer-engine"), version("transformer-engine-torch")
-    if importlib.util.find_spec("transformer_engine") is None:
-        return Part(name, "missing", "missing", f"{LAYERS_OF_TORCH}: {INSTALL} installs it")
+    if not transformer_engine_is_there():
+        return Part(name, "missing", "missing", f"{WITHOUT_TRANSFORMER_ENGINE}: {INSTALL} installs it")
     shown = whole or torch_part or (version(core) if core else None) or "unknown version"
     if error := import_error("torch, transformer_engine.pytorch"):
         return Part(name, shown, "wrong", f"does not load ({error}): {INSTALL} builds it for this torch")

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-LAYERS_OF_TORCH = (
-    "Transformer Engine is not installed: the layers are torch's, with flash attention in bf16 and fp16, without its "
-    "fused norms, rotary embedding and FP8"
-)
+from bft_megatron.installation.layers import WITHOUT_TRANSFORMER_ENGINE
+
 ONE_AFTER_THE_OTHER = "a layer's experts are multiplied one after the other, each too small a product to fill the GPU"
 SEVERAL_PASSES = "tokens are sorted by expert in several passes over memory, with a copy each"
 
@@ -54,7 +52,7 @@ def missing(*, torch_layers: bool, experts: bool) -> list[str]:
     """
     if torch_layers:
         slow = f"; {ONE_AFTER_THE_OTHER}, and {SEVERAL_PASSES}"
-        return [LAYERS_OF_TORCH + slow * experts]
+        return [WITHOUT_TRANSFORMER_ENGINE + slow * experts]
     return [
         f"Transformer Engine lacks {kernel.flag}, which {kernel.release} has: {kernel.without}"
         for kernel in EXPERT_KERNELS

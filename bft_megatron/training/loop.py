@@ -82,7 +82,7 @@ def train(run: Run, console: TextIO) -> None:
         arguments.megatron_arguments(
             recipe,
             megatron_flags(run.config),
-            initialize.device_flags(on_cpu, experts=run.config.experts is not None),
+            initialize.device_flags(recipe, experts=run.config.experts is not None),
             run.steps,
             (run.validation.batch, run.validation.iterations),
         )
@@ -127,9 +127,9 @@ def with_experts(model: Any, run: Run, step: Step, reporter: Reporter) -> Expert
 def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
     """Print the first lines of the run, and what a GPU does more slowly than it could."""
     print(sentence(run, start), *notes(run), sep="\n", file=console, flush=True)
-    if not on_cpu:
+    if not on_cpu and run.recipe.layers != "torch":
         experts = run.config.experts is not None
-        for line in kernels.missing(torch_layers=initialize.torch_layers(on_cpu), experts=experts):
+        for line in kernels.missing(torch_layers=initialize.torch_layers(run.recipe), experts=experts):
             print(line, file=console, flush=True)
 
 

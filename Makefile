@@ -13,7 +13,7 @@ FUZZ_SECONDS ?= 3600
 # What has a target of its own because of what it needs.
 APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te --ignore=tests/gpu
 
-.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu bench-gpu plan-recipes matrix fuzz soak docs lint format \
+.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu test-torch bench-gpu plan-recipes matrix fuzz soak docs lint format \
 	lock clean
 
 venv: $(STAMP)
@@ -73,6 +73,20 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu.head
 	$(BIN)/python -m benchmarks.gpu.train --losses "Megatron's loss" bft
 
+# The core tests under another release of torch, in an environment of its own: under 2.11 Triton's interpreter needs an older
+# numpy, and what upstream/ declares is for the locked release.
+TORCH ?= 2.11.0
+CORE := tests/objective tests/layers tests/layouts tests/checkpoint tests/hf tests/lora tests/commands
+test-torch: .venv-torch/$(TORCH)
+	.venv-torch/bin/python -m pytest $(CORE)
+
+.venv-torch/$(TORCH): pyproject.toml constraints.txt
+	@python=$$(./find-python.sh) && $$python -m venv --clear .venv-torch
+	.venv-torch/bin/pip install --quiet --upgrade "pip>=25.1"
+	grep -vE '^(torch|triton|numpy|nvidia-.*|cuda-.*)==' constraints.txt > .venv-torch/constraints.txt
+	.venv-torch/bin/pip install --quiet --constraint .venv-torch/constraints.txt "torch==$(TORCH)" "numpy<2.5" --editable . --group dev
+	@touch $@
+
 # The Dockerfile built with buildah on a base of Debian's; as root, some minutes.
 test-image: $(STAMP)
 	$(BIN)/python -m pytest tests/image
@@ -124,4 +138,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-torch .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info

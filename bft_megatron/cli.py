@@ -163,6 +163,15 @@ def preflight(
 
 
 @app.command()
+def doctor() -> None:
+    """Report what a GPU run computes with here, and what a missing part costs. Exit status 1: a part is wrong."""
+    from bft_megatron.installation.report import report
+
+    if not report(Console(emoji=False)):
+        sys.exit(1)
+
+
+@app.command()
 def plan(
     recipe_file: RecipeFile,
     overrides: Overrides = None,

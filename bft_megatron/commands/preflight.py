@@ -17,6 +17,8 @@ from bft_megatron.checkpoint.sizes import CHECKPOINT_BYTES, OPTIMIZER_BYTES
 from bft_megatron.errors import UserError
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.hf.weights import parameter_count, weights
+from bft_megatron.installation import layers
+from bft_megatron.installation.parts import torch_and_driver
 from bft_megatron.processes import lease
 from bft_megatron.recipe.layout_rules import check_world
 from bft_megatron.recipe.schema import ParallelSettings, Recipe
@@ -38,6 +40,7 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
         FieldError, UserError: the first fault that is found; one of this node names the node.
         InUse: on the first node, another command uses the run's folder.
     """
+    layers.check(recipe)
     check_world(recipe, world)
     if os.environ.get("SLURM_PROCID", "0") == "0":
         with contextlib.suppress(OSError):  # the ranks' own errors say more
@@ -47,6 +50,8 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     if recipe.device != "cpu" and gpus < per_node:
         raise UserError(f"has {gpus} GPUs, the job has {per_node} ranks on it", node)
+    if recipe.device != "cpu":
+        _check_driver(node)
     if recipe.device != "cpu" and (shared := shutil.disk_usage("/dev/shm").total) < SHARED_MEMORY:
         raise UserError(f"/dev/shm has {_gib(shared)}, it takes {_gib(SHARED_MEMORY)}: docker run --ipc=host", node)
     if recipe.lora is None:
@@ -61,6 +66,13 @@ def preflight(recipe: Recipe, config: ModelConfig, world: int, per_node: int) ->
                 f"parallel.{sizes}, or set `dist-ckpt-optim-fully-reshardable: false` under `megatron`",
                 node,
             )
+
+
+def _check_driver(node: str) -> None:
+    """Raise UserError if torch cannot use this node's GPUs."""
+    last = torch_and_driver()[-1]
+    if last.state != "good":
+        raise UserError(f"{last.name} {last.found}: {last.says}; see `bft-megatron doctor` there", node)
 
 
 def _on_a_rank(config: ModelConfig, parallel: ParallelSettings) -> float:

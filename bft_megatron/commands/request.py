@@ -16,6 +16,7 @@ from bft_megatron.hf import stops
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.hub import find_model
 from bft_megatron.hf.model_config import ModelConfig
+from bft_megatron.installation import layers
 from bft_megatron.processes import launcher, lease, ranks
 from bft_megatron.recipe import layout_rules, reader, rules
 from bft_megatron.recipe.schema import Recipe
@@ -64,6 +65,7 @@ class Request:
         if in_rank:
             ranks.check()
         processes = ranks.world_size() if in_rank else launcher.local_processes(self.recipe)
+        self.check(lambda: layers.check(self.recipe))
         self.check(lambda: layout_rules.check_world(self.recipe, processes))
         return in_rank, processes
 

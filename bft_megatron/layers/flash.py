@@ -25,11 +25,15 @@ else:
 _NAMES = frozenset(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else frozenset()
 
 
+def is_there() -> bool:
+    """Return whether the installed torch has the kernel, with a scale and windows: 2.11 and later."""
+    return "scale" in _NAMES and "window_size" in _NAMES
+
+
 def can(query: Tensor, dropout: float) -> bool:
     """Return whether the kernel supports query [t, n, d]: on a GPU, in 16 bits, d up to 256, without dropout."""
     dtypes = (torch.bfloat16, torch.float16)
-    known = "scale" in _NAMES and "window_size" in _NAMES  # torch 2.11 and later
-    return known and query.is_cuda and query.dtype in dtypes and query.shape[-1] <= 256 and not dropout
+    return is_there() and query.is_cuda and query.dtype in dtypes and query.shape[-1] <= 256 and not dropout
 
 
 def samples(

@@ -247,6 +247,9 @@ class Recipe:
     """`random` draws new weights, the same on every layout."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` uses the machine's GPUs, or the CPU if there is none; `cpu` leaves the GPUs alone."""
+    layers: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """The layers' kernels on a GPU: `auto` takes Transformer Engine's where it is installed, else torch's; `torch`
+    never does; `transformer_engine` refuses to start without it."""
     lora: LoraSettings | None = None
     """Low-rank adapters. Left out: the run trains every weight."""
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)

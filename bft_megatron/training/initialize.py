@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from bft_megatron.installation import layers
 from bft_megatron.processes import ranks
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.training import kernels
@@ -42,22 +42,24 @@ def runs_on_cpu(recipe: Recipe) -> bool:
     return recipe.device == "cpu" or not cuda_on_cpu.gpu_is_visible()
 
 
-def device_flags(on_cpu: bool, *, experts: bool) -> list[str]:
+def device_flags(recipe: Recipe, *, experts: bool) -> list[str]:
     """Return Megatron's flags for this device and its layers.
 
     Args:
         experts: whether the model has experts.
     """
-    if on_cpu:
+    if runs_on_cpu(recipe):
         return CPU_FLAGS
-    if torch_layers(on_cpu):
+    if torch_layers(recipe):
         return TORCH_LAYER_FLAGS
     return [*GPU_FLAGS, *(kernels.expert_flags() if experts else [])]
 
 
-def torch_layers(on_cpu: bool) -> bool:
-    """Return whether the package's own `layers` are used: on the CPU, and on a GPU without Transformer Engine."""
-    return on_cpu or importlib.util.find_spec("transformer_engine") is None
+def torch_layers(recipe: Recipe) -> bool:
+    """Return whether the package's own `layers` are used: on the CPU, and on a GPU as the recipe's `layers` says."""
+    if recipe.layers == "auto":
+        return runs_on_cpu(recipe) or not layers.transformer_engine_is_there()
+    return runs_on_cpu(recipe) or recipe.layers == "torch"
 
 
 def join(recipe: Recipe, on_cpu: bool) -> None:
@@ -72,7 +74,7 @@ def join(recipe: Recipe, on_cpu: bool) -> None:
         dataset_helpers.without_compiling()
         if torch_adam.in_use():
             torch_adam.install()
-    if torch_layers(on_cpu):
+    if torch_layers(recipe):
         rotary.install()
     if dist.is_initialized():
         return

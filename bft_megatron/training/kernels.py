@@ -7,17 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bft_megatron.installation.layers import WITHOUT_FLASH_LINEAR_ATTENTION, WITHOUT_TRANSFORMER_ENGINE
 from bft_megatron.upstream import gated_delta
 
-LAYERS_OF_TORCH = (
-    "Transformer Engine is not installed: the layers are torch's, with flash attention in bf16 and fp16, without its "
-    "fused norms, rotary embedding and FP8"
-)
 ONE_AFTER_THE_OTHER = "a layer's experts are multiplied one after the other, each too small a product to fill the GPU"
-DELTA_NETS_OF_TORCH = (
-    "flash-linear-attention is not installed: gated delta nets are computed by torch, one sample of a packed row after "
-    "the other, which is slower; pip install flash-linear-attention"
-)
 SEVERAL_PASSES = "tokens are sorted by expert in several passes over memory, with a copy each"
 
 
@@ -59,10 +52,10 @@ def missing(*, torch_layers: bool, experts: bool, delta_nets: bool) -> list[str]
         experts: whether the model has experts.
         delta_nets: whether it has gated delta nets.
     """
-    slow_nets = [DELTA_NETS_OF_TORCH] if delta_nets and not gated_delta.fla_is_used() else []
+    slow_nets = [WITHOUT_FLASH_LINEAR_ATTENTION] if delta_nets and not gated_delta.fla_is_used() else []
     if torch_layers:
         slow = f"; {ONE_AFTER_THE_OTHER}, and {SEVERAL_PASSES}"
-        return [LAYERS_OF_TORCH + slow * experts, *slow_nets]
+        return [WITHOUT_TRANSFORMER_ENGINE + slow * experts, *slow_nets]
     return slow_nets + [
         f"Transformer Engine lacks {kernel.flag}, which {kernel.release} has: {kernel.without}"
         for kernel in EXPERT_KERNELS

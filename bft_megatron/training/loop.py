@@ -82,7 +82,7 @@ def train(run: Run, console: TextIO) -> None:
         arguments.megatron_arguments(
             recipe,
             megatron_flags(run.config),
-            initialize.device_flags(on_cpu, experts=run.config.experts is not None),
+            initialize.device_flags(recipe, experts=run.config.experts is not None),
             run.steps,
             (run.validation.batch, run.validation.iterations),
         )
@@ -129,7 +129,7 @@ def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
     print(sentence(run, start), *notes(run), sep="\n", file=console, flush=True)
     if not on_cpu:
         experts, delta_nets = run.config.experts is not None, run.config.linear_attention is not None
-        torch_layers = initialize.torch_layers(on_cpu)
+        torch_layers = initialize.torch_layers(run.recipe)
         for line in kernels.missing(torch_layers=torch_layers, experts=experts, delta_nets=delta_nets):
             print(line, file=console, flush=True)
 

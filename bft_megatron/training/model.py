@@ -38,7 +38,7 @@ def model_config(
     with command_line.refusals():
         model = gpt_config_from_args(margs)
     configure(model, config)
-    if initialize.torch_layers(on_cpu):
+    if initialize.torch_layers(recipe):
         from bft_megatron.layers.spec import layer_spec
 
         model.transformer_layer_spec = layer_spec
@@ -53,8 +53,8 @@ def model_config(
 
         model.pre_wrap_hooks.append(routers.freeze)
     if recipe.lora is not None:
-        adapters.install(model, recipe, config, torch_layers=initialize.torch_layers(on_cpu))
-    if config.linear_attention is not None and not initialize.torch_layers(on_cpu):
+        adapters.install(model, recipe, config, torch_layers=initialize.torch_layers(recipe))
+    if config.linear_attention is not None and not initialize.torch_layers(recipe):
         from bft_megatron.layers.delta_net import with_delta_nets
 
         model.transformer_layer_spec = with_delta_nets(model.transformer_layer_spec)
@@ -84,7 +84,7 @@ def build(recipe: Recipe, config: ModelConfig, model_folder: Path, flags: list[s
     from megatron.training.initialize import initialize_megatron
     from megatron.training.models.gpt import GPTModelBuilder
 
-    all_flags = [*initialize.device_flags(on_cpu, experts=config.experts is not None), *(flags or [])]
+    all_flags = [*initialize.device_flags(recipe, experts=config.experts is not None), *(flags or [])]
     margs = command_line.parse(arguments.megatron_arguments(recipe, megatron_flags(config), all_flags, 1, (0, 0)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -57,6 +57,16 @@ def test_gpus(recipe: Recipe, config: ModelConfig):
         preflight(replace(recipe, device="auto"), config, world=8, per_node=4)
 
 
+def test_a_node_whose_torch_sees_no_driver(recipe: Recipe, config: ModelConfig):
+    with pytest.raises(UserError, match=r"driver missing: .*`bft-megatron doctor`"):
+        preflight(replace(recipe, device="auto"), config, world=8, per_node=0)
+
+
+def test_layers_that_are_not_installed(recipe: Recipe, config: ModelConfig):
+    with pytest.raises(FieldError, match="Transformer Engine is not installed"):
+        preflight(replace(recipe, device="auto", layers="transformer_engine"), config, world=8, per_node=4)
+
+
 def test_disk_and_memory(recipe: Recipe, config: ModelConfig, tmp_path: Path):
     """Three checkpoints of 405B are some 17 TB; a hundred thousand ranks of a small model want too much memory."""
     large = replace(config, layers=126, hidden=16384, ffn=53248)

@@ -10,8 +10,10 @@ import pytest
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.export import export
 from bft_megatron.hf.weights import weights
+from bft_megatron.recipe.schema import DataSettings, Recipe
 from bft_megatron.training import kernels
 from bft_megatron.training.initialize import GPU_FLAGS, device_flags
+from bft_megatron.upstream import cuda_on_cpu
 from tests.helpers import sharded
 from tests.helpers.exported import assert_same, tensors
 from tests.helpers.sharded import TRANSFORMER_ENGINE, Sharding
@@ -80,8 +82,10 @@ def test_load_then_export_is_bit_identical(mixtures: list[SavedModel], tmp_path:
         assert_same(tensors(folder), tensors(tmp_path / "out" / folder.name))
 
 
-def test_its_kernels_for_experts_are_used_by_models_with_experts():
+def test_its_kernels_for_experts_are_used_by_models_with_experts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda_on_cpu, "gpu_is_visible", lambda: True)
+    recipe = Recipe(model="m", data=DataSettings(train="rows.jsonl"), output="run")
     assert kernels.expert_flags() == ["--moe-grouped-gemm", "--moe-permute-fusion"]
     assert kernels.missing(torch_layers=False, experts=True, delta_nets=False) == []
-    assert device_flags(False, experts=True) == [*GPU_FLAGS, "--moe-grouped-gemm", "--moe-permute-fusion"]
-    assert device_flags(False, experts=False) == GPU_FLAGS
+    assert device_flags(recipe, experts=True) == [*GPU_FLAGS, "--moe-grouped-gemm", "--moe-permute-fusion"]
+    assert device_flags(recipe, experts=False) == GPU_FLAGS

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import pytest
 
+from bft_megatron.errors import FieldError
+from bft_megatron.installation import layers
+from bft_megatron.recipe.schema import DataSettings, Recipe
 from bft_megatron.training import kernels
-from bft_megatron.training.initialize import CPU_FLAGS, TORCH_LAYER_FLAGS, device_flags
+from bft_megatron.training.initialize import CPU_FLAGS, GPU_FLAGS, TORCH_LAYER_FLAGS, device_flags
+from bft_megatron.upstream import cuda_on_cpu
 
 
-def test_no_kernel_is_asked_for_that_is_not_there():
+def recipe(**fields: object) -> Recipe:
+    return Recipe(model="m", data=DataSettings(train="rows.jsonl"), output="run", **fields)
+
+
+def test_the_layers_are_those_that_the_recipe_names(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda_on_cpu, "gpu_is_visible", lambda: True)
+    monkeypatch.setattr(layers, "transformer_engine_is_there", lambda: True)
+    assert device_flags(recipe(), experts=False) == GPU_FLAGS
+    assert device_flags(recipe(layers="transformer_engine"), experts=False) == GPU_FLAGS
+    assert device_flags(recipe(layers="torch"), experts=False) == TORCH_LAYER_FLAGS
+    layers.check(recipe(layers="transformer_engine"))
+    with pytest.raises(FieldError, match="device is cpu"):
+        layers.check(recipe(layers="transformer_engine", device="cpu"))
+    monkeypatch.setattr(layers, "transformer_engine_is_there", lambda: False)
+    with pytest.raises(FieldError, match=f"{layers.INSTALL} installs it"):
+        layers.check(recipe(layers="transformer_engine"))
+
+
+def test_no_kernel_is_asked_for_that_is_not_there(monkeypatch: pytest.MonkeyPatch):
     """The tests' own environment has no Transformer Engine: Megatron stands for its kernels with None."""
+    monkeypatch.setattr(cuda_on_cpu, "gpu_is_visible", lambda: True)
     assert kernels.expert_flags() == []
-    assert device_flags(False, experts=True) == TORCH_LAYER_FLAGS
-    assert device_flags(True, experts=True) == CPU_FLAGS
+    assert device_flags(recipe(), experts=True) == TORCH_LAYER_FLAGS
+    assert device_flags(recipe(device="cpu"), experts=True) == CPU_FLAGS
 
 
 def test_what_is_missing_is_said_once_with_its_cost():
@@ -37,4 +60,4 @@ def test_what_gated_delta_nets_lack_is_said_with_either_kind_of_layers(torch_lay
         kernels.missing(torch_layers=torch_layers, experts=False, delta_nets=nets) for nets in (False, True)
     )
     (said,) = [line for line in with_nets if line not in without]
-    assert said.startswith("flash-linear-attention is not installed: gated delta nets are computed by torch")
+    assert said.startswith("gated delta nets, as Qwen3.5 has them, are torch's")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from bft_megatron.errors import FieldError
+from bft_megatron.recipe import layout_rules
 from bft_megatron.recipe.schema import Recipe
 
 INSTALL = "launch/install_gpu.sh"
@@ -25,7 +26,9 @@ def transformer_engine_is_there() -> bool:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise FieldError if a recipe asks for Transformer Engine's layers where a run could not have them."""
+    """Raise FieldError if a recipe asks for Transformer Engine's layers, or needs them, where a run has others."""
+    if layout_rules.recomputes_head_norm(recipe) and not transformer_engine_is_there():
+        raise FieldError("megatron.recompute-modules", f"{layout_rules.HEAD_NORM_NEEDS}; {INSTALL} installs it")
     if recipe.layers != "transformer_engine":
         return
     if recipe.device == "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Protocol
 
 from bft_megatron.errors import FieldError
@@ -219,14 +218,21 @@ def _check_flags_of_linear_attention(recipe: Recipe) -> None:
             "megatron.deterministic-mode",
             "gated delta nets then take no packed rows: leave it out, or set data.packing to false",
         )
-    torch_layers = recipe.device == "cpu" or importlib.util.find_spec("transformer_engine") is None
-    if "gdn_norm_out" in (flags.get("recompute-modules") or ()) and torch_layers:
-        raise FieldError(
-            "megatron.recompute-modules",
-            "gdn_norm_out needs a GPU and Transformer Engine: leave it out, or set recompute-granularity to full",
-        )
-    if flags.get("tp-comm-overlap"):
-        raise FieldError("megatron.tp-comm-overlap", "it was not tried with gated delta nets: leave it out")
+    if recomputes_head_norm(recipe) and (recipe.device == "cpu" or recipe.layers == "torch"):
+        raise FieldError("megatron.recompute-modules", HEAD_NORM_NEEDS)
+    for flag in ("tp-comm-overlap", "use-precision-aware-optimizer", "optimizer-cpu-offload"):
+        if flags.get(flag):
+            raise FieldError(f"megatron.{flag}", "not shown to be right with gated delta nets: leave it out")
+
+
+HEAD_NORM_NEEDS = (
+    "gdn_norm_out needs a GPU and Transformer Engine's layers: leave it out, or set recompute-granularity to full"
+)
+
+
+def recomputes_head_norm(recipe: Recipe) -> bool:
+    """Return whether the norm of gated delta nets' outputs is recomputed by itself, which Transformer Engine does."""
+    return "gdn_norm_out" in (recipe.megatron.get("recompute-modules") or ())
 
 
 def _check_row_length(recipe: Recipe, model: ModelShape) -> None:

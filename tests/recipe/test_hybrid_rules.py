@@ -36,12 +36,22 @@ REFUSED = {
     "recomputed-norm": (
         ["megatron.recompute-granularity=selective", "megatron.recompute-modules=[core_attn, gdn_norm_out]"],
         "megatron.recompute-modules",
-        "gdn_norm_out needs a GPU and Transformer Engine: leave it out, or set recompute-granularity to full",
+        "gdn_norm_out needs a GPU and Transformer Engine's layers: leave it out, or set recompute-granularity to full",
     ),
     "overlap-of-tensor-parallelism": (
         ["parallel.tensor=2", "megatron.tp-comm-overlap=true"],
         "megatron.tp-comm-overlap",
-        "it was not tried with gated delta nets: leave it out",
+        "not shown to be right with gated delta nets: leave it out",
+    ),
+    "optimizer-that-skips-fp32-copies": (
+        ["megatron.use-precision-aware-optimizer=true"],
+        "megatron.use-precision-aware-optimizer",
+        "not shown to be right with gated delta nets: leave it out",
+    ),
+    "optimizer-on-the-host": (
+        ["megatron.optimizer-cpu-offload=true"],
+        "megatron.optimizer-cpu-offload",
+        "not shown to be right with gated delta nets: leave it out",
     ),
 }
 

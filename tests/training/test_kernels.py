@@ -28,6 +28,8 @@ def test_the_layers_are_those_that_the_recipe_names(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(layers, "transformer_engine_is_there", lambda: False)
     with pytest.raises(FieldError, match=f"{layers.INSTALL} installs it"):
         layers.check(recipe(layers="transformer_engine"))
+    with pytest.raises(FieldError, match=f"gdn_norm_out needs .*{layers.INSTALL}"):
+        layers.check(recipe(megatron={"recompute-modules": ["gdn_norm_out"]}))
 
 
 def test_no_kernel_is_asked_for_that_is_not_there(monkeypatch: pytest.MonkeyPatch):

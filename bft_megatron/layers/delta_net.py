@@ -58,7 +58,7 @@ class HeadNorm(_KeepingFp32, torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=torch.float32)
         # Looked up once: in the forward pass that would end a compiled graph.
-        self.group = parallel_state.get_tensor_model_parallel_group()
+        self.group = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., dv] in fp32 -> [..., dv]. Backward: an all-reduce over TP of the weight's gradient."""

@@ -6,6 +6,7 @@ Loading, export and adapters all use it.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from bft_megatron.hf.layer_weights import layer_weights
 from bft_megatron.hf.model_config import ModelConfig
@@ -26,6 +27,7 @@ def weights(config: ModelConfig) -> list[Weight]:
     ]
 
 
+@cache  # the table of a mixture has ten thousands of tensors
 def parameter_count(config: ModelConfig) -> int:
     """Return the number of parameters of the whole model, tied embeddings counted once and buffers not."""
     return sum(math.prod(t.shape) for w in weights(config) if not w.buffer for t in w.tensors)

@@ -70,7 +70,8 @@ def lora_hook(
                 own = [(table.get(place.path(f"{name}.{n}")), p) for n, p in module.named_parameters(recurse=False)]
                 made = [adapter_of(e, settings, chunk.config.sequence_parallel, p) for e, p in own if e is not None]
                 if made:
-                    _attach(module, made, source)
+                    _fill(made, source)
+                    attach(module, made)
             if chunk.pre_process:
                 # Full recompute silently drops the gradients of a layer whose input needs none, here the first layer.
                 chunk.embedding.register_forward_hook(lambda _, __, out: out.requires_grad_())
@@ -82,12 +83,16 @@ def lora_hook(
     return adapt
 
 
-def _attach(layer: torch.nn.Module, made: list[Adapter], source: Source) -> None:
+@torch.no_grad()
+def _fill(made: list[Adapter], source: Source) -> None:
+    for adapter in made:
+        for name, weight in adapter.weights.items():
+            fill_part(adapter.get_parameter(name), weight, source)
+
+
+def attach(layer: torch.nn.Module, made: list[Adapter]) -> None:
+    """Make adapters the child `lora` of a linear layer, or of one of experts, and add their outputs to the layer's."""
     assert not hasattr(layer, "layer_norm_weight"), "the layer norms its own input, which its adapter would not see"
-    with torch.no_grad():
-        for adapter in made:
-            for name, weight in adapter.weights.items():
-                fill_part(adapter.get_parameter(name), weight, source)
     layer.lora = made[0] if hasattr(layer, "weight") else GroupedAdapters(made)
     layer.register_forward_hook(lambda module, args, out: (out[0] + module.lora(*args), *out[1:]))
 

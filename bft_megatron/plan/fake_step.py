@@ -89,7 +89,7 @@ def run(
     with fake, ledger:
         if not on_cpu:
             from bft_megatron.layers.norm_after_rotary import norm_after_rotary
-            from bft_megatron.plan import modelled
+            from bft_megatron.plan import modelled, modelled_experts
 
             modelled.install()
         margs = command_line.parse([*arguments.without(flags, LEFT_OUT), *INSTEAD])
@@ -100,6 +100,8 @@ def run(
         if not on_cpu:
             spec = modelled.layer_spec
             model.transformer_layer_spec = norm_after_rotary(spec) if config.norm_after_rotary else spec
+            if recipe.lora is not None and mixture:
+                model.pre_wrap_hooks.append(modelled_experts.adapt(config, recipe.lora))
         probe = StepProbe(ledger)
         probe.install()
         with contextlib.suppress(Enough):

@@ -67,7 +67,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path):
         _, rank = run.ranks()
         run.until("step     3")
         os.kill(rank, signal.SIGKILL)
-        assert run.end() == 1, run.said
+        assert run.end() == 128 + signal.SIGKILL, run.said
     with Run(tmp_path / "killed", *words) as run:
         assert run.end() == 0, run.said
     assert "steps from step 2" in run.said

@@ -10,7 +10,8 @@ wheels=${TE_WHEELS:-$home/.wheels}
 
 pip() { "${PIP_PYTHON:-$python}" -m pip --python "$python" "$@"; }
 
-cuda=$("$python" -c 'import torch; print((torch.version.cuda or "").partition(".")[0])')
+cuda=$("$python" -c 'import torch; print((torch.version.cuda or "").partition(".")[0])' 2> /dev/null) ||
+  { echo "error: $python has no torch that loads: install the one for your CUDA first" >&2; exit 2; }
 [ -n "$cuda" ] || { echo "error: $python has a torch for CPUs: install the one for your CUDA first" >&2; exit 2; }
 mapfile -t wanted < <("$python" - "$home/pyproject.toml" "gpu-cu$cuda" << 'END'
 import sys, tomllib

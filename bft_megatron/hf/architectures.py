@@ -221,7 +221,10 @@ def _rope(raw: ConfigFile, architecture: Architecture) -> dict[str, Any]:
 
 
 def _rotary_part(raw: ConfigFile, rope: dict[str, Any], architecture: Architecture) -> float:
-    return raw.number("partial_rotary_factor", architecture.rotary_part or 1.0, rope)
+    part = raw.number("partial_rotary_factor", architecture.rotary_part or 1.0, rope)
+    if not 0 < part <= 1:
+        raise UserError(f"must be above 0 and at most 1, not {part:g}", f"{raw.path}: partial_rotary_factor")
+    return part
 
 
 def _kind(rope: dict[str, Any]) -> str:

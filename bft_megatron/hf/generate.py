@@ -19,6 +19,8 @@ def generate(folder: Path, prompt: str, max_new_tokens: int = 128) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # takes seconds to import
 
     logging.disable_progress_bar()
+    # Its notices of kernels that are not installed: of no use for an answer or two.
+    logging.get_logger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError("holds LoRA adapters alone: write the whole model with `export --merge`", str(folder))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.background import Run
+from tests.helpers.checkpoints import assert_same_tensors
 from tests.helpers.resuming import Resuming
-from tests.helpers.runs import Layout, write_data
+from tests.helpers.runs import Layout, read_metrics, write_data
 
 ONE, DP2 = Layout(), Layout(data=2)
 TP2 = Layout(tensor=2, sequence=True)
@@ -52,6 +56,23 @@ def test_other_layouts_go_on_to_the_bit(data: Path, tmp_path: Path, layout: Layo
 @pytest.mark.parametrize(("model", "layout"), [(MIXTURE, TP2_EP2), (MIXTURE, DP2_EP2), (NEXT, TP2_EP2)], ids=str)
 def test_mixtures_in_bf16_go_on_to_the_bit(data: Path, tmp_path: Path, model: str, layout: Layout):
     _check_bits(Resuming(data, model, BF16), layout, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_bit(tmp_path: Path):
+    words = ["model=recipes/tiny_hybrid", "train.precision=bf16", "train.save_every=2", "train.keep_last=3"]
+    with Run(tmp_path / "whole", *words) as run:
+        assert run.end() == 0, run.said
+    with Run(tmp_path / "killed", *words) as run:
+        _, rank = run.ranks()
+        run.until("step     3")
+        os.kill(rank, signal.SIGKILL)
+        assert run.end() == 128 + signal.SIGKILL, run.said
+    with Run(tmp_path / "killed", *words) as run:
+        assert run.end() == 0, run.said
+    assert "steps from step 2" in run.said
+    assert read_metrics(tmp_path / "killed" / "metrics.jsonl") == read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert_same_tensors(*(tmp_path / name / "checkpoints" / "iter_0000006" for name in ("killed", "whole")))
 
 
 def test_a_process_goes_on_with_what_two_saved(data: Path, tmp_path: Path):

@@ -46,7 +46,9 @@ def test_a_converted_model_is_scored_exported_and_asked_as_the_original(
     for folder in (model, tmp_path / "exported"):
         capfd.readouterr()
         assert run_command(monkeypatch, "generate", folder, "hello", "--max-new-tokens", "5") == 0
-        answers.append(capfd.readouterr().out)
+        said = capfd.readouterr()
+        assert "not installed" not in said.err
+        answers.append(said.out)
     assert answers[0] == answers[1]
 
 

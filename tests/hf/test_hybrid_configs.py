@@ -145,6 +145,10 @@ def test_files_of_the_hub(raw: dict[str, Any], billions: float, expected: dict[s
         (_text(QWEN35_9B, attention_bias=True), "attention_bias: not supported"),
         (_text(QWEN35_9B, num_experts=8), "num_experts: not supported: experts in a dense architecture"),
         (_text(QWEN35_9B, mtp_num_hidden_layers=-1), "mtp_num_hidden_layers: must be a whole number from 0, not -1"),
+        (
+            _text(QWEN35_9B, rope_parameters={"partial_rotary_factor": 3}),
+            "partial_rotary_factor: must be above 0 and at most 1, not 3",
+        ),
         (QWEN35_9B | {"text_config": None}, "text_config: must be the configuration of a part of the model"),
         (QWEN35_9B | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config: not supported: quantised"),
     ],

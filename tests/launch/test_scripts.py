@@ -96,3 +96,14 @@ def test_the_base_image_keeps_its_packages(tmp_path: Path):
     done = image("image.verify()", tmp_path)
     assert done.returncode == 1
     assert "torch==2.12.0a0+nv26.6" in done.stderr
+
+
+@pytest.mark.parametrize(("says", "problem"), [("exit 1", "has no torch that loads"), ("echo", "has a torch for CPUs")])
+def test_transformer_engine_needs_a_torch_for_gpus(says: str, problem: str, tmp_path: Path):
+    python = tmp_path / "python"  # a stand-in, so that nothing can be installed
+    python.write_text(f"#!/bin/sh\n{says}\n")
+    python.chmod(0o755)
+    script = ["bash", "launch/install_gpu.sh", python]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {python} {problem}: install the one for your CUDA first\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.cases import CHOSEN, OBJECTIVES, drawn
+from tests.helpers.cases import CHOSEN, CHOSEN_SLOW, OBJECTIVES, drawn
 from tests.helpers.comparing import assert_same
 from tests.helpers.runs import Case, Layout, Result, make_recipe, run
 
@@ -36,9 +36,10 @@ def test_packed_rows_and_padded_rows_of_the_same_samples_give_the_same_numbers(d
     assert_same(results[True], results[False])
 
 
-@pytest.mark.parametrize(
-    ("case", "layout"), [*CHOSEN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in drawn(21))], ids=str
-)
+SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (*CHOSEN_SLOW, *drawn(21))]
+
+
+@pytest.mark.parametrize(("case", "layout"), [*CHOSEN, *SLOW], ids=str)
 def test_layout_agrees_with_plain_float64_and_with_one_process(
     case: Case,
     layout: Layout,

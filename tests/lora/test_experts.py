@@ -158,6 +158,7 @@ def compare(model: str, data: Path, tmp_path: Path, layouts: list[Layout]) -> di
     return worst
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_peft(data: Path, tmp_path: Path):
     worst = compare("qwen3_moe", data, tmp_path, LAYOUTS)
     assert all(value <= 1e-5 for value, _ in worst.values()), worst

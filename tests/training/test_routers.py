@@ -29,6 +29,7 @@ def _freeze(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_frozen_routers_keep_their_bits_and_have_no_state_before_and_after_a_resume(data: Path, tmp_path: Path):
     """Two steps, balanced, on two expert-parallel ranks; ended after the first, they end with the same bits."""
     frozen = ("moe.freeze_router=true", "moe.balance=0.02")

@@ -66,7 +66,7 @@ CHOSEN = [
     (Case(model="hybrid"), Layout(tensor=2)),
     (Case(model="hybrid"), Layout(tensor=2, context=2, sequence=True)),
     (Case(model="hybrid"), Layout(pipeline=2, virtual_pipeline=2)),
-    (Case(packing=False, model="hybrid_moe"), Layout(context=2, data=2, expert=2)),
+    (Case(packing=False, model="hybrid_moe"), Layout(data=2, expert=2)),
 ]
 
 CHOSEN_SLOW = [

@@ -38,18 +38,14 @@ CHOSEN = [
     (Case("sft", packing=False), Layout(pipeline=2)),
     (Case("dft", packing=False), Layout(tensor=2, pipeline=2, micro_batch_size=2)),
     (Case("bft", "tokens", packing=False), Layout(data=2)),
-    (Case("sft", "samples", packing=False), Layout(tensor=2, data=2, sequence=True)),
-    (Case(OWN, packing=False), Layout(tensor=2, pipeline=2, data=2, sequence=True)),
     (Case("bft", packing=False), Layout(pipeline=2, virtual_pipeline=2, micro_batch_size=2)),
     (Case("bft", packing=False), Layout(context=2, data=2)),
     # Packed rows with true middle stages, which need the samples' edges too.
     (Case("bft"), Layout(pipeline=4)),
-    (Case("bft"), Layout(pipeline=4, context=2)),
     (Case("dft", "samples"), Layout(pipeline=2, virtual_pipeline=2)),
     (Case(OWN), Layout(context=4)),
     # Windows that stay within a rank's chunks.
     (Case("bft", cp_windows="per_rank"), Layout(tensor=2, context=2, sequence=True)),
-    (Case("bft", confidence="arithmetic", cp_windows="per_rank"), Layout(context=4, data=2)),
     (Case(OWN, cp_windows="per_rank"), Layout(pipeline=2, context=2)),
     # Norms of heads, tied embeddings on two stages, a sliding window: what the tiny Llama has not.
     (Case(model="qwen3"), Layout(tensor=2, pipeline=2, sequence=True)),
@@ -58,7 +54,6 @@ CHOSEN = [
     # Mixtures: the experts alone on ranks of their own, and with each other dimension; every architecture once.
     (Case(model="qwen3_moe"), Layout(data=2, expert=2)),
     (Case(model="qwen3_moe"), Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)),
-    (Case(model="mixtral"), Layout(context=2, data=2, expert=4)),
     (Case(model="hunyuan"), Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2)),
     (Case("sft", model="glm"), Layout(tensor=2, sequence=True, expert=2)),
     # Hybrids: their heads cut by tensor and context parallelism, their layers of two kinds by the pipeline. One
@@ -70,6 +65,11 @@ CHOSEN = [
 ]
 
 CHOSEN_SLOW = [
+    (Case("sft", "samples", packing=False), Layout(tensor=2, data=2, sequence=True)),
+    (Case(OWN, packing=False), Layout(tensor=2, pipeline=2, data=2, sequence=True)),
+    (Case("bft"), Layout(pipeline=4, context=2)),
+    (Case("bft", confidence="arithmetic", cp_windows="per_rank"), Layout(context=4, data=2)),
+    (Case(model="mixtral"), Layout(context=2, data=2, expert=4)),
     (Case("sft", packing=False, model="qwen3_moe_dense"), Layout(pipeline=2, data=2, expert=2, micro_batch_size=2)),
     (Case(OWN, model="qwen2_moe"), Layout(tensor=2, sequence=True, expert=2)),  # with biases
     (Case("dft", packing=False, model="mixtral"), Layout(data=2, expert_tensor=2)),
@@ -80,7 +80,7 @@ CHOSEN_SLOW = [
     (Case(model="next"), Layout(tensor=2, sequence=True, expert=2)),
     (Case("dft", packing=False, model="next"), Layout(pipeline=2, data=2, expert=2)),
 ]
-"""More of mixtures and hybrids, each with a reference of its own."""
+"""More of all three kinds of models, of eight processes or with a reference of their own."""
 
 
 def every_layout() -> list[Layout]:

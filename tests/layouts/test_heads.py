@@ -33,7 +33,11 @@ EAFT, FOCAL = Case("examples.objectives.eaft:record"), Case("examples.objectives
         (Case("bft"), Layout()),
         (Case(model="qwen3"), Layout(tensor=2)),  # tied to the embedding
         (Case("bft"), Layout(tensor=2, sequence=True, context=2)),
-        (Case("sft", packing=False), Layout(tensor=2, sequence=True, pipeline=2, micro_batch_size=2)),
+        pytest.param(
+            Case("sft", packing=False),
+            Layout(tensor=2, sequence=True, pipeline=2, micro_batch_size=2),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )

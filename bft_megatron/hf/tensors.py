@@ -21,7 +21,7 @@ class Rows:
     """The place of some rows in a larger tensor: as many in each of its blocks of rows."""
 
     shape: tuple[int, ...]
-    """Of the larger tensor."""
+    """The larger tensor's shape."""
     blocks: int = 1
     first: int = 0
     """Number of the first row within a block."""
@@ -39,7 +39,7 @@ class HFTensor:
     """A tensor of the Hugging Face model's files, or some rows of one."""
 
     name: str
-    """Of the tensor in the files."""
+    """The name of the tensor in the files."""
     shape: tuple[int, ...]
     rows: Rows | None = None
     """Where in the files' tensor these rows are; None: they are all of it."""

@@ -28,7 +28,7 @@ class Part:
     state: Literal["good", "missing", "wrong"]
     """missing: a run goes on without it, more slowly. wrong: a run on a GPU ends, or the part is not used."""
     says: str = ""
-    """What it costs, and what to do."""
+    """Its cost where it is missing or wrong, and the way to mend it."""
 
 
 def version(distribution: str) -> str | None:

@@ -252,7 +252,7 @@ def _rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **_: Any) ->
 
 
 KERNELS = (_l2norm, _convolution, _rule)
-"""What `upstream.gated_delta.use` takes."""
+"""The three functions that `upstream.gated_delta.use` takes."""
 
 
 def gated_norm(net: Any, x: Tensor, gate: Tensor) -> Tensor:

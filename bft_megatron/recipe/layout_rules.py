@@ -45,7 +45,7 @@ class ModelShape(Protocol):
 
 
 class LinearAttentionShape(Protocol):
-    """What the checks need of gated delta nets; `hf.model_config.LinearAttention` provides it."""
+    """The sizes of gated delta nets that the checks need; `hf.model_config.LinearAttention` provides them."""
 
     @property
     def key_heads(self) -> int:

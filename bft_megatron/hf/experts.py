@@ -38,32 +38,35 @@ def qwen2_moe(raw: ConfigFile) -> Experts:
     """Return the experts of `Qwen2MoeForCausalLM`: as Qwen3's, with a gated shared network."""
     if not raw.get("qkv_bias", True):
         raise raw.unsupported("query, key and value without a bias", "qkv_bias")
-    shared = raw.integer("shared_expert_intermediate_size", 5632)
-    return replace(_qwen_moe(raw, per_token=4, ffn=1408), shared_ffn=shared, shared_gate=True)
+    return _qwen_moe(raw, per_token=4, ffn=1408, shared=5632)
 
 
 def qwen3_next(raw: ConfigFile) -> Experts:
     """Return the experts of `Qwen3NextForCausalLM`: as Qwen3's, with a gated shared network."""
-    shared = raw.integer("shared_expert_intermediate_size", 512)
-    own = _qwen_moe(raw, per_token=10, ffn=512, divided=True)
-    return replace(own, shared_ffn=shared, shared_gate=True)
+    return _qwen_moe(raw, per_token=10, ffn=512, shared=512, divided=True)
 
 
 def qwen3_5_moe(raw: ConfigFile) -> Experts:
     """Return the experts of Qwen3.5: as Qwen3-Next's, in every layer."""
-    shared = raw.integer("shared_expert_intermediate_size", 512)
-    own = _qwen_moe(raw, per_token=8, ffn=512, divided=True)
-    return replace(own, scores="softmax of chosen", dense_layers=(), shared_ffn=shared, shared_gate=True)
+    own = _qwen_moe(raw, per_token=8, ffn=512, shared=512, divided=True)
+    return replace(own, scores="softmax of chosen", dense_layers=())
 
 
-def _qwen_moe(raw: ConfigFile, *, per_token: int, ffn: int, divided: bool = False) -> Experts:
-    """Return Qwen's experts; `per_token`, `ffn` and `divided` (by the sum of the chosen) are the class's defaults."""
+def _qwen_moe(raw: ConfigFile, *, per_token: int, ffn: int, shared: int = 0, divided: bool = False) -> Experts:
+    """Return Qwen's experts, by the class's defaults.
+
+    Args:
+        shared: default width of the gated shared network; 0: the class has none.
+        divided: whether weights are divided by the sum of the chosen.
+    """
     return Experts(
         count=raw.any_of("num_experts", "num_local_experts"),
         per_token=raw.integer("num_experts_per_tok", per_token),
         ffn=raw.integer("moe_intermediate_size", ffn),
         scores="softmax of chosen" if raw.get("norm_topk_prob", divided) else "softmax of all",
         dense_layers=_qwen_dense_layers(raw),
+        shared_ffn=raw.integer("shared_expert_intermediate_size", shared) if shared else 0,
+        shared_gate=bool(shared),
     )
 
 

@@ -28,8 +28,10 @@ def as_in(names: Iterable[str], config: ModelConfig) -> ModelConfig:
 
 def places_in(names: Iterable[str], config: ModelConfig) -> dict[HFTensor, HFTensor]:
     """Return the table's tensors, each with the one, or the rows of one, that it is in files with these tensors."""
-    pairs = zip(weights(config), weights(as_in(names, config)), strict=True)
-    return {t: there for own, other in pairs for t, there in zip(own.tensors, other.tensors, strict=True)}
+    own, there = weights(config), as_in(names, config)
+    others = own if there is config else weights(there)
+    pairs = zip(own, others, strict=True)
+    return {t: rows for weight, other in pairs for t, rows in zip(weight.tensors, other.tensors, strict=True)}
 
 
 def join(tensors: list[shards.Output], names: Iterable[str], config: ModelConfig) -> list[shards.Output]:

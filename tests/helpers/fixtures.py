@@ -29,28 +29,23 @@ def models_tied_otherwise(tmp_path_factory: pytest.TempPathFactory) -> list[Save
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
-    folder = tmp_path_factory.mktemp("models")
-    return [
-        SavedModel(name, folder / name, tiny_models.logits(tiny_models.save(name, folder / name)))
-        for name in tiny_models.ARCHITECTURES
-    ]
+    return _saved(tmp_path_factory.mktemp("models"), tiny_models.ARCHITECTURES)
 
 
 @pytest.fixture(scope="session")
 def mixtures(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
-    folder = tmp_path_factory.mktemp("mixtures")
-    return [
-        SavedModel(name, folder / name, tiny_models.logits(tiny_models.save(name, folder / name, shard_size="400KB")))
-        for name in tiny_models.MIXTURES
-    ]
+    return _saved(tmp_path_factory.mktemp("mixtures"), tiny_models.MIXTURES, shard_size="400KB")
 
 
 @pytest.fixture(scope="session")
 def hybrids(tmp_path_factory: pytest.TempPathFactory) -> list[SavedModel]:
-    folder = tmp_path_factory.mktemp("hybrids")
+    return _saved(tmp_path_factory.mktemp("hybrids"), tiny_models.HYBRIDS, shard_size="400KB")
+
+
+def _saved(folder: Path, names: list[str], **options: str) -> list[SavedModel]:
     return [
-        SavedModel(name, folder / name, tiny_models.logits(tiny_models.save(name, folder / name, shard_size="400KB")))
-        for name in tiny_models.HYBRIDS
+        SavedModel(name, folder / name, tiny_models.logits(tiny_models.save(name, folder / name, **options)))
+        for name in names
     ]
 
 

@@ -36,7 +36,8 @@ from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
 from bft_megatron.run.resolved import Run
 from bft_megatron.training import loop
-from bft_megatron.training.step import Batch, LossFunction, Step
+from bft_megatron.training.batch import Batch
+from bft_megatron.training.step import LossFunction, Step
 
 PLAIN = "Megatron's loss"
 LOSSES = [PLAIN, "sft", "dft", "bft"]

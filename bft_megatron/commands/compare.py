@@ -39,8 +39,9 @@ from bft_megatron.reporting.totals import Meter
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows
 from bft_megatron.training import measuring
+from bft_megatron.training.batch import Batch
 from bft_megatron.training.model import build, forward
-from bft_megatron.training.step import Batch, Step
+from bft_megatron.training.step import Step
 
 ALLOWED = 1e-4
 """Allowed difference, relative to the largest element of a layer's output or to a loss: many times fp32's rounding."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from bft_megatron.data.blend import Blend
+from bft_megatron.data.columns import Columns
 from bft_megatron.data.dataset import RowDataset, validation_rows
 from bft_megatron.hf.model_config import ModelConfig
 from bft_megatron.processes import ranks
@@ -47,11 +48,11 @@ class Scores:
         self.found: list[tuple[Tensor, Tensor]] = []
         """For each micro-batch, on the CPU: the rows of its samples [B] int64 and their NUMBERS [B, 6] fp64."""
 
-    def keep(self, m: Measured) -> None:
+    def keep(self, batch: Columns, m: Measured) -> None:
         """Keep the numbers of a micro-batch's samples. Collectives over CP: three SUM all-reduces [B]."""
         means = [m.view.mean(x) for x in (-m.view.logp, m.view.logp.double().exp(), m.geometry.take(m.correct))]
         numbers = torch.stack([x.double() for x in (m.view.n, *means, m.confidence, m.result.sample_weight)], dim=1)
-        row = m.batch.row if m.batch.cu_seqlens is None else m.batch.row.expand(len(m.geometry.counted))
+        row = batch.row if batch.cu_seqlens is None else batch.row.expand(len(m.geometry.counted))
         self.found.append((row[m.geometry.counted], numbers.cpu()[m.geometry.counted]))
 
 

@@ -82,6 +82,10 @@ class Geometry:
         """Return the positions [N/cp] int64 that this rank holds."""
         return zigzag(self.cu_seqlens, self.cp, self.cp_rank)
 
+    def part(self, x: Tensor) -> Tensor:
+        """Return this rank's part [b, s/cp] of whole rows x [b, s]."""
+        return x.flatten()[self.positions].view(len(x), -1)
+
     @cached_property
     def supervised(self) -> Tensor:
         """Return which of this rank's positions have a label, [N/cp] bool."""

@@ -29,12 +29,12 @@ class Head:
 
     Args:
         settings: the recipe's `objective:`.
-        vocab_size: the model's true vocabulary.
+        vocab_size: the model's true vocabulary; None: all of the padded one.
         labels: [b, s/cp] int64 on the CPU, the labels of this context-parallel rank.
         entropy: whether the objective needs the entropy.
     """
 
-    def __init__(self, settings: ObjectiveSettings, vocab_size: int, labels: Tensor, entropy: bool) -> None:
+    def __init__(self, settings: ObjectiveSettings, vocab_size: int | None, labels: Tensor, entropy: bool) -> None:
         self.settings, self.vocab_size, self.wants_entropy = settings, vocab_size, entropy
         self.labels = labels.transpose(0, 1).contiguous()  # [s/cp, b]
         self.correct: Tensor | None = None

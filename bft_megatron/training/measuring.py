@@ -24,7 +24,6 @@ class Measured:
     """A micro-batch on the last stage, after its loss."""
 
     objective: Objective
-    batch: Columns
     geometry: Geometry
     view: View
     result: LossSum
@@ -35,14 +34,9 @@ class Measured:
     correct: Tensor
     """[N/cp] bool, whether the label is the argmax"""
 
-    @property
-    def source(self) -> Tensor:
-        """The index of each sample's source, [B] int64."""
-        source = self.batch.source
-        return source if self.batch.cu_seqlens is None else source.expand(len(self.geometry.counted))
 
-
-Measure = Callable[[Measured], None]
+Measure = Callable[[Columns, Measured], None]
+"""A function that is called with each micro-batch of our data and what was measured of it."""
 
 
 def into(meter: Meter) -> Measure:
@@ -51,11 +45,12 @@ def into(meter: Meter) -> Measure:
     Tokens count on the rank that holds them, samples on context-parallel rank 0 alone.
     """
 
-    def add(m: Measured) -> None:
+    def add(batch: Columns, m: Measured) -> None:
         device, first = m.confidence.device, m.geometry.cp_rank == 0
         counted = m.geometry.counted.to(device, non_blocking=True)
         ours = counted if first else torch.zeros_like(counted)
-        source = m.source.to(device, non_blocking=True)
+        of_row = batch.source.to(device, non_blocking=True)
+        source = of_row if batch.cu_seqlens is None else of_row.expand(len(counted))  # [B]
 
         def of_samples(x: Tensor, where: Tensor = source) -> Tensor:  # [B] -> [sources]
             return torch.zeros(meter.sources, dtype=torch.float64, device=device).index_add_(0, where, x.double())
@@ -64,7 +59,7 @@ def into(meter: Meter) -> Measure:
             return of_samples(x, source[m.view.sample])
 
         tokens, samples = of_tokens(torch.ones_like(m.view.logp)), of_samples(ours)
-        real, of_row = (x.to(device, non_blocking=True) for x in (m.batch.real_tokens * first, m.batch.source))
+        real = (batch.real_tokens * first).to(device, non_blocking=True)
         meter.add(
             {
                 "loss": of_tokens(m.result.token_loss),

@@ -111,6 +111,8 @@ class _CudaElsewhere(TorchFunctionMode):
                 return args[0]
             if func is torch.Tensor.cuda:
                 return args[0].to(self.device)
+            if func is torch.device and args == (f"cuda:{self.device}",):  # made with `torch.cuda.current_device()`
+                return self.device
             if func is torch.Tensor.type and len(args) == 1 and not kwargs:
                 return func(*args).replace("meta.", "").replace("torch.", "torch.cuda.", 1)
             if func is torch.Tensor.to and len(args) > 1 and str(args[1]).startswith("cuda"):
@@ -124,7 +126,7 @@ class _CudaElsewhere(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-_LOOKED_INTO = {torch.Tensor.pin_memory, torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to}
+_LOOKED_INTO = {torch.Tensor.pin_memory, torch.Tensor.cuda, torch.Tensor.type, torch.Tensor.to, torch.device}
 
 
 class _Stream:

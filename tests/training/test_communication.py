@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.reporting.totals import Meter
 from bft_megatron.training import measuring
+from bft_megatron.training.batch import Batch
 from bft_megatron.training.head import Head
-from bft_megatron.training.step import Batch, Step
+from bft_megatron.training.step import Step
 from tests.helpers.collectives import Collectives
 from tests.helpers.traffic import objective
 from tests.helpers.world import run_world
@@ -63,14 +66,15 @@ def _train_step(name: str, head: str, windows: str) -> tuple[list[tuple[str, str
     meter = Meter(SOURCES)
     step, batch = Step(settings, V, measuring.into(meter)), _batch()
     geometry = batch.geometry(windows)
-    labels = batch.labels.flatten()[geometry.positions].view(1, -1)
-    mine = Head(settings, V, labels, entropy="entropy" in step.objective.needs)
+    mine = Head(settings, V, geometry.part(batch.labels), entropy="entropy" in step.objective.needs)
     hidden = torch.randn(S // CP // TP, 1, H, requires_grad=True)
     parts = [Collectives() for _ in range(4)]
     with parts[0]:
         logp = mine(hidden_states=hidden, output_layer=layer, output_weight=None)
     with parts[1]:
-        loss, _, _ = step._loss(logp, geometry, mine, batch)
+        loss, _, _ = step._loss(
+            logp, batch.micro_batch(settings, mask_padding=False), mine, partial(step._report, batch)
+        )
     with parts[2]:
         loss.backward()
     with parts[3]:

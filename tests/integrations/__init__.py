@@ -1,0 +1,1 @@
+"""The objective inside other trainers."""

@@ -1,4 +1,4 @@
-"""`ForwardStep` in Megatron-LM's own `pretrain`, on rows in the form of its data sets, beside this package's `train`."""
+"""`ForwardStep` in Megatron-LM's own `pretrain`, on rows in the form of its data sets, beside the command `train`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from bft_megatron.recipe import reader
 from bft_megatron.recipe.schema import Recipe
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
-from bft_megatron.run.resolved import Run
 from bft_megatron.training import arguments, initialize
 from bft_megatron.training.model import model_config
 from bft_megatron.upstream import bucket_padding, checkpoint_writer, command_line

@@ -151,6 +151,10 @@ def read(data_iterator: Iterator[dict[str, Tensor]], args: Any, gpt: Any) -> dic
     if rank == 0:
         given = next(data_iterator)
         batch = {name: None if given.get(name) is None else given[name].cuda() for name in (*COLUMNS, *EDGES)}
+        if args.create_attention_mask_in_dataloader and batch["attention_mask"] is None:
+            raise UserError(  # the other ranks would wait for it
+                "the data set makes no attention mask: add --no-create-attention-mask-in-dataloader"
+            )
     batch = get_batch_on_this_tp_rank(
         batch,
         has_cu_seqlens=packed,

@@ -55,8 +55,9 @@ class CoreAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend: query [t/cp, n, d], key, value [t/cp, g, d] -> [t/cp, n*d]; padded: [s/cp, b] in place of [t/cp]."""
         if packed_seq_params is not None:
-            edges, longest = packed_seq_params.cu_seqlens_q_padded, packed_seq_params.max_seqlen_q
-            return self._attend(query, key, value, edges, longest)
+            edges = packed_seq_params.cu_seqlens_q_padded
+            edges = packed_seq_params.cu_seqlens_q if edges is None else edges
+            return self._attend(query, key, value, edges, packed_seq_params.max_seqlen_q)
         s, b = query.shape[0] * self.cp_group.size(), query.shape[1]
         query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))  # [b * s/cp, n, d]
         edges = torch.arange(b + 1, dtype=torch.int32, device=query.device) * s

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     import megatron.training.arguments  # noqa: F401
     import torch
 
+
 pytest.register_assert_rewrite("tests.helpers")
 pytest_plugins = ["tests.helpers.fixtures"]
 

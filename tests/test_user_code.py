@@ -138,6 +138,7 @@ def test_weights_that_raise_on_one_rank_are_said_by_that_rank(
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_rank_that_ends_with_0_and_without_its_work_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch):
     (folder / "mine.py").write_text("import os\nos._exit(0)\n")
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(user_code.__file__).parents[1]}")

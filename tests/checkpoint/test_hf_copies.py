@@ -16,6 +16,7 @@ from bft_megatron.run.folder import RunFolder
 from tests.helpers.commands import run_command
 
 
+@pytest.mark.slow
 def test_every_kept_checkpoint_has_its_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):

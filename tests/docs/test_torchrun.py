@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.docs.pages import read
 from tests.helpers.commands import ROOT
 
 
+@pytest.mark.slow
 def test_torchrun_trains(tmp_path: Path):
     words = next(words for words in read("docs/cluster.md").commands() if words[0] == "torchrun")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

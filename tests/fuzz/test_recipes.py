@@ -20,7 +20,7 @@ from bft_megatron.recipe.sources import SourceSettings
 from tests.helpers.commands import ROOT
 
 TINY = ROOT / "recipes" / "tiny"
-EXAMPLES = int(float(os.environ.get("FUZZ_SECONDS", "20")) * 50)
+EXAMPLES = int(float(os.environ.get("FUZZ_SECONDS", "10")) * 50)
 """About fifty a second."""
 
 LONG = "a" * 5000

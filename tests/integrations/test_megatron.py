@@ -33,13 +33,13 @@ from tests.helpers.world import run_world
 
 STEPS = 5
 EXACT = {"group_size": 8, "cp_windows": "exact"}
-LAYOUTS = [
-    Layout(),
-    Layout(tensor=2, pipeline=2),
-    Layout(context=2),
-    Layout(pipeline=2, virtual_pipeline=2),
-    Layout(tensor=2, sequence=True, data=2),
+CASES = [(Layout(), True), (Layout(context=2), True), (Layout(tensor=2, pipeline=2), False)]
+SLOW = [
+    *((layout, True) for layout in (Layout(tensor=2, pipeline=2), Layout(pipeline=2, virtual_pipeline=2))),
+    *((Layout(tensor=2, sequence=True, data=2), packing) for packing in (True, False)),
+    *((layout, False) for layout in (Layout(), Layout(context=2), Layout(pipeline=2, virtual_pipeline=2))),
 ]
+"""Layouts, and whether rows are packed."""
 
 
 class StockRows(Dataset[dict[str, Tensor]]):
@@ -107,8 +107,9 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "packing"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], ids=str
+)
 def test_pretrain_with_it_is_the_run_of_train(layout: Layout, packing: bool, tmp_path: Path):
     ours, theirs = (recipe(tmp_path / name, layout, f"data.packing={packing}") for name in ("ours", "theirs"))
     prepared = prepared_rows(ours)
@@ -151,6 +152,7 @@ def script(name: str, folder: Path, *flags: str) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_examples_start_with_the_same_model_and_differ_in_their_loss(tmp_path: Path):
     found = []
     for name in ("bft.py", "plain.py"):

@@ -57,7 +57,7 @@ def test_without_logits_as_with_them(
     ("case", "overrides"),
     [
         pytest.param(EAFT, (), marks=pytest.mark.slow, id="eaft"),
-        pytest.param(EAFT, CHUNKED, id="eaft-chunked"),
+        pytest.param(EAFT, CHUNKED, marks=pytest.mark.slow, id="eaft-chunked"),
         pytest.param(FOCAL, CHUNKED, marks=pytest.mark.slow, id="focal-chunked"),
     ],
 )

@@ -151,6 +151,13 @@ ON_TWO = Layout(data=2, expert=2)
 EXPERT = "gradient model.layers.0.mlp.experts.5.down_proj.weight"
 HYBRID = Case(model="hybrid")
 DELTA_NET = "model.layers.0.linear_attn"
+OF_HYBRIDS = [
+    (convolve_across_samples, HYBRID, Layout(), f"gradient {DELTA_NET}.conv1d.weight"),
+    (keep_the_state_of_the_sample_before, HYBRID, Layout(), f"gradient {DELTA_NET}.A_log"),
+    (cut_the_joined_projections_evenly, HYBRID, Layout(tensor=2), f"gradient {DELTA_NET}.in_proj_qkv.weight"),
+    (take_gates_for_queries, HYBRID, Layout(), "gradient model.layers.3.self_attn.q_proj.weight"),
+    (keep_head_norm_gradients_local, HYBRID, Layout(tensor=2), f"gradient {DELTA_NET}.norm.weight"),
+]
 
 
 @pytest.mark.parametrize(
@@ -169,11 +176,7 @@ DELTA_NET = "model.layers.0.linear_attn"
         ),
         (weigh_by_the_softmax_of_all, MIXTURE, ON_TWO, EXPERT),
         (halve_the_gradients_of_experts, MIXTURE, ON_TWO, EXPERT),
-        (convolve_across_samples, HYBRID, Layout(), f"gradient {DELTA_NET}.conv1d.weight"),
-        (keep_the_state_of_the_sample_before, HYBRID, Layout(), f"gradient {DELTA_NET}.A_log"),
-        (cut_the_joined_projections_evenly, HYBRID, Layout(tensor=2), f"gradient {DELTA_NET}.in_proj_qkv.weight"),
-        (take_gates_for_queries, HYBRID, Layout(), "gradient model.layers.3.self_attn.q_proj.weight"),
-        (keep_head_norm_gradients_local, HYBRID, Layout(tensor=2), f"gradient {DELTA_NET}.norm.weight"),
+        *(pytest.param(*control, marks=pytest.mark.slow) for control in OF_HYBRIDS),
     ],
 )
 def test_a_broken_layout_is_seen(

@@ -118,10 +118,6 @@ LAYOUTS = [
 ]
 SLOW = {
     "qwen3_moe": [
-        Layout(),
-        Layout(data=2, expert=2),
-        Layout(data=2, expert_tensor=2),
-        Layout(tensor=2, sequence=True),
         Layout(tensor=2, sequence=True, expert=2),
         Layout(context=2, data=2, expert=4),
         Layout(data=4, expert=2, expert_tensor=2),
@@ -133,13 +129,11 @@ SLOW = {
     "hunyuan": LAYOUTS,
     "glm": LAYOUTS,
     "hybrid_moe": [
-        Layout(),
-        Layout(data=2, expert=2),
         Layout(tensor=2, sequence=True, expert=2),
         Layout(context=2, expert=2),
         *LAYOUTS,
     ],
-    "next": [Layout(), Layout(pipeline=2, data=2, expert=2), Layout(context=2), *LAYOUTS],
+    "next": [Layout(pipeline=2, data=2, expert=2), Layout(context=2), *LAYOUTS],
 }
 
 

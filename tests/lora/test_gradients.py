@@ -75,11 +75,8 @@ CASES = {
 
 SLOW = {
     "hybrid": [
-        *((layout, RECOMPUTE) for layout in (Layout(), Layout(tensor=2, sequence=True))),
-        (Layout(tensor=2), []),
-        (Layout(pipeline=2), []),
+        (Layout(tensor=2, sequence=True), RECOMPUTE),
         (Layout(pipeline=2, virtual_pipeline=2), []),
-        (Layout(context=2), []),
         (Layout(context=4), []),
         (Layout(tensor=2, sequence=True, pipeline=2, context=2), []),
     ],

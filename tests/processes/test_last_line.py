@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from bft_megatron.checkpoint.stopping import Stop
@@ -20,6 +21,7 @@ from tests.helpers.background import Run
 from tests.helpers.world import run_world
 
 
+@pytest.mark.slow
 def test_exit_after_stops_saved_and_unfinished(tmp_path: Path):
     out = tmp_path / "run"
     with Run(out, "train.iterations=100000", "train.exit_after=0.15", "parallel.tensor=1") as run:
@@ -47,6 +49,7 @@ def _asks(folder: Path) -> list[bool]:
     return answers
 
 
+@pytest.mark.slow
 def test_a_failed_rank_says_which_rows_which_checkpoint_and_which_command(tmp_path: Path):
     """Its peer is killed, so its collective fails."""
     out = tmp_path / "run"

@@ -90,6 +90,7 @@ def holder(place: Path) -> Iterator[Fork]:
         fork.kill()
 
 
+@pytest.mark.slow
 def test_two_trainings_in_one_folder(
     tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):

@@ -72,6 +72,7 @@ def test_a_run_killed_between_its_last_save_and_its_mark_gets_the_mark(
     assert not (undisturbed / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_a_first_step_of_days_is_ended_at_once(tmp_path: Path):
     with Run(tmp_path / "run", "train.global_batch_size=2000000000", *ALONE) as run:
         run.until("bft on tiny")
@@ -81,6 +82,7 @@ def test_a_first_step_of_days_is_ended_at_once(tmp_path: Path):
     assert _unfinished(tmp_path / "run") == "running"
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_stops(tmp_path: Path):
     """The launcher's terminal goes away; what it and the ranks print after that goes nowhere."""
     out = tmp_path / "run"

@@ -110,7 +110,7 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     sys.exit(0 if good else 1)
 
 
-_SCORES = "Default: scores.jsonl, scores_trained.jsonl, scores_valid.jsonl or scores_valid_trained.jsonl in the run's folder."
+_SCORES = "Default, in the run's folder: scores.jsonl, or scores_valid, scores_trained or scores_valid_trained.jsonl."
 
 
 @app.command()

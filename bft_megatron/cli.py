@@ -110,6 +110,9 @@ def check(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     sys.exit(0 if good else 1)
 
 
+_SCORES = "Default, in the run's folder: scores.jsonl, or scores_valid, scores_trained or scores_valid_trained.jsonl."
+
+
 @app.command()
 def score(
     recipe_file: RecipeFile,
@@ -118,7 +121,7 @@ def score(
     trained: Annotated[
         bool, typer.Option("--trained", help="Use the run's newest checkpoint, not the model it began with.")
     ] = False,
-    out: Annotated[Path | None, files.Option(metavar="FILE", help="Default: scores.jsonl in the run's folder.")] = None,
+    out: Annotated[Path | None, files.Option(metavar="FILE", help=_SCORES)] = None,
 ) -> None:
     """Write the model's confidence in every sample and the objective's weight of it, one line of JSON a sample."""
     request = read(recipe_file, overrides)
@@ -126,7 +129,8 @@ def score(
     model = request.trained() if trained else request
     if data == "valid" and request.recipe.data.valid is None:
         raise UserError("the recipe has none: set data.valid", "--data valid")
-    file = out or request.folder.root / "scores.jsonl"
+    named = ["scores", *["valid"] * (data == "valid"), *["trained"] * trained]
+    file = out or request.folder.root / f"{'_'.join(named)}.jsonl"
     if not in_rank:
         request.prepare()
         files.make_folder(file)

@@ -25,7 +25,8 @@ with warnings.catch_warnings():
 pytest.register_assert_rewrite("tests.helpers")
 pytest_plugins = ["tests.helpers.fixtures"]
 
-settings.register_profile("the same examples each time", derandomize=True)  # `make fuzz` looks for new ones
+# `make fuzz` looks for new ones
+settings.register_profile("the same examples each time", derandomize=True, deadline=None)
 if "FUZZ_SECONDS" not in os.environ:
     settings.load_profile("the same examples each time")
 

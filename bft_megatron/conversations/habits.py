@@ -72,10 +72,13 @@ def of_template(write: Write) -> Habits:
     """Find the habits of the template that a function renders with.
 
     A content that is missing is given as transformers gives it (no field), else as null, else as "", whichever of them
-    the template writes the call with. If it writes no call in any form, arguments are given as objects.
+    the template writes the call with. If it writes no call in any form, arguments are given as objects beside "", which
+    every template takes.
     """
     forms = {form: {empty: _written(write, form, empty) for empty in (ABSENT, None, "")} for form in (dict, str)}
     best = {form: max(written.values()) for form, written in forms.items()}
+    if not max(best.values()):
+        return Habits(dict, {True: "", False: ""})
     arguments = dict if best[dict] >= best[str] else str
     written = forms[arguments]
 

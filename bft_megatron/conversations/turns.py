@@ -172,9 +172,15 @@ class Turns:
             ) from None
 
     def _opening(self, i: int, closed: _Part) -> int:
-        """Return where turn i begins after its header: behind the generation prompt, if the turn begins with that."""
-        if not i or not self.tokenizer.asks:
+        """Return where turn i begins after its header: behind the generation prompt, if the turn begins with that.
+
+        A space that no prompt writes is the answer's own.
+        """
+        if not i:
             return len(self._header(i, closed))
+        if not self.tokenizer.asks:
+            header, before = self._header(i, closed), len(self._before(i))
+            return before if header[before:].isspace() else len(header)
         opened = self._before(i, prompt=True)
         if opened.begins(self.text) and not opened.equals(self._before(i), self.text):
             return len(opened)

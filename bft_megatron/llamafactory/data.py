@@ -115,6 +115,8 @@ def _divisible(to: Conversion, length: int) -> int:
 
 def _carry_masks(to: Conversion) -> None:
     config = to.config
+    if config.flag("train_on_prompt") and config.flag("mask_history"):
+        raise config.wrong("mask_history", "and train_on_prompt cannot both be true, nor in LLaMA-Factory: give one")
     if config.flag("train_on_prompt"):
         to.carry("learned", "train_on_prompt", "data.supervise", "all")
     elif config.flag("mask_history"):

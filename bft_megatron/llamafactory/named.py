@@ -123,7 +123,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "carry each of its settings over by hand, under `megatron`": {"extra_config": None, "additional_configs": None},
     "weights stay on the GPUs": {"use_kt": False},
     "belongs to use_kt": {
-        "kt_cpu_activation": None, "kt_weight_path": None, "kt_non_expert_weight_path": None,
+        "kt_config": None, "kt_cpu_activation": None, "kt_weight_path": None, "kt_non_expert_weight_path": None,
         "kt_expert_checkpoint_path": None, "kt_use_lora_experts": None, "kt_lora_expert_num": None,
         "kt_lora_expert_intermediate_size": None,
     },

@@ -6,6 +6,7 @@ downloaded: a data set of the hub must already be in the local cache, as models 
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 from collections.abc import Iterator
@@ -23,6 +24,10 @@ from bft_megatron.reading.readers import READERS, Chunk, count_rows, read_file, 
 from bft_megatron.recipe.schema import DataSettings
 from bft_megatron.recipe.sources import COMPRESSIONS, SourceSettings
 from bft_megatron.textfiles import read_object
+
+_READ = f"reads {', '.join(READERS)}, also with {', '.join(COMPRESSIONS)}"
+_SEEN = 4096
+"""Bytes of a file from which it is told whether it holds text."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ def check(settings: SourceSettings | str | Path, field: str = "data.train") -> i
 def _files(settings: SourceSettings, field: str) -> list[str]:
     path = settings.path
     if Path(path).is_file():
+        _check_text(path, field)
         return [path]
     if Path(path).is_dir():
         return _folder(Path(path), settings, field)
@@ -164,6 +170,8 @@ def _files(settings: SourceSettings, field: str) -> list[str]:
         found = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
         if not found:
             raise FieldError(field, f"no file matches {path}")
+        for file in found:
+            _check_text(file, field)
         return found
     if path.count("/") == 1 and not path.startswith((".", "/", "~")) and suffix(path) not in READERS:
         return _folder(_cached(path, field), settings, field)
@@ -217,5 +225,21 @@ def _split_files(folder: Path, settings: SourceSettings, field: str) -> list[str
         raise FieldError(field, f"{folder} has no split {settings.split}; it has {', '.join(map(str, found))}")
     files = [str(path) for path in found[settings.split]]
     if unknown := [path for path in files if suffix(path) not in READERS]:
-        raise FieldError(field, f"{unknown[0]}: reads {', '.join(READERS)}, also with {', '.join(COMPRESSIONS)}")
+        raise FieldError(field, f"{unknown[0]}: {_READ}")
     return files
+
+
+def _check_text(path: str, field: str) -> None:
+    """Raise FieldError for a file that is read as JSON Lines, because its suffix says nothing, and is no text."""
+    if suffix(path) in READERS or compression(path):
+        return
+    with reading(path, field), open(path, "rb") as file:
+        begins = file.read(_SEEN)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begins)
+    except UnicodeDecodeError:
+        readable = False
+    else:
+        readable = b"\0" not in begins
+    if not readable:
+        raise FieldError(field, f"{path} holds no text of UTF-8: {_READ}; write it as one of these")

@@ -43,7 +43,7 @@ def test_scores(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.Monke
     layout, case = LAYOUTS[name]
     out = tmp_path / "run"
     assert run_command(monkeypatch, "score", write_recipe(case, layout, data, out), "--data", "valid") == 0
-    found = read_scores(out / "scores.jsonl")
+    found = read_scores(out / "scores_valid.jsonl")
     made = make_recipe(out, data, case, layout, 1)
     prepared = prepare_rows(made, MODEL, read_config(MODEL).vocab_size).valid
     rows = validation_rows(prepared, batch=1)
@@ -80,11 +80,12 @@ def test_before_and_after_training(data: Path, tmp_path: Path, monkeypatch: pyte
     assert run_command(monkeypatch, "train", recipe, "train.lr=0.01") == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     wanted = [line["mean_confidence"] for line in lines if line.get("split") == "valid"]  # before and after the step
-    options = ("train.lr=0.01", "parallel.tensor=2", "--data", "valid", "--out", tmp_path / "valid.jsonl")
-    means = []
+    options = ("train.lr=0.01", "parallel.tensor=2", "--data", "valid")
     for trained in ((), ("--trained",)):
         assert run_command(monkeypatch, "score", recipe, *options, *trained) == 0
-        found = [score["confidence"] for score in read_scores(tmp_path / "valid.jsonl")]
+    means = []
+    for name in ("scores_valid", "scores_valid_trained"):
+        found = [score["confidence"] for score in read_scores(out / f"{name}.jsonl")]
         means.append(sum(found) / len(found))
     assert means == pytest.approx(wanted, rel=1e-5)
     assert means[0] != pytest.approx(means[1], rel=1e-2)
@@ -95,4 +96,4 @@ def test_what_cannot_be_scored(data: Path, tmp_path: Path, monkeypatch: pytest.M
     assert run_command(monkeypatch, "score", recipe, "--trained") == 2
     assert run_command(monkeypatch, "score", recipe, "data.valid=null", "--data", "valid") == 2
     assert run_command(monkeypatch, "score", recipe, "--out", data / "valid.jsonl" / "scores.jsonl") == 2
-    assert not (tmp_path / "run" / "scores.jsonl").exists()
+    assert not list((tmp_path / "run").glob("scores*"))

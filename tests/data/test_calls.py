@@ -158,6 +158,15 @@ def test_a_call_that_the_template_leaves_out_is_refused(
     assert [learned for _, learned in texts(prepared(model, *rows, on_error="skip"))] == ["b<|im_end|>"]
 
 
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=["missing", "null", "empty"])
+def test_a_call_without_content_is_refused_as_a_call_where_the_template_joins_contents(
+    model_with: Make, content: Any
+) -> None:
+    call = {name: value for name, value in calling("{}").items() if name != "content"} | content
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .* does not write the tool calls of messages\[1\]"):
+        prepared(model_with(template("{{ '' + m.content }}")), {"messages": [ASKED, call]})
+
+
 @pytest.mark.parametrize("supervise", ["assistant", "all"])
 def test_an_answer_that_is_all_thought_is_refused_where_thoughts_are_dropped(model_with: Make, supervise: str) -> None:
     row = {"messages": [ASKED, {"role": "assistant", "content": "<think>b</think>"}]}

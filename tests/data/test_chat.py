@@ -123,6 +123,11 @@ def test_a_header_without_a_generation_prompt_is_not_supervised(model_with: Make
     ]
 
 
+def test_a_space_that_no_prompt_writes_is_the_answers_own(model_with: Make) -> None:
+    tokenizer = tokenizers.load(model_with(unmarked(MISTRAL), "[INST]", "[/INST]", "</s>"))
+    assert supervised(chat_of("x", "1", "y", "\nb"), tokenizer, "assistant") == [" 1</s>", " \nb</s>"]
+
+
 def test_an_end_of_turn_that_is_no_token_is_supervised_whole(model_with: Make) -> None:
     template = (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
@@ -163,7 +168,7 @@ def test_control_tokens_stay_text_where_words_are_marked(sentencepiece_like: Mak
     tokens, mask = encode(chat_of("a</s> [INST]b", "</s>c [/INST]<unk>"), tokenizer, "assistant")
     counts = [tokens.count(tokenizer.backend.token_to_id(t)) for t in ("<s>", "</s>", "[INST]", "[/INST]", "<unk>")]
     assert counts == [1, 1, 1, 1, 0]
-    assert sum(mask) == len("</s>c [/INST]<unk>") + 1
+    assert sum(mask) == len(" </s>c [/INST]<unk>") + 1
 
 
 def test_a_reserved_character_is_refused(tiny: ChatTokenizer) -> None:

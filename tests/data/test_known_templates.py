@@ -36,7 +36,7 @@ DOCUMENTED = {
     "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hi.<|eot_id|>⟧"
     "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Bye, you.<|eot_id|>⟧",
-    "mistral": "<s>[INST] Be brief.\n\nHello[/INST] ⟦Hi.</s>⟧[INST] Bye[/INST] ⟦Bye, you.</s>⟧",
+    "mistral": "<s>[INST] Be brief.\n\nHello[/INST]⟦ Hi.</s>⟧[INST] Bye[/INST]⟦ Bye, you.</s>⟧",
     "gemma": "<bos><start_of_turn>user\nBe brief.\n\nHello<end_of_turn>\n<start_of_turn>model\n⟦Hi.<end_of_turn>⟧\n"
     "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n⟦Bye, you.<end_of_turn>⟧\n",
     "deepseek": "<｜begin▁of▁sentence｜>Be brief.\n\nUser: Hello\n\nAssistant:⟦ Hi.<｜end▁of▁sentence｜>⟧"

@@ -106,6 +106,31 @@ def test_a_missing_file_names_the_recipes_field(tmp_path: Path) -> None:
     assert error.value.field == "data.valid"
 
 
+BYTES = {
+    "rows.jsonl.xz": b"\xfd7zXZ\0\0",
+    "rows.feather": b"ARROW1\0\0",
+    "rows.xlsx": b"PK\3\4\0",
+    "rows.txt": b"\xff\xfeh\0",
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("pattern", [False, True], ids=["path", "pattern"])
+def test_a_file_that_is_no_text_is_refused_with_what_is_read(tmp_path: Path, name: str, pattern: bool) -> None:
+    (tmp_path / name).write_bytes(BYTES[name])
+    with pytest.raises(FieldError) as error:
+        sources.check(tmp_path / "ro*" if pattern else tmp_path / name)
+    assert str(error.value).startswith(f"data.train: {tmp_path / name} holds no text of UTF-8: reads .jsonl, ")
+    assert ".parquet, .arrow, also with .gz, .zst, .bz2" in str(error.value)
+
+
+def test_another_suffix_is_that_of_lines(tmp_path: Path) -> None:
+    """A character may lie across the edge of what is looked at."""
+    row = {"messages": [{"role": "user", "content": "é" * 5000}, GOOD["messages"][1]]}
+    (tmp_path / "rows.txt").write_text(json.dumps(row, ensure_ascii=False))
+    assert sources.check(tmp_path / "rows.txt") == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
 def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "empty.jsonl"

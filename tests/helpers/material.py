@@ -61,7 +61,7 @@ MISTRAL = """{{ bos_token }}
 {% if m.role == 'user' %}
 {{ '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}
 {%- else %}
-{{ ' ' }}{% generation %}{{ m.content }}</s>{% endgeneration %}
+{% generation %}{{ ' ' + m.content }}</s>{% endgeneration %}
 {% endif %}
 {% endfor %}"""
 

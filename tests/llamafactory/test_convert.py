@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,19 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def test_field(given: dict[str, Any], expected: dict[str, Any], tmp_path: Path):
     made = loaded(written(tmp_path, **given))
     assert {key: field(made, key) for key in expected} == expected
+
+
+def test_an_adapter_goes_on_with_its_own_settings(tmp_path: Path):
+    """LLaMA-Factory passes over lora_rank and the like where it continues an adapter."""
+    own = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(own))
+    path = written(tmp_path, finetuning_type="lora", lora_rank=64, adapter_name_or_path=str(tmp_path))
+    lora = loaded(path).lora
+    assert lora is not None
+    assert (lora.rank, lora.alpha, lora.target) == (4, 8, ["q_proj", "v_proj"])
+    assert not convert(path).differing.get("adapter_name_or_path")
+    (tmp_path / "adapter_config.json").unlink()
+    assert "set lora.rank" in convert(path).differing["adapter_name_or_path"]
 
 
 def test_the_environment_of_bft_is_written_into_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -81,6 +81,12 @@ def test_what_cannot_be_is_refused_with_its_line(name: str, tmp_path: Path):
     assert why in str(error.value)
 
 
+def test_masks_that_exclude_each_other_are_refused(tmp_path: Path):
+    path = written(tmp_path, train_on_prompt=True, mask_history=True)
+    with pytest.raises(UserError, match=r"config\.yaml:\d: mask_history: and train_on_prompt cannot both be true"):
+        convert(path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -21,6 +21,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.integrations.reports import checked, over_context, sums
 from bft_megatron.integrations.rows import micro_batch
 from bft_megatron.integrations.settings import objective_settings
+from bft_megatron.training.batch import packed_seq_params
 from bft_megatron.training.measuring import Measured
 from bft_megatron.training.step import LossFunction, Step
 
@@ -81,14 +82,15 @@ class ForwardStep:
         batch = read(data_iterator, args, gpt)
         edges = batch.get("cu_seqlens_padded")
         edges = batch.get("cu_seqlens") if edges is None else edges
+        edges = None if edges is None else edges[0]
         own = micro_batch(
             tokens=batch.get("tokens") if gpt.pre_process else None,
             position_ids=batch.get("position_ids") if gpt.pre_process else None,
             labels=batch.get("labels") if gpt.post_process else None,
             loss_mask=batch.get("loss_mask"),
             attention_mask=batch.get("attention_mask"),
-            edges=None if edges is None else edges[0],
-            longest=None if edges is None else int(batch["max_seqlen"]),
+            edges=edges,
+            packed_seq_params=None if edges is None else packed_seq_params(edges, int(batch["max_seqlen"])),
             cp_group=parallel_state.get_context_parallel_group(),
             cp_windows=self.step.settings.cp_windows,
         )

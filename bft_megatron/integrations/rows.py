@@ -11,12 +11,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from bft_megatron.errors import UserError
 from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.view import Geometry
-from bft_megatron.training.batch import MicroBatch, packed_seq_params
+from bft_megatron.training.batch import MicroBatch
 
 
 def micro_batch(
@@ -27,7 +28,7 @@ def micro_batch(
     loss_mask: Tensor | None,
     attention_mask: Tensor | None = None,
     edges: Tensor | None,
-    longest: int | None,
+    packed_seq_params: PackedSeqParams | None,
     cp_group: dist.ProcessGroup,
     cp_windows: Literal["per_rank", "exact"],
 ) -> MicroBatch:
@@ -38,24 +39,23 @@ def micro_batch(
         labels: [b, s] int64, the next tokens; None on a stage without the output layer.
         loss_mask: [b, s], 1 where a label is learned and 0 elsewhere.
         attention_mask: [b, 1, s, s] bool, of padded rows without context parallelism.
-        edges: [B + 1] int32, the edges of the segments of the packed row [1, s]; None for padded rows.
-        longest: the length of the longest segment.
+        edges: [B + 1] int, the edges of the packed row's segments with their padding, b = 1; None for padded rows.
+        packed_seq_params: what attention needs of the packed row.
 
     Copies labels and mask to the CPU: this waits once for the GPU.
 
     Raises:
         UserError: the loss mask has other values than 0 and 1.
     """
-    packed = None if edges is None or longest is None else packed_seq_params(edges, longest)
     rows = tokens if labels is None else labels
     if rows is None:  # a stage in the middle
-        return MicroBatch(None, None, None, None, packed_seq_params=packed)
+        return MicroBatch(None, None, None, None, packed_seq_params=packed_seq_params)
     if labels is None or loss_mask is None:
         learned = torch.full(rows.shape, IGNORE_INDEX)
     else:
         learned = _learned(labels.cpu(), loss_mask.cpu())
     b, s = rows.shape
-    segments = edges.cpu() if edges is not None else torch.arange(b + 1) * s
+    segments = torch.arange(b + 1) * s if edges is None else _whole(edges.cpu(), b * s)
     geometry = _geometry(learned, segments, cp_group, cp_windows)
 
     def part(x: Tensor | None) -> Tensor | None:
@@ -67,7 +67,7 @@ def micro_batch(
         position_ids=part(position_ids),
         labels=None if labels is None else geometry.part(learned),
         attention_mask=attention_mask,
-        packed_seq_params=packed,
+        packed_seq_params=packed_seq_params,
     )
 
 
@@ -78,6 +78,11 @@ def _learned(labels: Tensor, mask: Tensor) -> Tensor:
             f"tokens itself, so mark what is learned by 1 and all else by 0"
         )
     return labels.masked_fill(mask == 0, IGNORE_INDEX)
+
+
+def _whole(edges: Tensor, n: int) -> Tensor:
+    """Return edges [B + 1] that end at n: what is after the last sample is a segment of its own, without labels."""
+    return edges if int(edges[-1]) == n else torch.cat([edges, edges.new_tensor([n])])
 
 
 def _geometry(

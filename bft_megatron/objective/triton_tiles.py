@@ -1,7 +1,7 @@
 """Triton kernels for the two passes of sums.py over a part of the vocabulary, for GPUs: one program a row.
 
 The kernels use no atomics, so they give the same bits every time; matrix products are left to cuBLAS. They are tested
-against sums.py through Triton's interpreter, and on the GPUs of `TESTED`, where they are the default.
+against sums.py through Triton's interpreter, and on the GPUs of tested_cards.py, where they are the default.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from bft_megatron.objective.sums import Kernels, Labels, Sums, no_sums
 
 _LOG2E = tl.constexpr(plain.LOG2E)
 _LOWEST = tl.constexpr(plain.LOWEST)
-TESTED = frozenset({(9, 0)})
-"""Compute capabilities of the GPUs on which tests/gpu passes: an H200."""
 LARGEST_BLOCK = 4096
 """The most columns that a program holds at a time."""
 

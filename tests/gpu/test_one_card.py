@@ -14,6 +14,7 @@ from tests.helpers.runs import Case, Layout, Result, make_recipe, run, write_dat
 FP32 = 5e-5
 """Relative: a GPU adds in another order than a CPU."""
 MINUTES = "megatron.distributed-timeout-minutes=2"
+TRITON = ("objective.head=chunked", "objective.kernels=triton")
 EXPERTS = Case(model="qwen3_moe")
 
 
@@ -42,7 +43,7 @@ def on_the_cpu(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     ("case", "layout", "overrides"),
     [
         pytest.param(Case(), Layout(tensor=2, sequence=True), (), id="tp2-sp"),
-        pytest.param(Case(), Layout(tensor=2), ("objective.head=chunked", "objective.kernels=triton"), id="tp2-chunked"),
+        pytest.param(Case(), Layout(tensor=2), TRITON, id="tp2-chunked"),
         pytest.param(Case(), Layout(pipeline=2), (), id="pp2"),
         pytest.param(Case(), Layout(context=2), (), id="cp2"),
         pytest.param(EXPERTS, Layout(data=2, expert=2), (), id="ep2"),

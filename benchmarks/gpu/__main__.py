@@ -4,7 +4,7 @@
     python -m benchmarks.gpu --only 8192x    # parts whose name holds this
     python -m benchmarks.gpu --page          # the tables of what is measured
 
-Each part is a process of at most eight minutes. The numbers are in runs/bench-gpu.json, the tables in the .md beside it.
+Each part is a process of at most eight minutes. Numbers are in runs/bench-gpu.json, the tables in the .md beside it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.gpu import head, train
+from benchmarks.gpu import blocks, head, train
 from benchmarks.gpu.parts import ROOT, Part, Results, machine, measure
 
 HEAD, TRAIN = ["-m", "benchmarks.gpu.head"], ["-m", "benchmarks.gpu.train"]
 BOTH = ["--losses", "Megatron's loss", "bft"]
 PARTS = [
     *(Part(f"head {case}", [*HEAD, case]) for case in head.CASES),
+    Part("blocks of the Triton kernels", ["-m", "benchmarks.gpu.blocks"]),
     *(Part(f"step {model}", [*TRAIN, model, *BOTH]) for model in train.MODELS),
 ]
 """The head's cases first: they are what the package's own code can change."""
@@ -38,8 +39,10 @@ def page(results: Results, failed: dict[str, str]) -> str:
             missing.append(f"- {part.name}: {failed.get(part.name, 'not measured')}")
         elif part.words[:2] == HEAD:
             lines += ["", head.speeds(found["limits"]), "", head.tables(found)]
-        else:
+        elif part.words[:2] == TRAIN:
             steps |= found
+        else:
+            lines += ["", blocks.table(found)]
     lines += ["", train.table(steps)] if steps else []
     return "\n".join([*lines, "", *missing]).rstrip() + "\n"
 

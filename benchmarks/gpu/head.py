@@ -140,14 +140,19 @@ class Inputs:
 
 def limits() -> dict[str, float]:
     """The card's measured limits: bytes a second of a copy, read and written, and FLOP/s of a bf16 product."""
+    return {"copy": copy_speed(), "product": product_speed()}
+
+
+def copy_speed() -> float:
+    """Bytes a second of a copy of 2 GiB, read and written."""
     x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
-    return {"copy": 2 * x.nbytes / (1e-3 * _median(lambda: x.clone())), "product": product_speed()}
+    return 2 * x.nbytes / (1e-3 * median(lambda: x.clone()))
 
 
 def product_speed() -> float:
     """FLOP/s of a large square product of bf16."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return 2 * 8192**3 / (1e-3 * _median(lambda: a @ a))
+    return 2 * 8192**3 / (1e-3 * median(lambda: a @ a))
 
 
 def speeds(limit: dict[str, float]) -> str:
@@ -155,7 +160,8 @@ def speeds(limit: dict[str, float]) -> str:
     return f"copy {limit['copy'] / 1e12:.2f} TB/s, product {limit['product'] / 1e12:.0f} TFLOP/s"
 
 
-def _median(call: Callable[[], Any]) -> float:
+def median(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call by CUDA events, after a warm-up."""
     times = []
     for _ in range(WARM_UP + REPETITIONS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

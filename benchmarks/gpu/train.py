@@ -159,7 +159,7 @@ def flops(name: str, tokens: int) -> float:
 
 
 def table(everything: dict[str, Any]) -> str:
-    """A markdown table, a row for each model and loss; the peak is the maker's, the product measured in the same run."""
+    """A markdown table, a row a model and loss; the peak is the maker's, the product is measured in the same run."""
     lines = [f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER)]
     for name, found in everything.items():
         for loss, ms in found["ms"].items():

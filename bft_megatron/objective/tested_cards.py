@@ -54,7 +54,7 @@ def add(card: Card, file: Path = FILE) -> None:
 def torch_is_slower(card: str, capability: tuple[int, int]) -> str:
     """Return the sentence of a run whose head computes with torch's operators because its card is not in the file."""
     return (
-        f"the head's Triton kernels are untested on {card} (compute capability {capability[0]}.{capability[1]}): torch's "
-        "operators compute it, in more passes over memory; `make test-gpu` adds the card, and "
+        f"the head's Triton kernels are untested on {card} (compute capability {capability[0]}.{capability[1]}): "
+        "torch's operators compute it, in more passes over memory; `make test-gpu` adds the card, and "
         "`objective.kernels: triton` takes them untested"
     )

@@ -21,6 +21,8 @@ from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
 
+import torch
+
 from bft_megatron.objective import tested_cards
 
 PARTS = ("head", "training", "one_card", "runs", "attention", "several_cards", "delta_rule", "gate")
@@ -41,10 +43,6 @@ class Outcome:
     seconds: float
 
     @property
-    def file(self) -> str:
-        return f"tests/gpu/test_{self.part}.py"
-
-    @property
     def good(self) -> bool:
         return self.ended and not self.failed
 
@@ -60,12 +58,16 @@ class Outcome:
         return f"{verdict:8}{self.part:16}{counts}, {self.seconds:.0f} s"
 
 
+def file_of(part: str) -> str:
+    return f"tests/gpu/test_{part}.py"
+
+
 def run(part: str, limit: float = LIMIT_SECONDS) -> Outcome:
     """Run a part and end it, with all its processes, past the limit."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = ["-m", "pytest", "-rs", f"--junit-xml={report}", f"tests/gpu/test_{part}.py"]
+        words = ["-m", "pytest", "-rs", f"--junit-xml={report}", file_of(part)]
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, start_new_session=True)
         try:
             process.wait(limit)
@@ -86,7 +88,6 @@ def read(part: str, report: Path, seconds: float) -> Outcome:
 
 def card_of(outcomes: list[Outcome], driver: str) -> tested_cards.Card:
     """Return what the package's file says about this card after these outcomes."""
-    import torch
     import triton
 
     return tested_cards.Card(
@@ -96,7 +97,7 @@ def card_of(outcomes: list[Outcome], driver: str) -> tested_cards.Card:
         torch=torch.__version__,
         triton=triton.__version__,
         date=date.today().isoformat(),
-        passed=[outcome.file for outcome in outcomes if outcome.whole],
+        passed=[file_of(outcome.part) for outcome in outcomes if outcome.whole],
     )
 
 
@@ -113,6 +114,8 @@ def main() -> int:
     unknown = sorted({*chosen} - {*PARTS})
     if unknown:
         parser.error(f"no parts of tests/gpu: {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if not torch.cuda.is_available():
+        return subprocess.call([sys.executable, "-m", "pytest", "-rs", *map(file_of, chosen)], cwd=ROOT)
     outcomes = [run(part) for part in chosen]
     print("", *outcomes, sep="\n")
     if any(outcome.part == "head" and outcome.whole for outcome in outcomes):

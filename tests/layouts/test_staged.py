@@ -56,12 +56,13 @@ def test_each_call_leaves_what_gloo_leaves():
             assert torch.equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "layout"),
     [
         pytest.param(Case(), Layout(tensor=2, sequence=True), id="tp2-sp"),
-        pytest.param(Case(), Layout(pipeline=2, context=2), id="pp2-cp2", marks=pytest.mark.slow),
-        pytest.param(Case(model="qwen3_moe"), Layout(data=2, expert=2), id="ep2", marks=pytest.mark.slow),
+        pytest.param(Case(), Layout(pipeline=2, context=2), id="pp2-cp2"),
+        pytest.param(Case(model="qwen3_moe"), Layout(data=2, expert=2), id="ep2"),
     ],
 )
 def test_a_run_through_it_is_the_run_on_gloo(case: Case, layout: Layout, tmp_path: Path):

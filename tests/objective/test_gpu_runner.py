@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,11 +23,14 @@ def test_bad():
 """
 
 
+PLAIN = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
 def outcome(folder: Path) -> runner.Outcome:
     (folder / "test_part.py").write_text(TESTS)
     report = folder / "report.xml"
     words = ["-m", "pytest", "-p", "no:cacheprovider", f"--junit-xml={report}", "test_part.py"]
-    subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, check=False)
+    subprocess.run([sys.executable, *words], cwd=folder, env=PLAIN, capture_output=True, check=False)
     return runner.read("part", report, 2.0)
 
 

@@ -18,7 +18,7 @@ FP32 = 5e-5
 """Relative: a GPU adds in another order than a CPU."""
 BF16 = 0.05
 DEEP_BF16 = 0.1
-"""Over thirty layers."""
+"""Over thirty layers; bf16 on a CPU is 0.04 off its fp32 there, in a key's weight."""
 SMOLLM2 = {
     "num_hidden_layers": 30,
     "hidden_size": 576,

@@ -31,8 +31,11 @@ from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statist
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.triton_tiles import TRITON
 
-CASES = ["8192x128256:bf16", "8192x128256:bf16:0.5", "16384x152064:bf16"]
-CASES += ["8192x4096x128256:bf16", "8192x4096x128256:bf16:0.5", "16384x3584x152064:bf16"]
+CASES = [
+    f"{shape}:bf16{share}"
+    for shape in ("8192x128256", "8192x4096x128256", "16384x152064", "16384x3584x152064")
+    for share in ("", ":0.5")
+]
 WARM_UP, REPETITIONS = 3, 20
 ERROR_ROWS = 1024
 
@@ -137,15 +140,28 @@ class Inputs:
 
 def limits() -> dict[str, float]:
     """The card's measured limits: bytes a second of a copy, read and written, and FLOP/s of a bf16 product."""
+    return {"copy": copy_speed(), "product": product_speed()}
+
+
+def copy_speed() -> float:
+    """Bytes a second of a copy of 2 GiB, read and written."""
     x = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+    return 2 * x.nbytes / (1e-3 * median(lambda: x.clone()))
+
+
+def product_speed() -> float:
+    """FLOP/s of a large square product of bf16."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return {
-        "copy": 2 * x.nbytes / (1e-3 * _median(lambda: x.clone())),
-        "product": 2 * 8192**3 / (1e-3 * _median(lambda: a @ a)),
-    }
+    return 2 * 8192**3 / (1e-3 * median(lambda: a @ a))
 
 
-def _median(call: Callable[[], Any]) -> float:
+def speeds(limit: dict[str, float]) -> str:
+    """The limits in a line."""
+    return f"copy {limit['copy'] / 1e12:.2f} TB/s, product {limit['product'] / 1e12:.0f} TFLOP/s"
+
+
+def median(call: Callable[[], Any]) -> float:
+    """Milliseconds of a call by CUDA events, after a warm-up."""
     times = []
     for _ in range(WARM_UP + REPETITIONS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -232,6 +248,12 @@ def table(case: Case, found: dict[str, dict[str, Any]], away: dict[str, dict[str
     return "\n".join(lines)
 
 
+def tables(everything: dict[str, Any]) -> str:
+    """The tables of all cases that were measured."""
+    cases = everything["cases"].items()
+    return "\n\n".join(table(Case.parse(text), found["heads"], found["errors"]) for text, found in cases)
+
+
 def main() -> None:
     """Print a table a case, and write all numbers as JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,16 +265,15 @@ def main() -> None:
     )
     dist.init_process_group("nccl", rank=0, world_size=1, device_id=torch.device("cuda", 0))
     limit, name = limits(), torch.cuda.get_device_name()
-    speeds = f"copy {limit['copy'] / 1e12:.2f} TB/s, product {limit['product'] / 1e12:.0f} TFLOP/s"
-    print(f"{name}, torch {torch.__version__}: {speeds}")
+    print(f"{name}, torch {torch.__version__}: {speeds(limit)}")
     everything: dict[str, Any] = {"card": name, "torch": torch.__version__, "limits": limit, "cases": {}}
     away: dict[tuple[int | None, int, str], dict[str, dict[str, float]]] = {}
-    for case in map(Case.parse, options.cases):
+    for text in options.cases:
+        case = Case.parse(text)
         key = (case.h, case.v, case.dtype)
         away[key] = away.get(key) or errors(case)
-        found = measure(case, limit)
-        print(f"\n{table(case, found, away[key])}", flush=True)
-        everything["cases"][str(case)] = {"heads": found, "errors": away[key]}
+        everything["cases"][text] = {"heads": measure(case, limit), "errors": away[key]}
+        print(f"\n{tables(everything | {'cases': {text: everything['cases'][text]}})}", flush=True)
         if options.json:
             options.json.write_text(json.dumps(everything, indent=1))
         torch.cuda.empty_cache()

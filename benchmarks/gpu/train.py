@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PEAK = 989e12
-"""FLOP/s of an H100's or H200's dense bf16 products, by the maker."""
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""FLOP/s of a card's dense bf16 products, by the maker."""
+HEADER = ["model", "loss", "ms a step", "tokens/s", "of the peak", "of a large product", "peak GiB"]
 
 
 def _config(
@@ -96,6 +97,7 @@ def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> 
     from megatron.training import training
 
     from benchmarks import step as steps
+    from benchmarks.gpu.head import product_speed
     from bft_megatron.hf.architectures import read_config
     from bft_megatron.processes.terminal import output_to
     from bft_megatron.recipe import reader
@@ -141,6 +143,8 @@ def measure(name: str, losses: list[str], rounds: int, overrides: list[str]) -> 
         "tokens": made.train.global_batch_size * made.data.seq_length,
         "GiB": torch.cuda.max_memory_allocated() / 2**30,
         "flops": flops(name, made.train.global_batch_size * made.data.seq_length),
+        "peak": next((peak for card, peak in PEAKS.items() if card in torch.cuda.get_device_name()), None),
+        "product": product_speed(),
     }
 
 
@@ -152,6 +156,19 @@ def flops(name: str, tokens: int) -> float:
     parameters = layers * (2 * h * h + 2 * h * kv + 3 * h * ffn) + v * h
     per_parameter = 4 if any(field.startswith("lora") for field in fields) else 6
     return tokens * per_parameter * parameters
+
+
+def table(everything: dict[str, Any]) -> str:
+    """A markdown table, a row a model and loss; the peak is the maker's, the product is measured in the same run."""
+    lines = [f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER)]
+    for name, found in everything.items():
+        for loss, ms in found["ms"].items():
+            speed = found["flops"] / ms * 1e3
+            cells = [name, loss, f"{ms:,.0f}", f"{found['tokens'] / ms * 1e3:,.0f}"]
+            cells += [f"{speed / limit:.0%}" if limit else "-" for limit in (found["peak"], found["product"])]
+            cells.append(f"{found['GiB']:.1f}")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -170,21 +187,20 @@ def main() -> None:
         found = measure(options.models[0], options.losses, options.rounds, options.set)
         options.json.write_text(json.dumps(found))
         return
-    everything = {}
-    print("| model | loss | ms a step | tokens/s | of the peak | peak GiB |\n| --- | --- | --- | --- | --- | --- |")
+    everything, failed = {}, []
     for name in options.models:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             words = ["--here", "--rounds", str(options.rounds), "--json", file.name, "--losses", *options.losses]
             command = [sys.executable, "-m", "benchmarks.gpu.train", name, *words, "--set", *options.set]
             if subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr).returncode:
-                print(f"| {name} | failed | | | | |", flush=True)
+                failed.append(name)
                 continue
-            found = everything[name] = json.loads(Path(file.name).read_text())
-        for loss, ms in found["ms"].items():
-            cells = f"{ms:,.0f} | {found['tokens'] / ms * 1e3:,.0f} | {found['flops'] / ms * 1e3 / PEAK:.0%}"
-            print(f"| {name} | {loss} | {cells} | {found['GiB']:.1f} |", flush=True)
+            everything[name] = json.loads(Path(file.name).read_text())
+    print(table(everything))
     if options.json:
         options.json.write_text(json.dumps(everything, indent=1))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -176,16 +176,17 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
     top, others = none.top[:, None], torch.zeros(len(rows), 1, device=rows.device)
     weighted = torch.zeros_like(others) if entropy else None
     column, at_column, hole = _hole(rows, label)
-    scratch = None if keep_numerators else _scratch(rows)
+    held = None if keep_numerators else _scratch(rows, torch.float32 if _is_slow_to_widen(rows) else rows.dtype)
+    scratch = held if rows.dtype == torch.float32 or _is_slow_to_widen(rows) else _scratch(rows)
     exponents = _scratch(rows) if entropy else None
     for block, has_label in _blocks(rows, label.supervised):
         if not has_label:
             continue
         size = block.stop - block.start
-        x = rows[block] if scratch is None else scratch[:size].copy_(rows[block])
-        x.scatter_(1, column[block], hole[block])
-        highest = torch.amax(x, -1, keepdim=True, out=top[block]).clamp_(min=LOWEST)
-        _exponents_(x, _shift(highest))
+        x = rows[block] if held is None else held[:size].copy_(rows[block])
+        x.scatter_(1, column[block], hole[block].to(x.dtype))
+        highest = top[block].copy_(torch.amax(x, -1, keepdim=True)).clamp_(min=LOWEST)
+        x = _exponents(x, _shift(highest), x if scratch is None else scratch[:size])
         if exponents is not None:  # clamped from below, so that y 2^y is 0 and not NaN for a logit of -inf
             y = torch.clamp(x, min=LOWEST, out=exponents[:size])
         torch.sum(x.exp2_(), -1, keepdim=True, out=others[block])
@@ -205,23 +206,24 @@ def gradient(
     at_others: [n] fp32, the factor that turns a numerator into a gradient.
     at_label: [n] fp32, the gradient of the label's logit, 0 where the part does not own it.
     """
-    column, _, hole = _hole(rows, label)
-    at_others, at_label = at_others[:, None], at_label[:, None]
+    column, owned = label.column[:, None], label.owned[:, None]
+    at_others, at_label = at_others[:, None], at_label[:, None].to(out.dtype)
     scratch = None if out.dtype == torch.float32 else _scratch(rows)
-    in_place = rows.data_ptr() == out.data_ptr()
     for block, has_label in _blocks(rows, label.supervised):
+        here = out[block]
         if not has_label:
-            out[block] = 0
+            here.zero_()
             continue
-        x = out[block] if scratch is None else scratch[: block.stop - block.start]
+        x = here if scratch is None else scratch[: block.stop - block.start]
         if shift is not None:
-            if scratch is not None or not in_place:
-                x.copy_(rows[block])
-            x.scatter_(1, column[block], hole[block])
-            _exponents_(x, shift[block, None]).exp2_()
-        x.mul_(at_others[block]).scatter_add_(1, column[block], at_label[block])
-        if scratch is not None:
-            out[block] = x
+            _exponents(rows[block], shift[block, None], x).exp2_()
+        if _is_slow_to_widen(out):
+            here.copy_(x.mul_(at_others[block]))
+        else:
+            torch.mul(x, at_others[block], out=here)
+        # The label's own numerator, which may be infinite, goes with what it was multiplied to.
+        kept = torch.where(owned[block], at_label[block], here.gather(1, column[block]))
+        here.scatter_(1, column[block], kept)
 
 
 @dataclass(frozen=True)
@@ -260,9 +262,14 @@ def _blocks(rows: Tensor, supervised: Tensor) -> Iterator[tuple[slice, bool]]:
         yield slice(start, min(start + step, n)), has_label
 
 
-def _scratch(rows: Tensor) -> Tensor:
-    """Return one fp32 buffer, which all blocks use in turn."""
-    return rows.new_empty(min(len(rows), _rows_per_block(rows)), rows.shape[1], dtype=torch.float32)
+def _scratch(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return one buffer, which all blocks use in turn."""
+    return rows.new_empty(min(len(rows), _rows_per_block(rows)), rows.shape[1], dtype=dtype)
+
+
+def _is_slow_to_widen(rows: Tensor) -> bool:
+    """Return whether an operator on such rows and fp32 would convert them in new memory: on a CPU, not on a GPU."""
+    return rows.device.type == "cpu" and rows.dtype != torch.float32
 
 
 def _shift(top: Tensor) -> Tensor:
@@ -279,6 +286,8 @@ def _hole(rows: Tensor, label: Labels) -> tuple[Tensor, Tensor, Tensor]:
     return column, at_column, torch.where(label.owned[:, None], -math.inf, at_column)
 
 
-def _exponents_(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn fp32 logits x [r, columns] into y = x log2 e - shift, in place; shift is [r, 1]."""
-    return torch.add(-shift, x, alpha=LOG2E, out=x)
+def _exponents(x: Tensor, shift: Tensor, out: Tensor) -> Tensor:
+    """Write y = x log2 e - shift of logits x [r, columns] into `out`, fp32, which may be x; shift is [r, 1]."""
+    if _is_slow_to_widen(x):
+        x = out.copy_(x)
+    return torch.add(-shift, x, alpha=LOG2E, out=out)

@@ -1,7 +1,7 @@
 """Triton kernels for the two passes of sums.py over a part of the vocabulary, for GPUs: one program a row.
 
 The kernels use no atomics, so they give the same bits every time; matrix products are left to cuBLAS. They are tested
-against sums.py through Triton's interpreter, and on the GPUs of `TESTED`, where they are the default.
+against sums.py through Triton's interpreter, and on the GPUs of tested_cards.py, where they are the default.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from bft_megatron.objective.sums import Kernels, Labels, Sums, no_sums
 
 _LOG2E = tl.constexpr(plain.LOG2E)
 _LOWEST = tl.constexpr(plain.LOWEST)
-TESTED = frozenset({(9, 0)})
-"""Compute capabilities of the GPUs on which tests/gpu passes: an H200."""
-LARGEST_BLOCK = 4096
-"""The most columns that a program holds at a time."""
+LAUNCHES = {1: (4096, 4)}
+"""From this number of columns on: the most columns that a program holds at a time, and its warps.
+
+`benchmarks.gpu.blocks` times others. Triton's own autotuning would choose anew in each run, and a block of another size
+adds in another order, which gives other bits.
+"""
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def sums(rows: Tensor, label: Labels, *, entropy: bool = False, keep_numerators:
         label.columns,
         rows.stride(0),
         ENTROPY=entropy,
-        BLOCK=_block(label.columns),
+        **_launch(label.columns),
     )
     return Sums(found.top, found.others, torch.where(label.owned, at_column, 0.0), found.weighted)
 
@@ -114,7 +116,7 @@ def gradient(
             label.columns,
             rows.stride(0),
             out.stride(0),
-            BLOCK=_block(label.columns),
+            **_launch(label.columns),
         )
 
 
@@ -126,5 +128,6 @@ def _hole(label: Labels) -> Tensor:
     return torch.where(label.owned, label.column, -1)
 
 
-def _block(columns: int) -> int:
-    return min(LARGEST_BLOCK, int(triton.next_power_of_2(columns)))
+def _launch(columns: int) -> dict[str, int]:
+    block, warps = LAUNCHES[max(least for least in LAUNCHES if least <= columns)]
+    return {"BLOCK": min(block, int(triton.next_power_of_2(columns))), "num_warps": warps}

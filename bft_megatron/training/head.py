@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
 from bft_megatron.errors import FieldError
+from bft_megatron.objective import tested_cards
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
 from bft_megatron.objective.sums import TORCH, Kernels, Statistics
@@ -70,12 +71,11 @@ class Head:
         return statistics.logp.transpose(0, 1).contiguous()
 
     def _kernels(self, device: torch.device) -> Kernels:
-        if self.settings.kernels == "torch" or (self.settings.kernels == "auto" and device.type != "cuda"):
+        if not takes_triton(self.settings, device):
             return TORCH
-        from bft_megatron.objective.triton_tiles import TESTED, TRITON
+        from bft_megatron.objective.triton_tiles import TRITON
 
-        tested = self.settings.kernels == "triton" or torch.cuda.get_device_capability(device) in TESTED
-        return TRITON if tested else TORCH
+        return TRITON
 
     def _without_logits(self, output_layer: Any, weight: Tensor) -> bool:
         if self.settings.head == "logits":
@@ -102,6 +102,22 @@ class Head:
             fuse_main_grad=True,  # as Megatron's DDP expects, however the other layers compute theirs
             kernels=self._kernels(hidden.device),
         )
+
+
+def takes_triton(settings: ObjectiveSettings, device: torch.device) -> bool:
+    """Return whether the head computes with the Triton kernels on a device: by the recipe, or on a tested card."""
+    if settings.kernels != "auto":
+        return settings.kernels == "triton"
+    return device.type == "cuda" and tested_cards.is_tested(torch.cuda.get_device_capability(device))
+
+
+def untested_card(settings: ObjectiveSettings) -> list[str]:
+    """Return a sentence if `kernels: auto` takes torch's operators on this rank's GPU, else nothing."""
+    device = torch.device("cuda")
+    if settings.kernels != "auto" or takes_triton(settings, device):
+        return []
+    name = torch.cuda.get_device_name(device)
+    return [tested_cards.torch_is_slower(name, torch.cuda.get_device_capability(device))]
 
 
 def _obstacle(output_layer: Any, weight: Tensor) -> str | None:

@@ -33,6 +33,7 @@ from bft_megatron.run.resolved import Run
 from bft_megatron.training import arguments, communicators, initialize, kernels, measuring
 from bft_megatron.training.balance import loss_scale
 from bft_megatron.training.datasets import datasets, rows_of_step
+from bft_megatron.training.head import untested_card
 from bft_megatron.training.model import model_config
 from bft_megatron.training.step import Step
 from bft_megatron.upstream import (
@@ -130,7 +131,8 @@ def announce(run: Run, start: int, on_cpu: bool, console: TextIO) -> None:
     if not on_cpu:
         experts, delta_nets = run.config.experts is not None, run.config.linear_attention is not None
         torch_layers = initialize.torch_layers(run.recipe)
-        for line in kernels.missing(torch_layers=torch_layers, experts=experts, delta_nets=delta_nets):
+        layers = kernels.missing(torch_layers=torch_layers, experts=experts, delta_nets=delta_nets)
+        for line in [*layers, *untested_card(run.recipe.objective)]:
             print(line, file=console, flush=True)
 
 

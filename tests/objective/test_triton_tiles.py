@@ -6,6 +6,8 @@ The interpreter must be chosen before Triton is imported, which Megatron did lon
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def _interpreted() -> dict[Any, dict[str, Tensor]]:
     for name in list(sys.modules):
         if name.partition(".")[0] == "triton" and not name.startswith("triton._C"):
             del sys.modules[name]
+    sys.modules.pop("bft_megatron.objective.triton_tiles", None)  # another test may have imported it with that Triton
     os.environ["TRITON_INTERPRET"] = "1"
     from bft_megatron.objective.triton_tiles import TRITON
 
@@ -104,9 +107,26 @@ def test_as_float64(case: str, dtype: torch.dtype, way: str, interpreted: dict[A
         assert theirs.any() == mine.any()
 
 
+SHARED_BYTES, REGISTERS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}, 65536
+"""Of a multiprocessor: the most shared memory that a program may ask for, by architecture, and all registers."""
+RESIDENT = 4
+"""Programs of one kernel that a multiprocessor must hold at once, so that some compute while others wait for memory."""
+
+
+def _usage(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers of a thread, bytes of shared memory of a program and spilled bytes of a thread, by NVIDIA's tool."""
+    from triton.backends import nvidia
+
+    (folder / "kernel.cubin").write_bytes(cubin)
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    said = subprocess.run([tool, "-res-usage", folder / "kernel.cubin"], capture_output=True, text=True, check=True)
+    return {name: int(re.findall(rf"\b{name}:(\d+)", said.stdout)[-1]) for name in ("REG", "SHARED", "LOCAL", "STACK")}
+
+
 @pytest.mark.parametrize("kernel", ["_sums_of_row", "_gradient_of_row"])
-def test_compiles_for_a_gpu(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """To machine code of an H100, which takes no GPU; whether it is fast, only one can tell."""
+@pytest.mark.parametrize("architecture", SHARED_BYTES)
+def test_compiles_for_a_gpu(kernel: str, architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """To machine code, which takes no GPU, and within what one has; whether it is fast, only a GPU can tell."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -116,13 +136,19 @@ def test_compiles_for_a_gpu(kernel: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_tiles, kernel)
     kinds = {"X": "*bf16", "OUT": "*bf16", "HOLE": "*i64", "SUPERVISED": "*i8", "OTHERS": "*fp64", "WEIGHTED": "*fp64"}
-    constants = {"ENTROPY": True, "BLOCK": triton_tiles.LARGEST_BLOCK}
+    ((block, warps),) = triton_tiles.LAUNCHES.values()
+    constants = {"ENTROPY": True, "BLOCK": block}
     signature = {
         name: "constexpr" if name in constants else "i32" if name.islower() else kinds.get(name, "*fp32")
         for name in function.arg_names
     }
     given = {(i,): constants[name] for i, name in enumerate(function.arg_names) if name in constants}
-    compiled = triton.compile(ASTSource(function, signature, given), target=GPUTarget("cuda", 90, 32))
-    assert compiled.asm["cubin"]
+    compiled = triton.compile(
+        ASTSource(function, signature, given), GPUTarget("cuda", architecture, 32), {"num_warps": warps}
+    )
     assert "atom" not in compiled.asm["ptx"]
     assert "ex2.approx" in compiled.asm["ptx"]
+    used = _usage(compiled.asm["cubin"], tmp_path)
+    assert used["LOCAL"] == used["STACK"] == 0
+    assert RESIDENT * used["SHARED"] <= SHARED_BYTES[architecture]
+    assert RESIDENT * used["REG"] * 32 * warps <= REGISTERS

@@ -73,17 +73,20 @@ bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu.head
 	$(BIN)/python -m benchmarks.gpu.train --losses "Megatron's loss" bft
 
-# The core tests under another release of torch, on top of the packages of .venv; some minutes. Triton 3.6, torch 2.11's, breaks
-# in its interpreter under numpy 2.4; what upstream/ declares is for the locked release.
+# The core tests on the lowest releases that pyproject.toml allows, or on another torch, on top of the packages of .venv; some
+# minutes. Triton 3.6, torch 2.11's, breaks in its interpreter under numpy 2.4; what upstream/ declares is for the locked release.
 TORCH ?= 2.11.0
+LOWEST ?= transformers==5.20.0 datasets==4.0.0
+LOWEST_NEED := numpy<2.4 tokenizers==0.23.1 huggingface-hub==1.31.0 dill==0.3.8 multiprocess==0.70.16 fsspec==2025.3.0
 CORE := tests/objective tests/layers tests/layouts/test_layouts.py tests/checkpoint/test_resume.py tests/hf/test_load.py \
-	tests/hf/test_export.py tests/lora/test_gradients.py tests/commands/test_compare.py
+	tests/hf/test_export.py tests/lora/test_gradients.py tests/commands/test_compare.py tests/data/test_chat.py \
+	tests/data/test_dataset.py
 CORE_LAYOUTS := not layout_agrees or (bft-packed and not hybrid)
 test-torch: .venv-torch/$(TORCH)
 	.venv-torch/bin/python -m pytest $(CORE) -k "$(CORE_LAYOUTS)"
 
 .venv-torch/$(TORCH): $(STAMP) tests/versions/environment.sh
-	tests/versions/environment.sh $(VENV) .venv-torch "torch==$(TORCH)" "numpy<2.4"
+	tests/versions/environment.sh $(VENV) .venv-torch "torch==$(TORCH)" $(LOWEST) $(foreach need,$(LOWEST_NEED),"$(need)")
 	@touch $@
 
 # The Dockerfile built with buildah on a base of Debian's; as root, some minutes.

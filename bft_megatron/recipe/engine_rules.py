@@ -24,6 +24,8 @@ LAYERS = (
 )
 """Flags that Transformer Engine's layers alone obey."""
 LEVELS = "hierarchical-context-parallel-sizes"
+GPUS = "moe-router-fusion record-memory-history gpu-sniff-test-interval"
+"""Flags that a run on the CPU would end at."""
 DISPATCHER = "moe-enable-deepep moe-flex-dispatcher-* moe-deepep-* moe-hybridep-* moe-permute-fusion-into-*"
 COMMUNICATION = ("p2p", "a2a", "all_gather", "a2a+p2p")
 """Ways of Transformer Engine's attention to share keys and values. Megatron's help writes one of them `allgather`."""
@@ -53,10 +55,9 @@ def check(recipe: Recipe, model: Shape) -> None:
     """Raise FieldError for flags of Transformer Engine or of dispatchers that contradict others or the device."""
     if recipe.device == "cpu" or recipe.layers == "torch":
         cause = "device is cpu" if recipe.device == "cpu" else "layers is torch"
-        for flag in asked(recipe, LAYERS):
-            raise FieldError(
-                f"megatron.{flag}", f"Transformer Engine's layers alone obey it, and {cause}: leave it out"
-            )
+        _refuse(asked(recipe, LAYERS), f"Transformer Engine's layers alone obey it, and {cause}: leave it out")
+    if recipe.device == "cpu":
+        _refuse(_of_gpus(recipe), "is for GPUs, and device is cpu: leave it out")
     _check_precision(recipe)
     _check_context(recipe, model)
     _check_dispatcher(recipe)
@@ -69,14 +70,29 @@ def asked(recipe: Recipe, patterns: str) -> list[str]:
     return [flag for flag in flags if any(fnmatchcase(flag, pattern) for pattern in patterns.split())]
 
 
+def _refuse(flags: list[str], reason: str) -> None:
+    for flag in flags:
+        raise FieldError(f"megatron.{flag}", reason)
+
+
+def _of_gpus(recipe: Recipe) -> list[str]:
+    flags = recipe.megatron
+    found = asked(recipe, GPUS)
+    if flags.get("moe-token-dispatcher-type") == "flex":
+        found.append("moe-token-dispatcher-type")
+    if flags.get("profile") and not flags.get("use-pytorch-profiler"):
+        found.append("profile")  # it starts CUDA's profiler
+    return found
+
+
 def _check_precision(recipe: Recipe) -> None:
     flags = recipe.megatron
     eight, four = flags.get("fp8-format"), flags.get("fp4-format")
     if eight and four:
         raise FieldError("megatron.fp4-format", "fp8-format is set too: leave one of them out")
     for kind, given, patterns in (("fp8", eight or four, FP8), ("fp4", four, FP4)):
-        for flag in [] if given else asked(recipe, patterns):
-            raise FieldError(f"megatron.{flag}", f"does nothing without {kind}-format: set that, or leave this out")
+        if not given:
+            _refuse(asked(recipe, patterns), f"does nothing without {kind}-format: set that, or leave this out")
     if not (eight or four):
         return
     if recipe.train.precision != "bf16":
@@ -93,11 +109,9 @@ def _check_scaling(recipe: Recipe, name: Any, kind: str) -> None:
         refused = asked(recipe, "first-last-layers-bf16")
         if {"moe_act", "layernorm"} & {*_listed(flags.get("recompute-modules"))}:
             refused.append("recompute-modules")
-        for flag in refused:
-            raise FieldError(
-                f"megatron.{flag}",
-                "not with fp8-recipe delayed, Megatron's default: set fp8-recipe to tensorwise, blockwise or mxfp8",
-            )
+        _refuse(
+            refused, "not with fp8-recipe delayed, Megatron's default: set fp8-recipe to tensorwise, blockwise or mxfp8"
+        )
     parallel, least = recipe.parallel, BLOCK_TOKENS if name in ("mxfp8", "nvfp4") else TOKENS
     tokens = recipe.data.seq_length * recipe.train.micro_batch_size // parallel.context
     multiple = math.lcm(least, SHARD_TOKENS * parallel.tensor if parallel.sequence_parallel else 1)
@@ -133,12 +147,8 @@ def _check_context(recipe: Recipe, model: Shape) -> None:
 
 def _check_dispatcher(recipe: Recipe) -> None:
     flags, parallel = recipe.megatron, recipe.parallel
-    for flag, value in {"moe-router-fusion": True, "moe-token-dispatcher-type": "flex"}.items():
-        if recipe.device == "cpu" and flags.get(flag) == value:
-            raise FieldError(f"megatron.{flag}", "its kernels are for GPUs, and device is cpu: leave it out")
     if flags.get("moe-token-dispatcher-type") != "flex":
-        for flag in asked(recipe, DISPATCHER):
-            raise FieldError(f"megatron.{flag}", "does nothing without moe-token-dispatcher-type: flex")
+        _refuse(asked(recipe, DISPATCHER), "does nothing without moe-token-dispatcher-type: flex")
     elif parallel.expert * parallel.expert_tensor == 1:
         raise FieldError("megatron.moe-token-dispatcher-type", "flex needs parallel.expert above 1")
 

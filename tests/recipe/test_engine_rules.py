@@ -102,6 +102,11 @@ def test_what_only_transformer_engines_layers_obey_is_refused_with_others(
     assert f"Transformer Engine's layers alone obey it, and {words[0].replace('=', ' is ')}" in said
 
 
+@pytest.mark.parametrize("flag", ["profile", "record-memory-history", "gpu-sniff-test-interval"])
+def test_what_would_end_a_run_on_the_cpu_is_refused_there(flag: str, refused: Callable[..., str]):
+    assert f"megatron.{flag}=1: is for GPUs, and device is cpu" in refused("device=cpu", f"megatron.{flag}=1")
+
+
 def test_rows_are_long_enough_for_every_tensor_ranks_share():
     words = ["parallel.tensor=4", "data.seq_length=48", "train.precision=bf16", "device=auto", FP8]
     with pytest.raises(FieldError, match="gives a rank 48 tokens a micro-batch; fp8 multiplies multiples of 32"):

@@ -55,7 +55,7 @@ coverage: $(STAMP)
 test-slurm: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest tests/slurm
 
-$(TE_STAMP): $(STAMP) tests/te/install.sh
+$(TE_STAMP): $(STAMP) tests/te/install.sh tests/versions/environment.sh
 	tests/te/install.sh $(VENV) .venv-te
 	@touch $@
 

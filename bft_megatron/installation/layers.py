@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from packaging.version import Version
 
 from bft_megatron.errors import FieldError
+from bft_megatron.installation import driver
 from bft_megatron.recipe import engine_rules, layout_rules
 from bft_megatron.recipe.schema import Recipe
 
@@ -29,6 +30,14 @@ RELEASES = {
     "fp4-format": "2.7",
 }
 """Flag -> the first release of Transformer Engine that Megatron takes its kernels from."""
+CAPABILITIES = {
+    "delayed": range(89, 1000),
+    "tensorwise": range(89, 1000),
+    "blockwise": range(90, 1000),
+    "mxfp8": range(100, 120),
+    "nvfp4": range(100, 1000),
+}
+"""Recipe of FP8 or FP4 -> compute capabilities, times ten, of the GPUs that Transformer Engine computes it on."""
 OFFLOADING = "fine-grained-activation-offloading"
 DEEP_EP = "https://github.com/deepseek-ai/DeepEP"
 
@@ -48,6 +57,7 @@ def check(recipe: Recipe) -> None:
     if recipe.layers == "transformer_engine":
         _check_layers(recipe)
     _check_engine(recipe)
+    _check_gpus(recipe)
     _check_dispatcher(recipe)
 
 
@@ -77,6 +87,18 @@ def _check_engine(recipe: Recipe) -> None:
             )
     if engine_rules.asked(recipe, OFFLOADING) and os.environ.get("NVTE_CPU_OFFLOAD_V1", "0") != "1":
         raise FieldError(f"megatron.{OFFLOADING}", "needs `export NVTE_CPU_OFFLOAD_V1=1`, or weights are offloaded too")
+
+
+def _check_gpus(recipe: Recipe) -> None:
+    """Check that this machine's GPUs compute in the precision that is asked for."""
+    flag, scaling = engine_rules.scaling(recipe) or ("", "")
+    fit = CAPABILITIES.get(scaling, range(1000))
+    if others := sorted(capability for capability in driver.capabilities() if capability not in fit):
+        below = f", below sm_{fit.stop}" if fit.stop < 1000 else ""
+        raise FieldError(
+            f"megatron.{flag}",
+            f"{scaling} needs GPUs from sm_{fit.start} on{below}, and this machine has sm_{others[0]}",
+        )
 
 
 def _check_dispatcher(recipe: Recipe) -> None:

@@ -97,12 +97,21 @@ def _check_precision(recipe: Recipe) -> None:
         return
     if recipe.train.precision != "bf16":
         raise FieldError(f"megatron.{'fp8' if eight else 'fp4'}-format", "needs train.precision: bf16")
-    name = flags.get("fp8-recipe", "delayed") if eight else flags.get("fp4-recipe", "nvfp4")
-    _check_scaling(recipe, name, "fp8" if eight else "fp4")
+    _check_scaling(recipe)
 
 
-def _check_scaling(recipe: Recipe, name: Any, kind: str) -> None:
+def scaling(recipe: Recipe) -> tuple[str, str] | None:
+    """Return the flag that names how FP8 or FP4 scales numbers, and its value or default; None without either."""
+    for kind, default in (("fp8", "delayed"), ("fp4", "nvfp4")):
+        if recipe.megatron.get(f"{kind}-format"):
+            return f"{kind}-recipe", str(recipe.megatron.get(f"{kind}-recipe") or default)
+    return None
+
+
+def _check_scaling(recipe: Recipe) -> None:
     flags = recipe.megatron
+    flag, name = scaling(recipe) or ("", "")
+    kind = flag.removesuffix("-recipe")
     if name == "custom" and not flags.get(f"{kind}-quantizer-factory"):
         raise FieldError(f"megatron.{kind}-recipe", f"custom needs {kind}-quantizer-factory, a Python function's name")
     if name == "delayed":

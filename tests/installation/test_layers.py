@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -52,12 +53,41 @@ def test_a_dispatcher_without_its_package(backend: str, place: str):
     assert f"not installed: https://github.com/deepseek-ai/{place}" in check(*words).message
 
 
-@without
-def test_an_older_transformer_engine_and_a_variable_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Transformer Engine of release 2.5, as far as its metadata go."""
     (tmp_path / "transformer_engine").mkdir()
     (tmp_path / "transformer_engine/__init__.py").write_text("")
     distribution(tmp_path, "transformer-engine", "2.5.0+cu12")
     monkeypatch.syspath_prepend(tmp_path)
+
+
+@without
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fp8-format=hybrid"], ("fp8-recipe", "delayed needs GPUs from sm_89 on, and this machine has sm_80")),
+        (["fp8-format=e4m3", "fp8-recipe=mxfp8"], ("fp8-recipe", "mxfp8 needs GPUs from sm_100 on, below sm_120, and")),
+    ],
+)
+def test_gpus_that_do_not_compute_in_fp8(
+    words: list[str], said: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 9.0\necho 8.0\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    error = check(*(f"megatron.{word}" for word in words))
+    assert error.field == f"megatron.{said[0]}"
+    assert error.message.startswith(said[1])
+    tool.write_text("#!/bin/sh\necho 10.0\n")
+    layers.check(reader.load(ROOT / "recipes/tiny.yaml", [f"megatron.{word}" for word in words]))
+
+
+@without
+@pytest.mark.usefixtures("engine")
+def test_an_older_transformer_engine_and_a_variable_that_it_reads(monkeypatch: pytest.MonkeyPatch):
     assert check("megatron.moe-router-fusion=true").message.startswith(
         "needs Transformer Engine 2.7, and 2.5.0+cu12 is"
     )

@@ -92,8 +92,8 @@ def _check_engine(recipe: Recipe) -> None:
 def _check_gpus(recipe: Recipe) -> None:
     """Check that this machine's GPUs compute in the precision that is asked for."""
     flag, scaling = engine_rules.scaling(recipe) or ("", "")
-    fit = CAPABILITIES.get(scaling, range(1000))
-    if others := sorted(capability for capability in driver.capabilities() if capability not in fit):
+    fit = CAPABILITIES.get(scaling)
+    if fit and (others := sorted(capability for capability in driver.capabilities() if capability not in fit)):
         below = f", below sm_{fit.stop}" if fit.stop < 1000 else ""
         raise FieldError(
             f"megatron.{flag}",

@@ -81,9 +81,9 @@ LOWEST_NEED := numpy<2.4 tokenizers==0.23.1 huggingface-hub==1.31.0 dill==0.3.8 
 CORE := tests/objective tests/layers tests/layouts/test_layouts.py tests/checkpoint/test_resume.py tests/hf/test_load.py \
 	tests/hf/test_export.py tests/lora/test_gradients.py tests/commands/test_compare.py tests/data/test_chat.py \
 	tests/data/test_dataset.py
-CORE_LAYOUTS := not layout_agrees or (bft-packed and not hybrid)
+CORE_PART := not hybrid and (not layout_agrees or bft-packed)
 test-torch: .venv-torch/$(TORCH)
-	.venv-torch/bin/python -m pytest $(CORE) -k "$(CORE_LAYOUTS)"
+	.venv-torch/bin/python -m pytest $(CORE) -k "$(CORE_PART)"
 
 .venv-torch/$(TORCH): $(STAMP) tests/versions/environment.sh
 	tests/versions/environment.sh $(VENV) .venv-torch "torch==$(TORCH)" $(LOWEST) $(foreach need,$(LOWEST_NEED),"$(need)")

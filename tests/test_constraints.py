@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 
 from packaging.requirements import Requirement
@@ -30,3 +31,15 @@ def test_everything_that_is_asked_for_is_locked_within_its_range():
     for text in ASKED:
         wanted = Requirement(text)
         assert wanted.specifier.contains(locked[canonicalize_name(wanted.name)]), text
+
+
+def test_the_lowest_that_is_asked_for_is_what_the_core_tests_run_on():
+    """`make test-torch`, by its defaults in the Makefile."""
+    makefile = (ROOT / "Makefile").read_text()
+    asked = {r.name: r.specifier for r in map(Requirement, PROJECT["project"]["dependencies"])}
+    tested = dict(re.findall(r"(transformers|datasets)==([\d.]+)", re.search(r"^LOWEST \?= (.*)$", makefile, re.M)[1]))
+    tested["torch"] = re.search(r"^TORCH \?= (.*)$", makefile, re.M)[1]
+    assert len(tested) == 3
+    for name, release in tested.items():
+        [lowest] = [s.version for s in asked[name] if s.operator == ">="]
+        assert release == f"{lowest}.0", name

@@ -59,6 +59,10 @@ class Beginnings:
     rest: str
 
 
+def _unchanged(value: Any) -> Any:
+    return value
+
+
 class Template:
     """A compiled chat template.
 
@@ -70,8 +74,9 @@ class Template:
         from transformers.utils import chat_template_utils
 
         self.source = source
-        self.as_data: Callable[[Any], Any] = chat_template_utils._plain_template_data
-        self.with_thoughts: Callable[[Any], Any] = chat_template_utils._alias_reasoning_fields
+        # Releases before 5.22 give a template its data as they are.
+        self.as_data: Callable[[Any], Any] = getattr(chat_template_utils, "_plain_template_data", _unchanged)
+        self.with_thoughts: Callable[[Any], Any] = getattr(chat_template_utils, "_alias_reasoning_fields", _unchanged)
         self.plain: jinja2.Template = chat_template_utils._compile_jinja_template(source)
 
     @cached_property

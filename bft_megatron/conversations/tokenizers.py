@@ -11,6 +11,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 from bft_megatron.conversations import known_templates
 from bft_megatron.conversations.chat_tokenizer import BREAK, ChatTokenizer
 from bft_megatron.conversations.template_limits import DEFAULT, Limits, TemplateFault
@@ -54,6 +56,7 @@ def load(
 
     if not Path(folder).is_dir():
         raise FieldError("model", f"no folder {folder}")
+    _check_sentencepiece(Path(folder))
     try:
         loaded = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # the library raises plain Exception for a broken tokenizer.json
@@ -77,6 +80,20 @@ def load(
     backend.no_padding()
     given = loaded.special_tokens_map | (variables or {})
     return ChatTokenizer(backend, _broken(backend), template, given, control, origin)
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """Raise UserError if the installed transformers would not give SentencePiece's own tokens."""
+    from transformers import __version__
+
+    if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
+        return
+    if Version(__version__) < Version("5.24"):
+        raise UserError(
+            f"has a tokenizer.model alone, of which transformers {__version__} makes other tokens than SentencePiece: "
+            'pip install "transformers>=5.24", or save a tokenizer.json',
+            str(folder),
+        )
 
 
 def _broken(backend: tokenizers.Tokenizer) -> tuple[int, ...]:

@@ -24,6 +24,12 @@ def release() -> str:
     return _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0].strip()
 
 
+def capabilities() -> set[int]:
+    """Return ten times the compute capabilities of this machine's GPUs; none if nvidia-smi does not tell."""
+    said = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader")
+    return {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)\b", said, re.MULTILINE)}
+
+
 def links() -> set[str]:
     """Return the kinds of links between this machine's GPUs in `nvidia-smi topo -m`, such as NV18 or PHB."""
     return topology_links(_nvidia_smi("topo", "-m"))

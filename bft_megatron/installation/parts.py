@@ -9,6 +9,9 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from bft_megatron.installation import driver
 from bft_megatron.installation.layers import (
     INSTALL,
@@ -46,6 +49,23 @@ def import_error(modules: str) -> str | None:
     )
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     return None if done.returncode == 0 else (lines or [f"status {done.returncode}"])[-1].strip()
+
+
+def packages() -> list[Part]:
+    """Return the packages whose releases matter, torch only where its release is not one that is asked for."""
+    try:
+        asked = {r.name: r.specifier for r in map(Requirement, importlib.metadata.requires("bft-megatron") or ())}
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        asked = {}
+    found = []
+    for name in ("torch", "megatron-core", "transformers", "datasets"):
+        release, wanted = version(name) or "missing", asked.get(name, SpecifierSet())
+        if release == "missing" or not wanted.contains(release, prereleases=True):
+            says = f'is not of the releases that this one works with: pip install "{name}{wanted}"'
+            found.append(Part(name, release, "wrong", says))
+        elif name != "torch":
+            found.append(Part(name, release, "good"))
+    return found
 
 
 def torch_and_driver() -> list[Part]:
@@ -141,6 +161,5 @@ def kernels() -> list[Part]:
 
 def everything() -> list[Part]:
     """Return all parts, in the order in which they build on each other."""
-    megatron = Part("megatron-core", version("megatron-core") or "missing", "good")
     python = Part("python", sys.version.split()[0], "good")
-    return [python, *torch_and_driver(), *gpus(), nccl(), megatron, transformer_engine(), apex(), *kernels()]
+    return [python, *torch_and_driver(), *gpus(), nccl(), *packages(), transformer_engine(), apex(), *kernels()]

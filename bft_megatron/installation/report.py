@@ -20,6 +20,8 @@ def report(console: Console) -> bool:
         console.print(f"{part.name:<24}[{colour}]{escape(part.found)}[/]", highlight=False, soft_wrap=True)
         for line in textwrap.wrap(part.says, 90):
             console.print(" " * 24 + escape(line), highlight=False, soft_wrap=True)
-    wrong = [part.name for part in found if part.state == "wrong"]
+    wrong, missing = ([part.name for part in found if part.state == state] for state in ("wrong", "missing"))
+    if missing:
+        console.print(f"missing, and runs go on without: {', '.join(missing)}", highlight=False, soft_wrap=True)
     console.print(f"[red]wrong: {', '.join(wrong)}[/]" if wrong else "nothing is wrong")
     return not wrong

@@ -29,6 +29,7 @@ REFUSED = {
     "which tokens are dropped would depend on the layout": """
         moe-expert-capacity-factor moe-expert-rank-capacity-factor moe-pad-expert-* moe-pad-experts-*
         moe-token-drop-policy""",
+    "it ends the run where a rank's experts get more tokens than its buffer holds": "moe-ncclep-*",
     "it sends tokens to other experts than the model does": """
         moe-router-force-* moe-input-jitter-eps moe-enable-routing-replay moe-router-padding-for-*
         moe-router-quantile-balancing-ema""",
@@ -80,6 +81,8 @@ REFUSED = {
         outer-dp-sharding-strategy no-gradient-reduce-div-fusion suggested-communication-unit-size
         keep-fp8-transpose-cache enable-full-sharding-in-hsdp no-strict-fsdp-dtensor-load
         tensor-parallel-num-weight-shards""",
+    "the optimizer would begin with the weights from before the model's are read, and write them back over those": """
+        fp8-param-gather fp4-param-gather reuse-grad-buf-for-mxfp8-param-ag""",
     "it disables the distributed optimizer": "freeze-all-layers",
     "the skipping of steps whose gradient is not finite depends on it": """
         initial-loss-scale min-loss-scale loss-scale-window hysteresis optimizer-cuda-graph""",
@@ -123,6 +126,9 @@ REFUSED = {
 
 REFUSED_VALUES = {
     "attention-backend": {"local": "it knows no packed rows"},
+    "moe-flex-dispatcher-backend": {
+        "ncclep": "it ends the run where a rank's experts get more tokens than its buffer holds"
+    },
     "ckpt-format": dict.fromkeys(
         ("torch", "torch_dcp", "fsdp_dtensor"), "recovery, export and resuming read the format torch_dist"
     ),
@@ -158,7 +164,7 @@ MAY_CHANGE = {
         create-all-gather-group tp-comm-* no-tp-comm-* use-ring-exchange-p2p pipeline-model-parallel-comm-backend
         nccl-communicator-config-path use-nccl-ub disable-symmetric-registration use-sharp sharp-enabled-group
         high-priority-stream-groups disable-gloo-process-groups high-priority-a2a-comm-stream moe-token-dispatcher-type
-        moe-flex-dispatcher-* moe-enable-deepep moe-deepep-num-sms moe-hybridep-* moe-ncclep-*
+        moe-flex-dispatcher-* moe-enable-deepep moe-deepep-num-sms moe-hybridep-*
         moe-permute-fusion-into-hybridep moe-shared-expert-overlap""",
     "time-outs and watching": """
         distributed-timeout-minutes distributed-timeout-seconds-after-init flight-recorder-* no-flight-recorder-*
@@ -196,7 +202,7 @@ MAY_NOT_CHANGE = {
         grad-reduce-in-bf16 accumulate-allreduce-grads-in-fp32 ddp-reduce-scatter-with-fp32-accumulation
         ddp-param-name-patterns-for-fp32-local-accumulation attention-softmax-in-fp32 fp32-residual-connection
         disable-bf16-reduced-precision-matmul fp8-format fp8-recipe fp8-quantizer-factory fp8-margin fp8-interval
-        fp8-amax-* no-fp8-wgrad fp8-param-gather reuse-grad-buf-for-mxfp8-param-ag fp4-* first-last-layers-bf16
+        fp8-amax-* no-fp8-wgrad fp4-format fp4-recipe fp4-quantizer-factory first-last-layers-bf16
         num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 te-precision-config-file
         batch-invariant-mode enable-experimental""",
     "schedule": """

@@ -189,15 +189,6 @@ def _check_experts(recipe: Recipe, experts: ExpertShape | None) -> None:
         raise FieldError("parallel.expert_tensor", f"{parallel.expert_tensor} does not divide {what}")
     if parallel.tensor > 1 and not parallel.sequence_parallel:
         raise FieldError("parallel.sequence", "a model with experts and parallel.tensor above 1 needs it: leave it out")
-    if recipe.device == "cpu":
-        _check_kernels(recipe)
-
-
-def _check_kernels(recipe: Recipe) -> None:
-    """Refuse what Megatron would look for in the first step alone."""
-    for flag, value in {"moe-router-fusion": True, "moe-token-dispatcher-type": "flex"}.items():
-        if recipe.megatron.get(flag) == value:
-            raise FieldError(f"megatron.{flag}", "its kernels are for GPUs, and device is cpu: leave it out")
 
 
 def _check_linear_attention(recipe: Recipe, net: LinearAttentionShape) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from bft_megatron import user_code
 from bft_megatron.errors import FieldError, reading, shortened
-from bft_megatron.recipe import layout_rules
+from bft_megatron.recipe import engine_rules, layout_rules
 from bft_megatron.recipe.layout_rules import ExpertShape, ModelShape
 from bft_megatron.recipe.limits import Range
 from bft_megatron.recipe.schema import DELTA_NET_INPUTS, LORA_TARGETS, LoraSettings, Recipe
@@ -33,6 +33,7 @@ def check_recipe(recipe: Recipe, model: ModelShape) -> None:
     _check_lora(recipe, model)
     _check_moe(recipe, model)
     _check_flags(recipe)
+    engine_rules.check(recipe, model)
 
 
 def check_comparable(recipe: Recipe) -> None:

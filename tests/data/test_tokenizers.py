@@ -75,6 +75,20 @@ def test_a_sentencepiece_model_gives_sentencepieces_own_tokens(tmp_path: Path, k
         assert sum(supervised) == len(own.encode(answer)) + 1
 
 
+def test_a_sentencepiece_model_is_refused_under_a_transformers_that_reads_it_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setattr("transformers.__version__", "5.23.0")
+    with pytest.raises(
+        UserError, match=r'transformers 5\.23\.0 makes other tokens .*: pip install "transformers>=5\.24"'
+    ):
+        tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer that can be read"):
+        tokenizers.load(tmp_path)
+
+
 def test_refuses_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer that can be read"):
         tokenizers.load(tmp_path)

@@ -300,6 +300,6 @@ def test_an_index_that_would_run_something_is_not_unpickled(
     metadata = pickle.loads(index.read_bytes())
     metadata.planner_data = _Trap(tmp_path / "sprung")
     index.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match=r"pathlib\.Path\.touch does not belong|getattr does not belong"):
+    with pytest.raises(UserError, match=r"pathlib(\._local)?\.Path\.touch does not belong|getattr does not belong"):
         export(tmp_path / "checkpoints", tmp_path / "out", models[0].folder)
     assert not (tmp_path / "sprung").exists()

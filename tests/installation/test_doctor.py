@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -52,6 +53,8 @@ def test_what_is_missing_is_said_with_its_cost_and_the_command(tmp_path: Path):
     assert "fused norms" in (says := " ".join(line.strip() for line in lines[engine + 1 : engine + 4]))
     assert f"{parts.INSTALL} installs it" in says
     assert (ROOT / parts.INSTALL).exists()
+    assert lines[-2].startswith("missing, and runs go on without: ")
+    assert "Transformer Engine" in lines[-2]
     assert lines[-1] == "nothing is wrong"
 
 
@@ -62,11 +65,13 @@ def test_what_is_there_and_does_not_work_is_wrong(tmp_path: Path):
     (broken / "pytorch.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda9SetDeviceEa')\n")
     distribution(tmp_path, "transformer-engine", "2.20.2")
     distribution(tmp_path, "apex", "0.9.10.dev0")  # PyPI's, without kernels
+    distribution(tmp_path, "datasets", "2.21.0")
     done = doctor(tmp_path)
     assert done.returncode == 1
     assert "undefined symbol: _ZN3c104cuda9SetDeviceEa" in done.stdout
     assert "PyPI's project of the same name" in done.stdout
-    assert done.stdout.splitlines()[-1] == "wrong: Transformer Engine, apex"
+    assert done.stdout.splitlines()[-1] == "wrong: datasets, Transformer Engine, apex"
+    assert re.search(r'datasets +2\.21\.0\n +is not of the releases .*: pip install "datasets\S+"', done.stdout)
 
 
 @pytest.mark.parametrize(

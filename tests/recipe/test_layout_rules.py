@@ -45,11 +45,15 @@ REFUSED = {
         "megatron.num-distributed-optimizer-instances",
         "2 does not divide the 1 processes that share an expert",
     ),
-    "fused-router": (["megatron.moe-router-fusion=true"], "megatron.moe-router-fusion", "its kernels are for GPUs"),
+    "fused-router": (
+        ["megatron.moe-router-fusion=true"],
+        "megatron.moe-router-fusion",
+        "is for GPUs, and device is cpu",
+    ),
     "flex-dispatcher": (
         ["parallel.data=2", "parallel.expert=2", "megatron.moe-token-dispatcher-type=flex"],
         "megatron.moe-token-dispatcher-type",
-        "its kernels are for GPUs",
+        "is for GPUs, and device is cpu",
     ),
 }
 

@@ -91,6 +91,16 @@ def test_a_layout_that_does_not_fit_is_not_submitted(run: Run):
     assert "a100-40g" in done.stdout
 
 
+def test_layers_that_are_not_installed(run: Run):
+    """The checks are the command's own: no rank starts, and the error names what installs them."""
+    job = run.submit("layers=transformer_engine", BFT_COMMAND=f"{sys.executable} -m bft_megatron")
+    said = failed(run, job, 2)
+    assert "layers=transformer_engine: Transformer Engine is not installed: launch/install_gpu.sh installs it" in said
+    assert "not started, by the checks above" in said
+    assert "start 1" not in said
+    assert not run.folder.exists()
+
+
 def warn(cluster: Cluster, job: str) -> None:
     """What `--signal=B:USR1@600` does ten minutes before the time limit."""
     # Its status says nothing: of an array's task it tries again until that has ended, and calls this an error.

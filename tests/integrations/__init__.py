@@ -1,0 +1,1 @@
+"""Tests of the objectives inside other projects' training loops."""

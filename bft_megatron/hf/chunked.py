@@ -8,9 +8,10 @@ from torch import Tensor
 from bft_megatron.hf.samples import batch_geometry
 from bft_megatron.objective import records
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
-from bft_megatron.objective.loss import LossSum, objective_sum
+from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import Objective
-from bft_megatron.objective.sums import TORCH, Kernels
+from bft_megatron.objective.sums import TORCH, Kernels, Statistics
+from bft_megatron.objective.view import Geometry
 
 
 def chunked_loss(
@@ -36,31 +37,33 @@ def chunked_loss(
     Raises:
         ValueError: shapes or dtypes do not match.
     """
-    total = chunked_sum(objective, hidden, weight, labels, position_ids)
+    geometry = batch_geometry(labels, position_ids)
+    found = chunked_statistics(hidden, weight, geometry, entropy="entropy" in objective.needs)
+    total = objective_sum(objective, geometry, geometry.view(found.logp, found.entropy), found.logp)
     items = total.count if num_items is None else num_items
     return total.loss / torch.as_tensor(items, device=total.loss.device).clamp(min=1)
 
 
-def chunked_sum(
-    objective: Objective, hidden: Tensor, weight: Tensor, labels: Tensor, position_ids: Tensor | None = None
-) -> LossSum:
-    """Return the objective's sum and count over a batch; the arguments are those of `chunked_loss`."""
-    geometry = batch_geometry(labels, position_ids)
+def chunked_statistics(hidden: Tensor, weight: Tensor, geometry: Geometry, *, entropy: bool) -> Statistics:
+    """Return log p of each position's label, and the entropy if asked for, each [b * s] fp32.
+
+    `hidden` and `weight` are those of `chunked_loss`, `geometry` is the batch's.
+    """
     found = vocab_parallel_linear_statistics(
         hidden.flatten(0, 1)[:, None],
         weight,
         geometry.labels[:, None],
-        entropy="entropy" in objective.needs,
+        entropy=entropy,
         kernels=_kernels(hidden.device),
     )
-    entropy = None if found.entropy is None else found.entropy[:, 0]
-    logp = found.logp[:, 0]
-    return objective_sum(objective, geometry, geometry.view(logp, entropy), logp)
+    return Statistics(
+        found.logp[:, 0], found.correct[:, 0], None if found.entropy is None else found.entropy[:, 0]
+    )
 
 
 def _kernels(device: torch.device) -> Kernels:
     if device.type != "cuda":
         return TORCH
-    from bft_megatron.objective.triton_tiles import TRITON
+    from bft_megatron.objective.triton_tiles import TESTED, TRITON
 
-    return TRITON
+    return TRITON if torch.cuda.get_device_capability(device) in TESTED else TORCH

@@ -48,6 +48,17 @@ def rows() -> list[dict[str, list[int]]]:
     return made
 
 
+def padded(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """Pad rows on the right, as a data collator does."""
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+
+    def column(key: str) -> Tensor:
+        values = [torch.tensor(row.get(key, [1] * len(row["input_ids"]))) for row in batch]
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill[key])
+
+    return {key: column(key) for key in fill}
+
+
 def expected_gradients(setting: reference.Setting) -> tuple[float, dict[str, Tensor]]:
     """Return the loss of one step over `rows()` and its gradients in float64, one row after the other."""
     model = tiny_llama().double()

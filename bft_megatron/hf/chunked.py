@@ -1,4 +1,4 @@
-"""The objectives from hidden states and the output layer's weight, without logits, on one process's whole vocabulary."""
+"""The objectives from hidden states and the output layer's weight, without logits; the vocabulary is not sharded."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def chunked_statistics(hidden: Tensor, weight: Tensor, geometry: Geometry, *, en
         entropy=entropy,
         kernels=_kernels(hidden.device),
     )
-    return Statistics(
-        found.logp[:, 0], found.correct[:, 0], None if found.entropy is None else found.entropy[:, 0]
-    )
+    return Statistics(found.logp[:, 0], found.correct[:, 0], None if found.entropy is None else found.entropy[:, 0])
 
 
 def _kernels(device: torch.device) -> Kernels:

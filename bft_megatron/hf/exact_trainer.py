@@ -1,6 +1,7 @@
 """A transformers `Trainer` whose loss is the objective's over the whole step: all micro-batches, all processes.
 
-Unlike a loss function, a Trainer sees the position ids, so packed rows are several samples, and counts before it trains.
+Unlike a loss function, a Trainer sees the position ids, which tell the samples of a packed row apart, and can count the
+samples of a step before it trains on the first of them.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class BftTrainer(Trainer):
 
     def __init__(self, *args: Any, objective: Objective = records.bft, chunked: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.objective, self.chunked = objective, chunked
+        self.objective: Objective = objective
+        self.chunked: bool = chunked
         for fault in _faults(self):
             raise UserError(fault, HERE)
         self.model_accepts_loss_kwargs = True  # older releases ask this before they divide
@@ -57,7 +59,8 @@ class BftTrainer(Trainer):
         batches, _ = super().get_batch_samples(*args, **kwargs)
         shapes = [batch_geometry(batch["labels"], batch.get("position_ids")) for batch in batches]
         count = torch.tensor(sum(divisor(self.objective, shape) for shape in shapes), device=self.args.device)
-        return batches, self.accelerator.gather(count).sum()
+        everyone: Tensor = self.accelerator.gather(count)
+        return batches, everyone.sum()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -73,7 +76,7 @@ class BftTrainer(Trainer):
             outputs = model(**asked)
             logp, *entropies = _scored(outputs, geometry, "entropy" in self.objective.needs)
         total = objective_sum(self.objective, geometry, geometry.view(logp, *entropies), logp)
-        if num_items_in_batch is None or not self.model.training:
+        if num_items_in_batch is None or not model.training:
             loss = total.loss / max(total.count, 1)
         else:  # DDP averages over the processes what is to be summed
             loss = total.loss / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
@@ -91,7 +94,8 @@ def _scored(outputs: Any, geometry: Geometry, entropy: bool) -> list[Tensor]:
 
 
 def _output_layer(trainer: Trainer) -> Any:
-    return trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings()
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return model.get_output_embeddings()
 
 
 @contextmanager
@@ -105,7 +109,7 @@ def _scoring(layer: torch.nn.Linear, geometry: Geometry, entropy: bool) -> Itera
         found = chunked_statistics(hidden.to(layer.weight.dtype), layer.weight, geometry, entropy=entropy)
         return torch.stack([x for x in (found.logp, found.entropy) if x is not None], -1).view(*hidden.shape[:2], -1)
 
-    layer.forward = score  # type: ignore[method-assign]  # of this instance, until the end
+    layer.forward = score  # type: ignore  # of this instance, until the end
     try:
         yield
     finally:
@@ -126,7 +130,8 @@ def _faults(trainer: BftTrainer) -> Iterator[str]:
 
 def _obstacle(trainer: Trainer) -> str | None:
     """Return what of the model only its logits show, or None."""
-    layer, config = _output_layer(trainer), trainer.model.config.get_text_config()
+    model: Any = trainer.model
+    layer, config = _output_layer(trainer), model.config.get_text_config()
     if type(layer) is not torch.nn.Linear:
         return f"an output layer of the class {type(layer).__name__}"
     if layer.bias is not None:

@@ -23,7 +23,7 @@ from bft_megatron.objective.view import Geometry
 HERE = "BftSFTTrainer"
 
 
-class BftSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
+class BftSFTTrainer(SFTTrainer):
     """TRL's `SFTTrainer` with an objective of `bft_megatron.objective.records`, by default BFT.
 
     Its arguments are those of `SFTTrainer`, and `objective`. The loss of an optimizer step is the objective's sum over
@@ -75,9 +75,8 @@ class BftSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL ships no types
         logp = torch.nn.functional.pad(outputs.log_probs.float(), (0, 1)).flatten()
         entropy = torch.nn.functional.pad(outputs.entropy.float(), (0, 1)).flatten()
         total = objective_sum(self.objective, geometry, geometry.view(logp, entropy), logp)
-        if not own_divisor:
-            return -total.loss
-        return -total.loss * outputs.label_mask.sum() / max(total.count, 1)
+        tokens: Tensor = outputs.label_mask.sum()
+        return -total.loss * tokens / max(total.count, 1) if own_divisor else -total.loss
 
 
 def _check(trainer: Any, objective: Objective) -> None:

@@ -64,7 +64,7 @@ def expected_gradients(setting: reference.Setting) -> tuple[float, dict[str, Ten
     model = tiny_llama().double()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for row in rows():
-        labels = torch.tensor(row["labels"][1:] + [reference.NONE])
+        labels = torch.tensor([*row["labels"][1:], reference.NONE])
         logp = reference.logprobs(model(input_ids=torch.tensor([row["input_ids"]])).logits[0], labels)
         total = total + reference.loss(setting, logp, labels.tolist(), [0, len(labels)], torch.ones(1))
         supervised = int((labels != reference.NONE).sum())
@@ -87,7 +87,7 @@ class Recorder(TrainerCallback):
 
 
 def first_step(make: Callable[[Any], Any], folder: str, accumulation: int = 1, processes: int = 1, **options: Any):
-    """Run one optimizer step of the Trainer that `make(arguments by name, callbacks)` gives -> logged loss, gradients."""
+    """Run one optimizer step of the Trainer that `make(arguments, callbacks)` gives -> the logged loss, gradients."""
     if processes > 1:
         _join_the_world()
     recorder = Recorder()

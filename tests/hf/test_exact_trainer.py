@@ -14,10 +14,10 @@ from bft_megatron.hf.exact_trainer import BftTrainer
 from bft_megatron.objective import records
 from tests.helpers.objective_reference import Setting
 from tests.helpers.trainers import (
-    padded,
     assert_same,
     expected_gradients,
     first_step,
+    padded,
     rows,
     tiny_llama,
 )
@@ -98,6 +98,9 @@ def test_a_capped_head_is_not_chunked(tmp_path: Path):
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["logits", "chunked"])
 def test_fsdp2(chunked: bool, tmp_path: Path):
-    sharded = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    sharded = {
+        "fsdp": "full_shard",
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+    }
     for found in run_world(2, partial(_step, chunked=chunked, options=sharded), "bft", tmp_path, 2, 2):
         assert_same(found, expected("bft"))

@@ -21,7 +21,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@python=$$(./find-python.sh) && $$python -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,megatron]" --group dev
 	@touch $@
 
 $(DEMO_STAMP): $(STAMP)
@@ -84,7 +84,7 @@ test-torch: .venv-torch/$(TORCH)
 	@python=$$(./find-python.sh) && $$python -m venv --clear .venv-torch
 	.venv-torch/bin/pip install --quiet --upgrade "pip>=25.1"
 	grep -vE '^(torch|triton|numpy|nvidia-.*|cuda-.*)==' constraints.txt > .venv-torch/constraints.txt
-	.venv-torch/bin/pip install --quiet --constraint .venv-torch/constraints.txt "torch==$(TORCH)" "numpy<2.5" --editable . --group dev
+	.venv-torch/bin/pip install --quiet --constraint .venv-torch/constraints.txt "torch==$(TORCH)" "numpy<2.5" --editable ".[hf,megatron]" --group dev
 	@touch $@
 
 # The Dockerfile built with buildah on a base of Debian's; as root, some minutes.
@@ -132,7 +132,7 @@ format: $(STAMP)
 lock:
 	@python=$$(./find-python.sh) && $$python -m venv --clear .venv-lock
 	.venv-lock/bin/pip install --quiet --upgrade "pip>=25.1"
-	.venv-lock/bin/pip install --quiet --editable . --group dev --group docs
+	.venv-lock/bin/pip install --quiet --editable ".[hf,megatron]" --group dev --group docs
 	@echo "# What the tests run with; written by \`make lock\`." > constraints.txt
 	.venv-lock/bin/pip freeze --exclude-editable >> constraints.txt
 	rm -rf .venv-lock

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from tests.helpers import objective_reference as reference
 
@@ -34,6 +37,13 @@ def tiny_llama() -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose words are <0>, <1> and so on, separated by spaces."""
+    tokenizer = Tokenizer(WordLevel({f"<{i}>": i for i in range(VOCABULARY)}, unk_token="<3>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<0>", bos_token="<1>", eos_token="<2>")
 
 
 def rows() -> list[dict[str, list[int]]]:

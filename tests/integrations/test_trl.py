@@ -8,16 +8,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from bft_megatron.errors import UserError
 from bft_megatron.integrations.trl import BftSFTTrainer
 from bft_megatron.objective import records
 from tests.helpers.objective_reference import Setting
-from tests.helpers.trainers import VOCABULARY, assert_same, expected_gradients, first_step, rows, tiny_llama
+from tests.helpers.trainers import assert_same, expected_gradients, first_step, rows, tiny_llama, words_tokenizer
 from tests.helpers.world import run_world
 
 OBJECTIVES = {
@@ -34,18 +31,12 @@ def expected(name: str):
     return expected_gradients(OBJECTIVES[name][1])
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    words = {f"<{i}>": i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<3>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<0>", bos_token="<1>", eos_token="<2>")
-
-
 def _trainer(arguments: dict[str, Any], callbacks: list[Any], kind: type = BftSFTTrainer, **more: Any) -> SFTTrainer:
     return kind(
         tiny_llama(),
         SFTConfig(**{"bf16": False, "report_to": [], "max_length": None, "dataset_kwargs": AS_THEY_ARE, **arguments}),
         train_dataset=Dataset.from_list(rows()),
-        processing_class=_tokenizer(),
+        processing_class=words_tokenizer(),
         callbacks=callbacks,
         **more,
     )

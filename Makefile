@@ -21,7 +21,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@python=$$(./find-python.sh) && $$python -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[hf,megatron]" --group dev
 	@touch $@
 
 $(DEMO_STAMP): $(STAMP)
@@ -135,7 +135,7 @@ format: $(STAMP)
 lock:
 	@python=$$(./find-python.sh) && $$python -m venv --clear .venv-lock
 	.venv-lock/bin/pip install --quiet --upgrade "pip>=25.1"
-	.venv-lock/bin/pip install --quiet --editable . --group dev --group docs
+	.venv-lock/bin/pip install --quiet --editable ".[hf,megatron]" --group dev --group docs
 	@echo "# What the tests run with; written by \`make lock\`." > constraints.txt
 	.venv-lock/bin/pip freeze --exclude-editable >> constraints.txt
 	rm -rf .venv-lock

@@ -31,7 +31,9 @@ def install(pyproject: Path) -> None:
     if not any(line.startswith("torch==") for line in before):
         sys.exit("the base image has no torch: take one of NVIDIA's PyTorch images as BASE_IMAGE")
     RECORD.write_text("\n".join(before) + "\n")
-    wanted = tomllib.loads(pyproject.read_text())["project"]["dependencies"]
+    project = tomllib.loads(pyproject.read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["hf"], *extras["megatron"]]
     wanted = [line for line in wanted if re.split(r"[^A-Za-z0-9_-]", line)[0] != "torch"]
     # Replaces the base's own PIP_CONSTRAINT, which pins far more than must stay.
     pip = ["env", f"PIP_CONSTRAINT={RECORD}", sys.executable, "-m", "pip", "install", "--no-cache-dir"]

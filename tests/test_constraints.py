@@ -14,6 +14,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
 ASKED = [
     *PROJECT["project"]["dependencies"],
+    *PROJECT["project"]["optional-dependencies"]["hf"],
+    *PROJECT["project"]["optional-dependencies"]["megatron"],
     *PROJECT["dependency-groups"]["dev"],
     *PROJECT["dependency-groups"]["docs"],
 ]

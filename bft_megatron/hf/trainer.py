@@ -1,6 +1,8 @@
 """The objectives as loss functions of unsharded logits, for transformers' `Trainer(compute_loss_func=...)`.
 
 This module only shifts the labels, describes a padded batch and divides. The formulas are in `bft_megatron.objective`.
+A function of logits and labels sees neither the samples of a packed row nor the other micro-batches: `exact_trainer.py`
+has a Trainer that does.
 """
 
 from __future__ import annotations
@@ -31,11 +33,13 @@ def bft_loss_func(
     """Return the BFT loss of a batch, a scalar fp32: the mean over its samples.
 
     Args:
-        outputs: a model's output, with `logits` [b, s, v] of any floating dtype; they are only read.
-        labels: [b, s] int64, not shifted, -100 where not supervised.
+        outputs: a model's output, with `logits` [b, s, v] of any floating dtype; they are only read. Without logits
+            its `loss` is returned, or 0 if it has none.
+        labels: [b, s or more] int64, not shifted, -100 where not supervised; of what they have more than the logits,
+            only the first is used, the label of the last position.
         num_items_in_batch: accepted because the Trainer passes it, and not used: it counts tokens, and the mean is over
             samples. The Trainer sums what its micro-batches and processes return, so their means are summed, not
-            averaged.
+            averaged; `exact_trainer.BftTrainer` divides by the samples of the whole step.
         group_size: supervised tokens of a confidence window; default BFT_GROUP_SIZE, else 256.
         gamma: exponent of the confidence; default BFT_CONF_GAMMA, else 1.
         confidence: "geometric" or "arithmetic", as in `records.lowest_confidence`.
@@ -43,6 +47,8 @@ def bft_loss_func(
     Raises:
         UserError: a setting is out of range.
     """
+    if outputs.get("logits") is None:
+        return _without_logits(outputs)
     group_size = environment.group_size() if group_size is None else group_size
     gamma = environment.gamma() if gamma is None else gamma
     total = batch_sum(records.balanced(group_size, gamma, confidence), outputs["logits"], labels)
@@ -66,15 +72,17 @@ def dft_loss_func(
             whole global batch.
         group_size, gamma, confidence: not used; accepted so that this function can replace `bft_loss_func`.
     """
+    if outputs.get("logits") is None:
+        return _without_logits(outputs)
     total = batch_sum(records.dft, outputs["logits"], labels)
     items = total.count if num_items_in_batch is None else num_items_in_batch
     return total.loss / torch.as_tensor(items, device=total.loss.device).clamp(min=1)
 
 
 def batch_sum(objective: Objective, logits: Tensor, labels: Tensor) -> LossSum:
-    """Return the objective's sum and count over a batch: logits [b, s, v], labels [b, s], not shifted."""
-    b, s = labels.shape
-    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)  # [b, s], position i has token i + 1
+    """Return the objective's sum and count over a batch: logits [b, s, v], labels [b, s or more], not shifted."""
+    b, s = logits.shape[:2]
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)[:, :s]  # position i has token i + 1
     logp = vocab_parallel_logprobs(logits, shifted.to(logits.device)).flatten()
     geometry = Geometry(
         labels=shifted.flatten().cpu(),
@@ -83,3 +91,9 @@ def batch_sum(objective: Objective, logits: Tensor, labels: Tensor) -> LossSum:
         weight=torch.ones(b),
     )
     return objective_sum(objective, geometry, geometry.view(logp), logp)
+
+
+def _without_logits(outputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the model's own loss, as for a batch that another part of a model has already scored; else 0."""
+    loss = outputs.get("loss")
+    return torch.tensor(0.0) if loss is None else loss

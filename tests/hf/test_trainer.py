@@ -157,3 +157,21 @@ def test_in_transformers_trainer(function, tmp_path: Path):
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-3)
     assert mean_p() > 2 * before
+
+
+@pytest.mark.parametrize("function", [bft_loss_func, dft_loss_func])
+def test_without_logits_the_models_own_loss(function):
+    _, labels = _batch()
+    own = torch.tensor(3.0)
+    assert function({"loss": own}, labels) is own
+    assert function(CausalLMOutputWithPast(loss=own), labels) is own
+    assert function({}, labels).item() == 0
+
+
+@pytest.mark.parametrize("function", [partial(bft_loss_func, group_size=4), dft_loss_func])
+def test_labels_longer_than_the_logits_are_cut(function):
+    """The last position's label is the first of those beyond."""
+    outputs, labels = _batch(40)
+    whole = function({"logits": outputs["logits"][:, :30]}, labels)
+    assert torch.equal(whole, function({"logits": outputs["logits"][:, :30]}, labels[:, :31]))
+    assert not torch.equal(whole, function({"logits": outputs["logits"][:, :30]}, labels[:, :30]))

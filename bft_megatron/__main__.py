@@ -1,5 +1,7 @@
 """`python -m bft_megatron` and `bft-megatron`: the command line. A process listens to signals before all else."""
 
+import sys
+
 from bft_megatron.processes import ranks, signals
 
 
@@ -10,8 +12,14 @@ def main() -> None:
 
     streams.open_closed()
     streams.outlive_readers()
-    from bft_megatron import cli
-
+    try:
+        from bft_megatron import cli
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("bft_megatron"):
+            raise
+        sys.exit(
+            f"error: {error.name} is not installed: `pip install 'bft-megatron[hf,megatron]'` has what the command needs"
+        )
     cli.main()
 
 

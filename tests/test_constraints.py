@@ -38,7 +38,9 @@ def test_everything_that_is_asked_for_is_locked_within_its_range():
 def test_the_lowest_that_is_asked_for_is_what_the_core_tests_run_on():
     """`make test-torch`, by its defaults in the Makefile."""
     makefile = (ROOT / "Makefile").read_text()
-    asked = {r.name: r.specifier for r in map(Requirement, PROJECT["project"]["dependencies"])}
+    project = PROJECT["project"]
+    words = [*project["dependencies"], *project["optional-dependencies"]["hf"]]
+    asked = {r.name: r.specifier for r in map(Requirement, words)}
     tested = dict(re.findall(r"(transformers|datasets)==([\d.]+)", re.search(r"^LOWEST \?= (.*)$", makefile, re.M)[1]))
     tested["torch"] = re.search(r"^TORCH \?= (.*)$", makefile, re.M)[1]
     assert len(tested) == 3

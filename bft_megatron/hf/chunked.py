@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bft_megatron.hf.samples import batch_geometry
-from bft_megatron.objective import records
+from bft_megatron.objective import records, tested_cards
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import Objective
@@ -60,8 +60,8 @@ def chunked_statistics(hidden: Tensor, weight: Tensor, geometry: Geometry, *, en
 
 
 def _kernels(device: torch.device) -> Kernels:
-    if device.type != "cuda":
+    if device.type != "cuda" or not tested_cards.is_tested(torch.cuda.get_device_capability(device)):
         return TORCH
-    from bft_megatron.objective.triton_tiles import TESTED, TRITON
+    from bft_megatron.objective.triton_tiles import TRITON
 
-    return TRITON if torch.cuda.get_device_capability(device) in TESTED else TORCH
+    return TRITON

@@ -41,7 +41,7 @@ class BftSFTTrainer(SFTTrainer):
     def __init__(self, *args: Any, objective: Objective = records.bft, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check(self, objective)
-        self.objective = objective
+        self.objective: Objective = objective
         self.model_accepts_loss_kwargs = True  # the loss is divided here, whatever the model can do
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor]:

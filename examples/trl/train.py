@@ -2,7 +2,7 @@
 
     python examples/trl/train.py MODEL ROWS.jsonl OUTPUT
 
-A line of ROWS.jsonl is {"prompt": ..., "completion": ...} or {"messages": [...]}. Under several processes, start it with
+A line of ROWS.jsonl is {"prompt": ..., "completion": ...} or {"messages": [...]}. Start several processes with
 `accelerate launch`.
 """
 

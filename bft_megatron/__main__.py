@@ -17,9 +17,8 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("bft_megatron"):
             raise
-        sys.exit(
-            f"error: {error.name} is not installed: `pip install 'bft-megatron[hf,megatron]'` has what the command needs"
-        )
+        print(f"error: {error.name} is missing: pip install 'bft-megatron[hf,megatron]'", file=sys.stderr)
+        sys.exit(2)
     cli.main()
 
 

@@ -176,3 +176,10 @@ def test_the_version_is_the_packages_and_takes_no_torch():
 def test_help_says_which_numbers_to_watch():
     said = " ".join(command("train", "--help").stdout.split())
     assert "Watch mean p and accuracy for bft and dft" in said
+
+
+def test_a_core_installation_says_which_extras_the_command_needs():
+    code = "import sys; sys.modules['typer'] = None; from bft_megatron.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == "error: typer is missing: pip install 'bft-megatron[hf,megatron]'\n"

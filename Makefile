@@ -13,7 +13,7 @@ FUZZ_SECONDS ?= 3600
 # What has a target of its own because of what it needs.
 APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te --ignore=tests/gpu
 
-.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu test-torch bench-gpu plan-recipes matrix fuzz soak docs lint format \
+.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu test-torch test-transformers bench-gpu plan-recipes matrix fuzz soak docs lint format \
 	lock clean
 
 venv: $(STAMP)
@@ -90,6 +90,16 @@ test-torch: .venv-torch/$(TORCH)
 	tests/versions/environment.sh $(VENV) .venv-torch "torch==$(TORCH)" $(LOWEST) $(foreach need,$(LOWEST_NEED),"$(need)")
 	@touch $@
 
+# The objectives in transformers' Trainer under another release of transformers, the original implementation's by default.
+TRANSFORMERS ?= 4.51.1
+test-transformers: .venv-transformers/$(TRANSFORMERS)
+	OMP_NUM_THREADS=1 .venv-transformers/bin/python -m pytest --noconftest tests/hf/test_trainer.py tests/hf/test_exact_trainer.py \
+		tests/hf/test_chunked.py
+
+.venv-transformers/$(TRANSFORMERS): $(STAMP) tests/hf/install_transformers.sh
+	tests/hf/install_transformers.sh $(VENV) .venv-transformers $(TRANSFORMERS)
+	@touch $@
+
 # The Dockerfile built with buildah on a base of Debian's; as root, some minutes.
 test-image: $(STAMP)
 	$(BIN)/python -m pytest tests/image
@@ -141,4 +151,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-torch .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-torch .venv-transformers .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -131,11 +131,11 @@ def _faults(trainer: BftTrainer) -> Iterator[str]:
 def _obstacle(trainer: Trainer) -> str | None:
     """Return what of the model only its logits show, or None."""
     model: Any = trainer.model
-    layer, config = _output_layer(trainer), model.config.get_text_config()
-    kind = type(layer)
-    if kind is not torch.nn.Linear:
-        return f"an output layer of the class {kind.__name__}"
-    if layer.bias is not None:
+    layer: Any = _output_layer(trainer)
+    config = model.config.get_text_config()
+    if type(layer) is not torch.nn.Linear:
+        return f"an output layer of the class {type(layer).__name__}"
+    if getattr(layer, "bias", None) is not None:
         return "a bias of the output layer"
     scales = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
     return next((name for name in scales if getattr(config, name, None) not in (None, 1)), None)

@@ -2,8 +2,8 @@
 
     python examples/trl/train.py MODEL ROWS.jsonl OUTPUT
 
-A line of ROWS.jsonl is {"prompt": ..., "completion": ...} or {"messages": [...]}. Start several processes with
-`accelerate launch`.
+A line of ROWS.jsonl is {"prompt": ..., "completion": ...} or {"messages": [...]}. For several processes start it
+with `accelerate launch`.
 """
 
 import sys

@@ -17,7 +17,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("bft_megatron"):
             raise
-        print(f"error: {error.name} is missing: pip install 'bft-megatron[hf,megatron]'", file=sys.stderr)
+        print(
+            f"error: {error.name} is missing: the command needs this package's extras hf and megatron", file=sys.stderr
+        )
         sys.exit(2)
     cli.main()
 

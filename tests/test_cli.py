@@ -182,4 +182,4 @@ def test_a_core_installation_says_which_extras_the_command_needs():
     code = "import sys; sys.modules['typer'] = None; from bft_megatron.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr == "error: typer is missing: pip install 'bft-megatron[hf,megatron]'\n"
+    assert done.stderr == "error: typer is missing: the command needs this package's extras hf and megatron\n"

@@ -1,1 +1,1 @@
-"""The objectives inside other projects' training loops, one module for each of them."""
+"""The objectives inside other trainers."""

@@ -1,1 +1,1 @@
-"""The parts of this installation that a run on a GPU computes with: which are there, and what is missing."""
+"""The parts that a run on a GPU computes with, and which are missing."""

@@ -84,8 +84,11 @@ def check_python(words: list[str]) -> None:
 
 
 def check_torchrun(words: list[str]) -> None:
-    """torchrun's own options, then a command of ours."""
+    """torchrun's own options, then a command of ours or an example."""
     parsed = get_args_parser().parse_args(words)
+    if not parsed.module:
+        assert parsed.training_script.startswith("examples/"), words
+        return check_files([parsed.training_script])
     assert (parsed.module, parsed.training_script) == (True, "bft_megatron"), words
     check_command(parsed.training_script_args)
 

@@ -2,8 +2,8 @@
 
     finetune(config=config, forward_step_func=BftForwardStep("bft", group_size=256))
 
-It reads the batches of Bridge's fine-tuning data sets, padded and packed ones, on every pipeline stage and under tensor,
-sequence and context parallelism, and runs them through the `Step` of this package's own loop. Bridge is imported when
+It reads the batches of Bridge's fine-tuning data sets, padded and packed ones, on every pipeline stage and under tensor
+or context parallelism, and runs them through the `Step` of this package's own loop. Bridge is imported when
 the first batch is read.
 """
 
@@ -81,7 +81,7 @@ class BftForwardStep:
         with state.straggler_timer(bdata=True):
             batch = read(data_iterator, state.cfg, gpt)
             edges = physical_edges(batch)
-            own = self._micro_batch(batch, edges, gpt)
+            own = self.micro_batch(batch, edges, gpt)
         state.timers("batch-generator").stop()
         count_operations(state, batch.get("tokens"), edges, gpt)
         with state.straggler_timer:
@@ -89,7 +89,13 @@ class BftForwardStep:
         wanted = state.cfg.rerun_state_machine
         return output, checked(function, not_finite=wanted.check_for_nan_in_loss, spiky=wanted.check_for_spiky_loss)
 
-    def _micro_batch(self, batch: dict[str, Any], edges: Tensor | None, gpt: Any) -> MicroBatch:
+    def micro_batch(self, batch: dict[str, Any], edges: Tensor | None, gpt: Any) -> MicroBatch:
+        """Return this context-parallel rank's part of what `read` returned.
+
+        Args:
+            edges: `physical_edges` of the batch.
+            gpt: the model without its wrappers.
+        """
         return micro_batch(
             tokens=batch.get("tokens") if gpt.pre_process else None,
             position_ids=batch.get("position_ids") if gpt.pre_process else None,

@@ -7,7 +7,8 @@ here=$(dirname "$0")
 
 "$here/../te/install.sh" "$venv" "$target"
 add() { "$venv/bin/python" -m pip --python "$target/bin/python" install --quiet "$@"; }
-add "transformers==5.12.1" "huggingface_hub==1.33.0" "nvidia-modelopt==0.47.0" "pulp==2.9.0" "megatron-energon==7.4.1"
+add "transformers==5.12.1" "huggingface_hub==1.33.0" "nvidia-modelopt==0.47.0" "pulp==2.9.0" "megatron-energon==7.4.1" \
+  "diffusers==0.42.1"
 add --no-deps "megatron-bridge==0.6.2" "defusedxml==0.7.1"
 # Its wheel asks for a newer libc than many systems have; what Bridge imports of it is Python.
 own=$("$target/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

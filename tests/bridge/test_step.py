@@ -144,6 +144,7 @@ def state_of(kind: str, **ddp: bool) -> Any:
         rerun_state_machine=SimpleNamespace(check_for_nan_in_loss=True, check_for_spiky_loss=False),
         logger=SimpleNamespace(timing_log_level=0, timing_log_option="minmax"),
         straggler=None,
+        train=None,
         model=SimpleNamespace(virtual_pipeline_model_parallel_size=None),
     )
     return state

@@ -171,7 +171,8 @@ def physical_edges(batch: dict[str, Any]) -> Tensor | None:
     if given.dim() > 1 and len(given) > 1:
         raise UserError(f"a micro-batch has {len(given)} packed rows: set train.micro_batch_size to 1")
     edges = given.flatten().cpu()
-    return edges[edges >= 0].unique_consecutive()
+    distinct: Tensor = torch.unique_consecutive(edges[edges >= 0])
+    return distinct
 
 
 def count_operations(state: Any, tokens: Tensor | None, edges: Tensor | None, gpt: Any) -> None:
@@ -181,11 +182,11 @@ def count_operations(state: Any, tokens: Tensor | None, edges: Tensor | None, gp
     """
     from megatron.bridge.training.utils.flop_utils import accumulate_flops_metadata
 
-    alone = edges is not None and tokens is not None and gpt.pg_collection.cp.size() == 1
+    alone = gpt.pg_collection.cp.size() == 1
     accumulate_flops_metadata(
         state,
         tokens,
         vp_stage=gpt.vp_stage,
         config_seq_len=gpt.config.seq_length,
-        cu_seqlens=edges.to(tokens.device) if alone else None,
+        cu_seqlens=None if edges is None or tokens is None or not alone else edges.to(tokens.device),
     )

@@ -1,4 +1,4 @@
-"""`BftForwardStep` on batches of Bridge's own collators, beside the step of this package's own loop on the same samples.
+"""`BftForwardStep` on batches of Bridge's own collators, beside the step of this package's own loop on the same rows.
 
 Each rank builds a tiny Llama of Bridge's provider with the CPU's layers. The expected numbers are those of one process
 that has every sample in one micro-batch of padded rows.

@@ -7,13 +7,14 @@ STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 DOCS_STAMP := $(VENV)/.installed-docs
 TE_STAMP := .venv-te/.installed
+BRIDGE_STAMP := .venv-bridge/.installed
 # Of what is drawn at random; SEED=20261127 draws again what was drawn on that day.
 SEED ?= $(shell date +%Y%m%d)
 FUZZ_SECONDS ?= 3600
 # What has a target of its own because of what it needs.
-APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te --ignore=tests/gpu
+APART := --ignore=tests/slurm --ignore=tests/image --ignore=tests/te --ignore=tests/bridge --ignore=tests/gpu
 
-.PHONY: venv demo test test-slow coverage test-slurm test-te test-image test-gpu test-torch test-transformers bench-gpu plan-recipes matrix fuzz soak docs lint format \
+.PHONY: venv demo test test-slow coverage test-slurm test-te test-bridge test-image test-gpu test-torch test-transformers bench-gpu plan-recipes matrix fuzz soak docs lint format \
 	lock clean
 
 venv: $(STAMP)
@@ -62,6 +63,14 @@ $(TE_STAMP): $(STAMP) tests/te/install.sh tests/versions/environment.sh
 # On Transformer Engine's layers, which build without a GPU. TE_WHEELS: a folder with a wheel of its PyTorch extension.
 test-te: $(TE_STAMP)
 	.venv-te/bin/python -m pytest tests/te
+
+$(BRIDGE_STAMP): $(STAMP) tests/bridge/install.sh tests/te/install.sh
+	tests/bridge/install.sh $(VENV) .venv-bridge
+	@touch $@
+
+# In Megatron-Bridge's loop, which imports Transformer Engine: TE_WHEELS as above. Needs no GPU.
+test-bridge: $(BRIDGE_STAMP)
+	.venv-bridge/bin/python -m pytest tests/bridge
 
 # On one GPU and more: kernels held to float64, training and ranks to the CPU, in parts of under eight minutes. Where the head
 # passes, the card is written into bft_megatron/objective/tested_cards.json. PARTS="head runs" takes these alone.
@@ -151,4 +160,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-torch .venv-transformers .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf .coverage .coverage.* $(VENV) .venv-te .venv-bridge .venv-torch .venv-transformers .venv-lock runs site .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -41,7 +41,7 @@ from tests.helpers.world import run_world
 
 SETTINGS: dict[str, Any] = {"group_size": 4, "cp_windows": "exact"}
 LENGTHS, LENGTH = (9, 16, 5, 12, 7, 20, 11, 6), 24
-LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(context=2), Layout(data=2)]
+LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(pipeline=4), Layout(context=2), Layout(data=2)]
 BATCHES = ["padded", "packed", "packed-older-names"]
 
 

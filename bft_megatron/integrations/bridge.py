@@ -50,7 +50,7 @@ class BftForwardStep:
     def __call__(
         self,
         state: Any,
-        data_iterator: Iterator[dict[str, Any]],
+        data_iterator: Iterator[dict[str, Any]] | None,
         model: torch.nn.Module,
         return_schedule_plan: bool = False,
     ) -> tuple[Tensor, LossFunction]:
@@ -135,11 +135,14 @@ def check(config: Any, gpt: Any) -> None:
             raise UserError(fault)
 
 
-def read(data_iterator: Iterator[dict[str, Any]], config: Any, gpt: Any) -> dict[str, Any]:
+def read(data_iterator: Iterator[dict[str, Any]] | None, config: Any, gpt: Any) -> dict[str, Any]:
     """Return a micro-batch as Bridge's data sets make it, whole rows on the GPU, before it is split over contexts.
 
-    A stage gets what it needs alone: one in the middle the edges of packed rows and the attention mask, if any.
+    A stage gets what it needs alone: one in the middle the edges of packed rows and the attention mask, if any, and
+    nothing where it has no data.
     """
+    if data_iterator is None:
+        return {}
     from megatron.bridge.training.gpt_step import get_batch_from_iterator
 
     batch: dict[str, Any] = get_batch_from_iterator(

@@ -41,7 +41,7 @@ from tests.helpers.world import run_world
 
 SETTINGS: dict[str, Any] = {"group_size": 4, "cp_windows": "exact"}
 LENGTHS, LENGTH = (9, 16, 5, 12, 7, 20, 11, 6), 24
-LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(context=2), Layout(data=2)]
+LAYOUTS = [Layout(), Layout(tensor=2), Layout(pipeline=2), Layout(pipeline=4), Layout(context=2), Layout(data=2)]
 BATCHES = ["padded", "packed", "packed-older-names"]
 
 
@@ -275,3 +275,17 @@ def test_what_would_be_wrong_is_refused_by_name(
     changes: dict[str, Any], ddp: dict[str, bool], schedule: bool, name: str
 ):
     assert name in run_world(1, refused, changes, ddp, schedule, megatron=True)[0]
+
+
+def test_several_packed_rows_are_refused():
+    with pytest.raises(UserError, match="micro_batch_size"):
+        physical_edges({"cu_seqlens_q": torch.tensor([[0, 4, 8], [0, 6, 8]])})
+
+
+def test_edges_are_those_of_segments_with_tokens():
+    repeated = {"cu_seqlens_q": torch.tensor([0, 3, 7]), "cu_seqlens_q_padded": torch.tensor([[0, 4, 8, 8, 8]])}
+    filled = {"cu_seqlens": torch.tensor([[0, 4, 8, -1, -1]]), "cu_seqlens_unpadded": torch.tensor([[0, 3, 7, -1, -1]])}
+    for batch in (repeated, filled):
+        edges = physical_edges(batch)
+        assert edges is not None
+        assert edges.tolist() == [0, 4, 8]

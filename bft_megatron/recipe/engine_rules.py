@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any
 
 from bft_megatron.errors import FieldError
+from bft_megatron.recipe.layout_rules import ModelShape
 from bft_megatron.recipe.schema import Recipe
 
 FP8 = (
@@ -35,23 +36,7 @@ SHARD_TOKENS = 8
 """The same for a tensor rank's share under sequence parallelism."""
 
 
-class Shape(Protocol):
-    """The sizes of a model that the checks need; `hf.model_config.ModelConfig` provides them."""
-
-    @property
-    def layers(self) -> int:
-        """Number of transformer layers."""
-
-    @property
-    def heads(self) -> int:
-        """Number of attention heads."""
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key/value heads."""
-
-
-def check(recipe: Recipe, model: Shape) -> None:
+def check(recipe: Recipe, model: ModelShape) -> None:
     """Raise FieldError for flags of Transformer Engine or of dispatchers that contradict others or the device."""
     if recipe.device == "cpu" or recipe.layers == "torch":
         cause = "device is cpu" if recipe.device == "cpu" else "layers is torch"
@@ -130,7 +115,7 @@ def _check_scaling(recipe: Recipe) -> None:
         )
 
 
-def _check_context(recipe: Recipe, model: Shape) -> None:
+def _check_context(recipe: Recipe, model: ModelShape) -> None:
     kinds = _listed(recipe.megatron.get("cp-comm-type"))
     sizes = _listed(recipe.megatron.get(LEVELS))
     context, tensor = recipe.parallel.context, recipe.parallel.tensor

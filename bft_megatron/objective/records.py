@@ -1,4 +1,4 @@
-"""The objectives SFT, DFT and BFT, and the lookup of a user's own: each a record with a pure function of a `View`.
+"""The objectives SFT, DFT and BFT, each a record with a pure function of a `View`; family.py has others.
 
     loss = 1/N * sum_b s_b * r_b * sum_{t in b} w_t * -log p_t
 
@@ -8,12 +8,9 @@ where n_b is the number of a sample's supervised tokens. loss.py multiplies, Meg
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +18,7 @@ from torch import Tensor
 from bft_megatron.errors import FieldError
 from bft_megatron.objective.view import View
 from bft_megatron.recipe import environment
-from bft_megatron.user_code import blamed, is_missing
 
-FIELD = "objective.name"
 Reduce = Literal["tokens", "samples"]
 Confidence = Literal["geometric", "arithmetic"]
 
@@ -118,74 +113,3 @@ def _lowest_confidence(view: View, group_size: int, confidence: Confidence) -> T
     c = torch.where(lowest.isposinf(), mean, lowest)
     c = c.exp() if confidence == "geometric" else c
     return torch.where(view.n > 0, c.clamp(0, 1), 0.0)
-
-
-def lookup(
-    name: str,
-    *,
-    group_size: int,
-    gamma: float,
-    confidence: Confidence,
-    reduce: Reduce | None = None,
-) -> Objective:
-    """Return the objective that a recipe names.
-
-    Args:
-        name: "sft", "dft", "bft", or "package.module:attribute", which is an `Objective` or a function that returns
-            one. The function gets those of `group_size`, `gamma` and `confidence` that its signature names.
-        reduce: replaces the objective's own where given.
-
-    Raises:
-        FieldError: there is no such objective; the message says what was tried.
-    """
-    settings: dict[str, Any] = {"group_size": group_size, "gamma": gamma, "confidence": confidence}
-    builtin: dict[str, Objective] = {"sft": sft, "dft": dft}
-    if name == "bft":
-        found = balanced(**settings)
-    else:
-        found = builtin[name] if name in builtin else _users(name, settings)
-    return found if reduce is None else replace(found, reduce=reduce)
-
-
-def _users(name: str, settings: dict[str, Any]) -> Objective:
-    """Return the user's objective; what goes wrong in the user's code, then and in its weights, is a FieldError."""
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise FieldError(FIELD, f"{name!r} is none of sft, dft, bft and has not the form package.module:attribute")
-    with blamed(FIELD, module):
-        found = _import(name, module, attribute)
-        if not isinstance(found, Objective) and callable(found):
-            wanted = inspect.signature(found).parameters
-            found = found(**{key: value for key, value in settings.items() if key in wanted})
-    if not isinstance(found, Objective):
-        raise FieldError(FIELD, f"{name!r} is neither an Objective nor a function that returns one: {found!r}")
-    if fault := _fault(found):
-        raise FieldError(FIELD, f"the objective of {name!r} has {fault}")
-
-    def weights(view: View) -> tuple[Tensor, Tensor]:
-        with blamed(FIELD, module):
-            return found.weights(view)
-
-    return replace(found, weights=functools.wraps(found.weights)(weights))
-
-
-def _import(name: str, module: str, attribute: str) -> Any:
-    try:
-        imported = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if not is_missing(module, error):
-            raise
-        raise FieldError(FIELD, f"tried to import {module!r} for {name!r}: {error}") from error
-    try:
-        return getattr(imported, attribute)
-    except AttributeError as error:
-        raise FieldError(FIELD, f"imported {module!r}, which has no {attribute!r}") from error
-
-
-def _fault(record: Any) -> str | None:
-    """Return what is wrong with a record that a user made, or None."""
-    if record.reduce not in get_args(Reduce):
-        return f"reduce {record.reduce!r}, which is none of {get_args(Reduce)}"
-    if not isinstance(record.needs, frozenset | set):
-        return f"needs {record.needs!r}, which is no set of names"
-    return None if callable(record.weights) else f"weights {record.weights!r}, which is no function"

@@ -14,7 +14,7 @@ from typing import Any
 
 from bft_megatron import user_code
 from bft_megatron.errors import FieldError, reading, shortened
-from bft_megatron.recipe import engine_rules, layout_rules
+from bft_megatron.recipe import engine_rules, layout_rules, objectives
 from bft_megatron.recipe.layout_rules import ExpertShape, ModelShape
 from bft_megatron.recipe.limits import Range
 from bft_megatron.recipe.schema import DELTA_NET_INPUTS, LORA_TARGETS, LoraSettings, Recipe
@@ -67,11 +67,11 @@ def _check_variables(variables: dict[str, Any]) -> None:
 
 def _check_objective(recipe: Recipe) -> None:
     name = recipe.objective.name
-    if name in ("sft", "dft", "bft"):
-        return
+    if name in objectives.OPTIONS:
+        return objectives.check(name, recipe.objective.options)
     module, colon, _ = name.partition(":")
     if not colon:
-        raise FieldError("objective.name", f"{name!r} is none of sft, dft, bft, and no package.module:attribute")
+        raise FieldError("objective.name", objectives.no_such(name))
     user_code.check_source("objective.name", module)
 
 

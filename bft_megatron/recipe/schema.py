@@ -19,7 +19,9 @@ class ObjectiveSettings:
     """`objective:`, the function being minimised."""
 
     name: str = "bft"
-    """`sft`, `dft`, `bft`, or a record of your own as `package.module:attribute`."""
+    """`sft`, `dft`, `bft`, one of the [family](objectives.md#the-family), or your own as `package.module:attribute`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the objective, by the names of its function's arguments, such as `{alpha: 0.5}` for `power`."""
     group_size: int = limited(environment.GROUP_SIZE, default_factory=environment.group_size)
     """Supervised tokens in a confidence window. Left out: the environment variable BFT_GROUP_SIZE, else 256."""
     gamma: float = limited(environment.GAMMA, default_factory=environment.gamma)

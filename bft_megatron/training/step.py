@@ -18,8 +18,9 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from bft_megatron.errors import FieldError
+from bft_megatron.objective.lookup import lookup
 from bft_megatron.objective.loss import objective_sum
-from bft_megatron.objective.records import Objective, lookup, lowest_confidence, without_window
+from bft_megatron.objective.records import Objective, lowest_confidence, without_window
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.training.batch import Batch, MicroBatch
 from bft_megatron.training.head import Head
@@ -56,6 +57,7 @@ class Step:
             gamma=settings.gamma,
             confidence=settings.confidence,
             reduce=settings.reduce,
+            options=settings.options,
         )
         if unknown := self.objective.needs - {"entropy"}:
             names = ", ".join(sorted(unknown))

@@ -23,6 +23,9 @@ OBJECTIVES = [
     Case("bft", "tokens", "arithmetic"),
     Case("sft", "samples"),
     Case("dft", "samples"),
+    Case("power", options="{alpha: 0.5}"),
+    Case("threshold", options="{q: 0.002}"),  # half of the tokens, where weights are drawn
+    Case("focal", options="{gamma: 2}"),
 ]
 """The list of records, ours and one of a user's, with both divisors: whoever adds one is held to it on every layout."""
 

@@ -155,7 +155,7 @@ def measure(made: Recipe, model: torch.nn.Module, batch: list[dict[str, Tensor]]
 def _objective(made: Recipe) -> tuple[str, str]:
     """Its name and what its loss is averaged over."""
     name = "group_normalised" if ":" in made.objective.name else made.objective.name
-    return name, made.objective.reduce or ("tokens" if name in ("sft", "dft") else "samples")
+    return name, made.objective.reduce or ("samples" if name in ("bft", "group_normalised") else "tokens")
 
 
 def _report(made: Recipe, measured: list[Measured]) -> tuple[dict[str, Any], Tensor]:
@@ -180,13 +180,10 @@ def _report(made: Recipe, measured: list[Measured]) -> tuple[dict[str, Any], Ten
 def _weights(name: str, made: Recipe, pieces: list[list[float]]) -> tuple[list[float], float]:
     """w_t of a sample's supervised tokens and s_b, from their log p in pieces that no window leaves."""
     settings, logp = made.objective, [x for piece in pieces for x in piece]
-    if name == "sft":
-        return [1.0] * len(logp), 1.0
+    if name != "group_normalised":
+        c = reference.confidence(pieces, settings.group_size, settings.confidence) if name == "bft" else 0.0
+        return [reference.token_weight(name, settings.options, x) for x in logp], 1 - c**settings.gamma
     p = [math.exp(x) for x in logp]
-    if name == "dft":
-        return p, 1.0
-    if name == "bft":
-        return p, 1 - reference.confidence(pieces, settings.group_size, settings.confidence) ** settings.gamma
     around = [w for piece in pieces for w in reference.windows([math.exp(x) for x in piece], settings.group_size)]
     around = [sum(p) / len(p) if math.isinf(w) else w for w in around]
     return [min(1.0, x / c) for x, c in zip(p, around, strict=True)], 1 - min(around, default=0.0)

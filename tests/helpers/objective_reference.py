@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -68,6 +68,25 @@ class Setting:
     group_size: int = 4
     gamma: float = 1.0
     confidence: str = "geometric"
+    options: dict[str, float] = field(default_factory=dict)
+
+
+def token_weight(name: str, options: Mapping[str, float], logp: float) -> float:
+    """w_t of a built-in objective."""
+    p = math.exp(logp)
+    match name:
+        case "sft":
+            return 1.0
+        case "dft" | "bft":
+            return p
+        case "power":
+            return p ** options["alpha"]
+        case "threshold":
+            return float(p >= options["q"])
+        case "focal":
+            g = options["gamma"]
+            return (1 - p) ** g - g * p * (1 - p) ** (g - 1) * logp
+    raise KeyError(name)
 
 
 def loss(setting: Setting, logp: Tensor, labels: Tensor, edges: Sequence[int], weight: Tensor, cp: int = 1) -> Tensor:
@@ -81,7 +100,7 @@ def loss(setting: Setting, logp: Tensor, labels: Tensor, edges: Sequence[int], w
         s = 1 - c**setting.gamma if setting.name == "bft" else 1.0
         r = 1 / max(len(tokens), 1) if setting.reduce == "samples" else 1.0
         for t in tokens:
-            w = 1.0 if setting.name == "sft" else math.exp(values[t])
+            w = token_weight(setting.name, setting.options, values[t])
             total = total - float(weight[b]) * s * r * w * logp[t]
     return total
 

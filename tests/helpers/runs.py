@@ -71,6 +71,8 @@ class Case:
     pad_multiple: int = 8
     model: str = "tiny"
     """The tiny Llama, or one of VARIANTS."""
+    options: str = "{}"
+    """`objective.options`, as a recipe has it."""
 
     def __str__(self) -> str:
         name = self.objective.rpartition(".")[2].partition(":")[0]
@@ -225,6 +227,7 @@ def make_recipe(folder: Path, data: Path, case: Case, layout: Layout, steps: int
     """The tiny recipe for a case on a layout, checked as the command line checks it; 0 steps: by its epochs."""
     objective = [f"objective.name={case.objective}", f"objective.confidence={case.confidence}"]
     objective += [f"objective.reduce={case.reduce}"] if case.reduce else []
+    objective += [f"objective.options={case.options}"]
     made = reader.load(
         RECIPE,
         [

@@ -17,14 +17,14 @@ from bft_megatron.hf.architectures import read_config
 from bft_megatron.objective.view import Geometry
 from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import prepare_rows
-from examples.objectives import eaft, focal
+from examples.objectives import eaft, hard
 from tests.helpers.checkpoints import tensors
 from tests.helpers.comparing import TOLERANCE, assert_same
 from tests.helpers.runs import MODEL, Case, Layout, Result, make_recipe, read_metrics, run, train_rank
 from tests.helpers.world import run_world
 
 CHUNKED = ("objective.head=chunked", "objective.chunk_size=24")
-EAFT, FOCAL = Case("examples.objectives.eaft:record"), Case("examples.objectives.focal:record")
+EAFT, HARD = Case("examples.objectives.eaft:record"), Case("examples.objectives.hard:record", options="{tau: 2}")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_without_logits_as_with_them(
     [
         pytest.param(EAFT, (), marks=pytest.mark.slow, id="eaft"),
         pytest.param(EAFT, CHUNKED, marks=pytest.mark.slow, id="eaft-chunked"),
-        pytest.param(FOCAL, CHUNKED, marks=pytest.mark.slow, id="focal-chunked"),
+        pytest.param(HARD, CHUNKED, marks=pytest.mark.slow, id="hard-chunked"),
     ],
 )
 def test_examples_agree_with_one_process(
@@ -98,7 +98,7 @@ def test_the_examples_weights():
     token, sample = eaft.record(gamma=2).weights(view)
     assert token.tolist() == pytest.approx([0, (1 / math.log(20)) ** 2, (2 / math.log(20)) ** 2, 1])
     assert sample.tolist() == [1]
-    token, sample = focal.record(gamma=2).weights(view)
+    token, sample = hard.record(tau=2).weights(view)
     assert token.tolist() == pytest.approx(
         [(1 - math.exp(x)) ** 2 for x in (-0.5, -3)] + [1e-12, (1 - math.exp(-2)) ** 2]
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from bft_megatron.errors import FieldError
 from bft_megatron.objective import records
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
+from bft_megatron.objective.lookup import lookup
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import Objective
 from bft_megatron.objective.view import Geometry, View
@@ -31,16 +32,20 @@ GRID = [
     Setting("bft", "samples", group_size=7, gamma=2.0),
     Setting("bft", "samples", confidence="arithmetic"),
     Setting("bft", "tokens", group_size=1000, confidence="arithmetic"),
+    Setting("power", "tokens", options={"alpha": 0.5}),
+    Setting("threshold", "samples", options={"q": 0.2}),
+    Setting("focal", "tokens", options={"gamma": 2}),
 ]
 
 
 def _objective(setting: Setting) -> Objective:
-    return records.lookup(
+    return lookup(
         setting.name,
         group_size=setting.group_size,
         gamma=setting.gamma,
         confidence=setting.confidence,
         reduce=setting.reduce,
+        options=setting.options,
     )
 
 

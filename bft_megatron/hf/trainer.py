@@ -7,16 +7,19 @@ has a Trainer that does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bft_megatron.errors import FieldError
 from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective import records
 from bft_megatron.objective.logprobs import vocab_parallel_logprobs
+from bft_megatron.objective.lookup import lookup
 from bft_megatron.objective.loss import LossSum, objective_sum
-from bft_megatron.objective.records import Confidence, Objective
+from bft_megatron.objective.records import Confidence, Objective, Reduce
 from bft_megatron.objective.view import Geometry
 from bft_megatron.recipe import environment
 
@@ -47,12 +50,9 @@ def bft_loss_func(
     Raises:
         UserError: a setting is out of range.
     """
-    if outputs.get("logits") is None:
-        return _without_logits(outputs)
     group_size = environment.group_size() if group_size is None else group_size
     gamma = environment.gamma() if gamma is None else gamma
-    total = batch_sum(records.balanced(group_size, gamma, confidence), outputs["logits"], labels)
-    return total.loss / max(total.count, 1)
+    return _loss(records.balanced(group_size, gamma, confidence), outputs, labels, num_items_in_batch)
 
 
 def dft_loss_func(
@@ -72,10 +72,59 @@ def dft_loss_func(
             whole global batch.
         group_size, gamma, confidence: not used; accepted so that this function can replace `bft_loss_func`.
     """
+    return _loss(records.dft, outputs, labels, num_items_in_batch)
+
+
+def loss_func(
+    name: str,
+    *,
+    group_size: int | None = None,
+    gamma: float | None = None,
+    confidence: Confidence = "geometric",
+    reduce: Reduce | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Tensor]:
+    """Return the loss function of any objective, with the arguments of `bft_loss_func`.
+
+    Args:
+        name: an objective as a recipe names it.
+        group_size, gamma, confidence: as for `bft_loss_func`, for the objectives that have them.
+        reduce: replaces the objective's own kind of mean.
+        options: the objective's options.
+
+    A mean over tokens divides by `num_items_in_batch` where the Trainer gives it, as `dft_loss_func` does; a mean over
+    samples by the batch's rows, as `bft_loss_func` does.
+
+    Raises:
+        FieldError: there is no such objective, or a setting is not one of its own.
+    """
+    objective = lookup(
+        name,
+        group_size=environment.group_size() if group_size is None else group_size,
+        gamma=environment.gamma() if gamma is None else gamma,
+        confidence=confidence,
+        reduce=reduce,
+        options=options,
+    )
+    if objective.needs:
+        raise FieldError("objective.name", f"{name} needs {', '.join(sorted(objective.needs))}: use BftTrainer")
+
+    def compute(
+        outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        return _loss(objective, outputs, labels, num_items_in_batch)
+
+    return compute
+
+
+def _loss(
+    objective: Objective, outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | int | None
+) -> Tensor:
     if outputs.get("logits") is None:
         return _without_logits(outputs)
-    total = batch_sum(records.dft, outputs["logits"], labels)
-    items = total.count if num_items_in_batch is None else num_items_in_batch
+    total = batch_sum(objective, outputs["logits"], labels)
+    given = None if objective.reduce == "samples" else num_items_in_batch
+    items = total.count if given is None else given
     return total.loss / torch.as_tensor(items, device=total.loss.device).clamp(min=1)
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bft_megatron.errors import UserError
-from bft_megatron.hf.trainer import bft_loss_func, dft_loss_func
+from bft_megatron.hf.trainer import bft_loss_func, dft_loss_func, loss_func
 from bft_megatron.objective.records import lowest_confidence
 from bft_megatron.objective.view import Geometry
 from tests.helpers import objective_reference as reference
@@ -59,6 +59,39 @@ def _batch(s: int = 40) -> tuple[dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, s, 9, generator=generator) * 2
     return {"logits": logits}, torch.randint(9, (2, s), generator=generator)
+
+
+@pytest.mark.parametrize("reduce", ["tokens", "samples"])
+@pytest.mark.parametrize("items", [None, 50])
+def test_any_objective_by_name(reduce: str, items: int | None):
+    outputs, labels = _batch()
+    labels[:, ::3] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    logits = outputs["logits"].requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    setting = reference.Setting("power", reduce, options={"alpha": 0.5})
+    edges = [0, 40, 80]
+    total = reference.loss(
+        setting, reference.logprobs(exact, shifted).flatten(), shifted.flatten(), edges, torch.ones(2)
+    )
+    divisor = 2 if reduce == "samples" else items or int((shifted >= 0).sum())
+    expected = total / divisor
+    loss = loss_func("power", reduce=reduce, options={"alpha": 0.5})(outputs, labels, items)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    (found,), (wanted,) = torch.autograd.grad(loss, logits), torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_by_name_it_is_the_same_bft():
+    outputs, labels = _batch()
+    assert torch.equal(
+        loss_func("bft", group_size=4)(outputs, labels, 7), bft_loss_func(outputs, labels, 7, group_size=4)
+    )
+
+
+def test_what_logits_alone_do_not_give_is_refused():
+    with pytest.raises(UserError, match="needs entropy: use BftTrainer"):
+        loss_func("examples.objectives.eaft:record")
 
 
 def test_defaults_from_the_environment(monkeypatch: pytest.MonkeyPatch):

@@ -21,6 +21,7 @@ from tests.helpers.commands import run_command
 from tests.helpers.world import run_world
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """/dev/full stands in for the place of one rank's file of the second save."""
     folder, saved = RunFolder(tmp_path / "run"), Saving.saved

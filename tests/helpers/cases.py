@@ -45,15 +45,12 @@ CHOSEN = [
     # Packed rows with true middle stages, which need the samples' edges too.
     (Case("bft"), Layout(pipeline=4)),
     (Case("dft", "samples"), Layout(pipeline=2, virtual_pipeline=2)),
-    (Case(OWN), Layout(context=4)),
     # Windows that stay within a rank's chunks.
-    (Case("bft", cp_windows="per_rank"), Layout(tensor=2, context=2, sequence=True)),
+    (Case(OWN, cp_windows="per_rank"), Layout(context=4)),
     # Norms of heads, tied embeddings on two stages, a sliding window: what the tiny Llama has not.
     (Case(model="qwen3"), Layout(tensor=2, pipeline=2, sequence=True)),
     # Mixtures: the experts alone on ranks of their own, and with other dimensions; the other architectures are slow.
     (Case(model="qwen3_moe"), Layout(data=2, expert=2)),
-    (Case(model="qwen3_moe"), Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)),
-    (Case(model="hunyuan"), Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2)),
     (Case("sft", model="glm"), Layout(tensor=2, sequence=True, expert=2)),
     # Hybrids: their heads cut by tensor and context parallelism, their layers of two kinds by the pipeline. One
     # objective, so that the slow float64 reference of many short samples is computed once.
@@ -62,6 +59,11 @@ CHOSEN = [
 ]
 
 CHOSEN_SLOW = [
+    (Case("power", options="{alpha: 0.5}"), Layout(tensor=2, pipeline=2, virtual_pipeline=2)),
+    (Case("focal", options="{gamma: 2}", packing=False), Layout(tensor=2, context=2)),
+    (Case("bft", cp_windows="per_rank"), Layout(tensor=2, context=2, sequence=True)),
+    (Case(model="qwen3_moe"), Layout(tensor=2, data=2, sequence=True, expert=2, expert_tensor=2)),
+    (Case(model="hunyuan"), Layout(pipeline=2, virtual_pipeline=2, data=2, expert=2)),
     (Case(OWN, cp_windows="per_rank"), Layout(pipeline=2, context=2)),
     (Case(model="mistral"), Layout(tensor=2, context=2)),
     (Case(model="hybrid"), Layout(tensor=2, context=2, sequence=True)),

@@ -33,9 +33,10 @@ from tests.helpers.world import run_world
 
 STEPS = 5
 EXACT = {"group_size": 8, "cp_windows": "exact"}
-CASES = [(Layout(), True), (Layout(context=2), True), (Layout(tensor=2, pipeline=2), False)]
+CASES = [(Layout(), True), (Layout(context=2), True)]
 SLOW = [
     *((layout, True) for layout in (Layout(tensor=2, pipeline=2), Layout(pipeline=2, virtual_pipeline=2))),
+    (Layout(tensor=2, pipeline=2), False),
     *((Layout(tensor=2, sequence=True, data=2), packing) for packing in (True, False)),
     *((layout, False) for layout in (Layout(), Layout(context=2), Layout(pipeline=2, virtual_pipeline=2))),
 ]

@@ -158,6 +158,7 @@ def test_gradients_are_those_of_peft(data: Path, tmp_path: Path):
     assert all(value <= 1e-5 for value, _ in worst.values()), worst
 
 
+@pytest.mark.slow
 def test_gradients_of_a_hybrid_are_those_of_peft(data: Path, tmp_path: Path):
     worst = compare("next", data, tmp_path, [Layout(tensor=2, sequence=True)])
     assert all(value <= 1e-5 for value, _ in worst.values()), worst

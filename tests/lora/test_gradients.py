@@ -68,7 +68,6 @@ RECOMPUTE = [f"megatron.recompute-{name}" for name in ("granularity=full", "meth
 CASES = {
     "tiny": [(Layout(), RECOMPUTE), (Layout(tensor=2, pipeline=2, sequence=True), [])],
     "qwen3": [(Layout(tensor=2, data=2), [])],
-    "hybrid": [(Layout(tensor=2, sequence=True), [])],
 }
 """Full recompute: behind a frozen embedding it would leave the first layer without a gradient."""
 

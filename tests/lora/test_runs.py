@@ -68,6 +68,7 @@ def test_merging_adds_b_times_a(runs: dict[str, RunFolder], tmp_path: Path):
         torch.testing.assert_close(value, expected)
 
 
+@pytest.mark.slow
 def test_a_finished_run_asked_for_more_steps_says_the_way_on(runs: dict[str, RunFolder], tmp_path: Path):
     """The way is gone: the new run begins with the adapters that the finished one ended with."""
     finished, adapter = runs["two"], tmp_path / "adapter"

@@ -18,34 +18,14 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from bft_megatron.errors import UserError
+from bft_megatron.integrations.loop_step import LoopStep
 from bft_megatron.integrations.reports import checked, sums
 from bft_megatron.integrations.rows import micro_batch
-from bft_megatron.integrations.settings import objective_settings
-from bft_megatron.training.batch import MicroBatch, packed_seq_params
-from bft_megatron.training.step import LossFunction, Step
+from bft_megatron.training.step import LossFunction
 
 
-class BftForwardStep:
-    """A `forward_step_func` for Megatron-Bridge's `finetune` and `pretrain`, with the loss of one objective.
-
-    Args:
-        objective: "bft", "dft", "sft", or a record of your own as "package.module:attribute".
-        vocab_size: the model's true vocabulary, without Megatron's padding; None takes the padding for part of the
-            vocabulary, as Bridge's own loss does.
-        settings: the other fields of a recipe's `objective:` by name: group_size, gamma, confidence, reduce,
-            cp_windows, head, chunk_size, kernels.
-
-    A sample is a row, or a packed row's segment, with at least one token in the loss mask. For a mean over samples
-    `num_tokens` of Bridge's loop is the number of samples. `cross_entropy_loss_fusion` is without effect: the head is
-    this package's. Each call copies labels and loss mask to the CPU, which waits for the GPU.
-
-    Raises:
-        FieldError: a setting is not what a recipe may have.
-    """
-
-    def __init__(self, objective: str = "bft", *, vocab_size: int | None = None, **settings: Any) -> None:
-        self.step = Step(objective_settings(objective, settings), vocab_size)
-        self._is_checked = False
+class BftForwardStep(LoopStep):
+    """A `forward_step_func` for Megatron-Bridge's `finetune` and `pretrain`; its arguments are those of `LoopStep`."""
 
     def __call__(
         self,
@@ -74,40 +54,20 @@ class BftForwardStep:
                 "comm_overlap.overlap_moe_expert_parallel_comm asks for a schedule plan, which BftForwardStep does "
                 "not make"
             )
-        if not self._is_checked:
+        if not self.is_checked:
             check(state.cfg, gpt)
-            self._is_checked = True
+            self.is_checked = True
         state.timers("batch-generator", log_level=2).start()
         with state.straggler_timer(bdata=True):
             batch = read(data_iterator, state.cfg, gpt)
             edges = physical_edges(batch)
-            own = self.micro_batch(batch, edges, gpt)
+            own = micro_batch(batch, edges, gpt, self.step.settings.cp_windows)
         state.timers("batch-generator").stop()
         count_operations(state, batch.get("tokens"), edges, gpt)
         with state.straggler_timer:
             output, function = self.step.run(own, model, sums)
         wanted = state.cfg.rerun_state_machine
         return output, checked(function, not_finite=wanted.check_for_nan_in_loss, spiky=wanted.check_for_spiky_loss)
-
-    def micro_batch(self, batch: dict[str, Any], edges: Tensor | None, gpt: Any) -> MicroBatch:
-        """Return this context-parallel rank's part of what `read` returned.
-
-        Args:
-            edges: `physical_edges` of the batch.
-            gpt: the model without its wrappers.
-        """
-        packed = None if edges is None else packed_seq_params(edges, int(edges.diff().max()))
-        return micro_batch(
-            tokens=batch.get("tokens") if gpt.pre_process else None,
-            position_ids=batch.get("position_ids") if gpt.pre_process else None,
-            labels=batch.get("labels") if gpt.post_process else None,
-            loss_mask=batch.get("loss_mask"),
-            attention_mask=batch.get("attention_mask"),
-            edges=edges,
-            packed_seq_params=packed,
-            cp_group=gpt.pg_collection.cp,
-            cp_windows=self.step.settings.cp_windows,
-        )
 
 
 def check(config: Any, gpt: Any) -> None:

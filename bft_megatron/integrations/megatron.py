@@ -18,38 +18,18 @@ from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on
 from torch import Tensor
 
 from bft_megatron.errors import UserError
+from bft_megatron.integrations.loop_step import LoopStep
 from bft_megatron.integrations.reports import checked, over_context, sums
 from bft_megatron.integrations.rows import micro_batch
-from bft_megatron.integrations.settings import objective_settings
-from bft_megatron.training.batch import packed_seq_params
 from bft_megatron.training.measuring import Measured
-from bft_megatron.training.step import LossFunction, Step
+from bft_megatron.training.step import LossFunction
 
 COLUMNS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 EDGES = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 
-class ForwardStep:
-    """A `forward_step_func` for Megatron-LM's `pretrain`, with the loss of one objective.
-
-    Args:
-        objective: "bft", "dft", "sft", or a record of your own as "package.module:attribute".
-        vocab_size: the model's true vocabulary, without Megatron's padding; None takes the padding for part of the
-            vocabulary, as Megatron's own loss does.
-        settings: the other fields of a recipe's `objective:` by name: group_size, gamma, confidence, reduce,
-            cp_windows, head, chunk_size, kernels.
-
-    A sample is a row, or a packed row's segment between `cu_seqlens`, with at least one token in the loss mask. For a
-    mean over samples `num_tokens` of Megatron's loop is the number of samples. `cross-entropy-loss-fusion` is without
-    effect: the head is this package's. Each call copies labels and loss mask to the CPU, which waits for the GPU.
-
-    Raises:
-        FieldError: a setting is not what a recipe may have.
-    """
-
-    def __init__(self, objective: str = "bft", *, vocab_size: int | None = None, **settings: Any) -> None:
-        self.step = Step(objective_settings(objective, settings), vocab_size)
-        self._is_checked = False
+class ForwardStep(LoopStep):
+    """A `forward_step_func` for Megatron-LM's `pretrain`; its arguments are those of `LoopStep`."""
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module, return_schedule_plan: bool = False
@@ -74,26 +54,15 @@ class ForwardStep:
             raise UserError(
                 "overlap-moe-expert-parallel-comm asks for a schedule plan, which ForwardStep does not make"
             )
-        if not self._is_checked:
+        if not self.is_checked:
             check(args, gpt)
-            self._is_checked = True
+            self.is_checked = True
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         batch = read(data_iterator, args, gpt)
         edges = batch.get("cu_seqlens_padded")
         edges = batch.get("cu_seqlens") if edges is None else edges
-        edges = None if edges is None else edges[0]
-        own = micro_batch(
-            tokens=batch.get("tokens") if gpt.pre_process else None,
-            position_ids=batch.get("position_ids") if gpt.pre_process else None,
-            labels=batch.get("labels") if gpt.post_process else None,
-            loss_mask=batch.get("loss_mask"),
-            attention_mask=batch.get("attention_mask"),
-            edges=edges,
-            packed_seq_params=None if edges is None else packed_seq_params(edges, int(batch["max_seqlen"])),
-            cp_group=parallel_state.get_context_parallel_group(),
-            cp_windows=self.step.settings.cp_windows,
-        )
+        own = micro_batch(batch, None if edges is None else edges[0], gpt, self.step.settings.cp_windows)
         timers("batch-generator").stop()
         # With --sft Megatron averages the validation's means of micro-batches and ranks. A rank of a context-parallel
         # group has no mean: it holds parts of samples.

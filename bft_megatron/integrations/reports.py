@@ -1,4 +1,4 @@
-"""What Megatron's loops report of a micro-batch, and the checks of its loss, in their own form."""
+"""Reports of a micro-batch and checks of its loss, in the form of Megatron's loops."""
 
 from __future__ import annotations
 

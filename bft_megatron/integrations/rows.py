@@ -6,57 +6,51 @@ row with at least one supervised token; a padded row is one segment.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from bft_megatron.errors import UserError
 from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.objective.view import Geometry
-from bft_megatron.training.batch import MicroBatch
+from bft_megatron.training.batch import MicroBatch, packed_seq_params
 
 
 def micro_batch(
-    *,
-    tokens: Tensor | None,
-    position_ids: Tensor | None,
-    labels: Tensor | None,
-    loss_mask: Tensor | None,
-    attention_mask: Tensor | None = None,
-    edges: Tensor | None,
-    packed_seq_params: PackedSeqParams | None,
-    cp_group: dist.ProcessGroup,
-    cp_windows: Literal["per_rank", "exact"],
+    batch: Mapping[str, Any], edges: Tensor | None, gpt: Any, cp_windows: Literal["per_rank", "exact"]
 ) -> MicroBatch:
     """Return this context-parallel rank's part of whole rows.
 
     Args:
-        tokens, position_ids: [b, s] int64; None on a stage that does not embed.
-        labels: [b, s] int64, the next tokens; None on a stage without the output layer.
-        loss_mask: [b, s], 1 where a label is learned and 0 elsewhere.
-        attention_mask: [b, 1, s, s] bool, of padded rows without context parallelism.
+        batch: what this stage has of `tokens`, `position_ids` and `labels`, the next tokens, each [b, s] int64;
+            `loss_mask` [b, s], 1 where a label is learned and 0 elsewhere; and `attention_mask` [b, 1, s, s] bool, of
+            padded rows without context parallelism.
         edges: [B + 1] int, the edges of the packed row's segments with their padding, b = 1; None for padded rows.
-        packed_seq_params: what attention needs of the packed row.
+        gpt: the model without its wrappers.
 
-    Copies labels and mask to the CPU: this waits once for the GPU.
+    Copies edges, labels and mask to the CPU: this waits once for the GPU.
 
     Raises:
         UserError: the loss mask has other values than 0 and 1.
     """
+    tokens = batch.get("tokens") if gpt.pre_process else None
+    labels = batch.get("labels") if gpt.post_process else None
+    edges = None if edges is None else edges.cpu()
+    packed = None if edges is None else packed_seq_params(edges, int(edges.diff().max()))
     rows = tokens if labels is None else labels
     if rows is None:  # a stage in the middle
-        return MicroBatch(None, None, None, None, packed_seq_params=packed_seq_params)
-    if labels is None or loss_mask is None:
+        return MicroBatch(None, None, None, None, packed_seq_params=packed)
+    if labels is None:
         learned = torch.full(rows.shape, IGNORE_INDEX)
     else:
-        learned = _learned(labels.cpu(), loss_mask.cpu())
+        learned = _learned(labels.cpu(), batch["loss_mask"].cpu())
     b, s = rows.shape
-    segments = torch.arange(b + 1) * s if edges is None else _whole(edges.cpu(), b * s)
-    geometry = _geometry(learned, segments, cp_group, cp_windows)
+    segments = torch.arange(b + 1) * s if edges is None else _whole(edges, b * s)
+    geometry = _geometry(learned, segments, gpt.pg_collection.cp, cp_windows)
 
     def part(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.flatten()[geometry.positions.to(x.device)].view(b, -1)
@@ -64,10 +58,10 @@ def micro_batch(
     return MicroBatch(
         geometry,
         tokens=part(tokens),
-        position_ids=part(position_ids),
+        position_ids=None if tokens is None else part(batch["position_ids"]),
         labels=None if labels is None else geometry.part(learned),
-        attention_mask=attention_mask,
-        packed_seq_params=packed_seq_params,
+        attention_mask=batch.get("attention_mask"),
+        packed_seq_params=packed,
     )
 
 

@@ -14,7 +14,7 @@ _OF_ADAPTER = (
     ("LoRA scale", "lora_alpha", "lora.alpha"),
     ("LoRA modules", "target_modules", "lora.target"),
 )
-"""What a run that goes on with an adapter takes from it: matter, name in `adapter_config.json`, field of the recipe."""
+"""Settings that a run takes from the adapter it goes on with: matter, name in `adapter_config.json`, recipe's field."""
 
 
 def carry(to: Conversion) -> None:

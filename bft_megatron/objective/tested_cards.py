@@ -16,7 +16,7 @@ FILE = Path(__file__).with_name("tested_cards.json")
 
 @dataclass(frozen=True)
 class Card:
-    """What passed on a card, and with which versions.
+    """A card, the tests that passed on it, and the versions.
 
     capability: its compute capability, as `9.0`.
     date: of the last time that it passed, in ISO form.

@@ -30,6 +30,7 @@ from bft_megatron.errors import UserError
 from bft_megatron.hf.architectures import read_config
 from bft_megatron.hf.load import place_of, weights_hook
 from bft_megatron.integrations.bridge import BftForwardStep, physical_edges, read
+from bft_megatron.integrations.rows import micro_batch
 from bft_megatron.integrations.settings import objective_settings
 from bft_megatron.labels import IGNORE_INDEX
 from bft_megatron.layers.attention import CoreAttention
@@ -239,7 +240,7 @@ def parts(kind: str, layout: Layout) -> list[tuple[Tensor, Tensor]]:
     for batch in micro_batches(kind, layout, 0):
         tokens, labels, mask, _, _, packing = get_batch(iter([batch]), state.cfg, pg_collection=chunk.pg_collection)
         rows = read(iter([batch]), state.cfg, chunk)
-        own = BftForwardStep("bft", **SETTINGS).micro_batch(rows, physical_edges(rows), chunk)
+        own = micro_batch(rows, physical_edges(rows), chunk, "exact")
         found += [(tokens, own.tokens), (labels.masked_fill(mask == 0, IGNORE_INDEX), own.labels)]
         if packing is not None:
             params, theirs = own.packed_seq_params, get_packed_seq_params(packing)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,6 +78,8 @@ def test_passes_over_memory(dtype: torch.dtype, options: dict[str, bool], passes
 @pytest.mark.parametrize("head", ["logits", "chunked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_nothing_waits_for_a_value(head: str, dtype: torch.dtype):
+    if head == "chunked" and dtype == torch.bfloat16 and Version(torch.__version__) < Version("2.12"):
+        pytest.skip("torch 2.11 fails in the product of tensors without values that has another dtype than they")
     targets = torch.zeros(ROWS, 1, dtype=torch.int64)
     targets[::3] = IGNORE_INDEX
     hidden = torch.empty(ROWS, 1, H, dtype=dtype, device="meta", requires_grad=True)

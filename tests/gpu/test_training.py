@@ -32,6 +32,10 @@ SMOLLM2 = {
 TORCHS_RULE = pytest.mark.skipif(
     importlib.util.find_spec("fla") is not None, reason="flash-linear-attention multiplies fp32 in TF32"
 )
+ENGINE = pytest.mark.skipif(
+    importlib.util.find_spec("transformer_engine") is None, reason="Transformer Engine is not installed"
+)
+TORCH, TE = "layers=torch", "layers=transformer_engine"
 TRITON = ("objective.head=chunked", "objective.kernels=triton")
 
 
@@ -69,12 +73,29 @@ def test_fp32_is_the_cpus(case: Case, rows: int, overrides: tuple[str, ...], dat
     layout = Layout(micro_batch_size=rows)
     plain = [field for field in overrides if "triton" not in field]
     expected = run(make_recipe(tmp_path / "cpu", data, case, layout, 2, "device=cpu", *plain), 1)
-    name, difference = worst(run_on_card(make_recipe(tmp_path / "gpu", data, case, layout, 2, *overrides)), expected)
+    name, difference = worst(
+        run_on_card(make_recipe(tmp_path / "gpu", data, case, layout, 2, TORCH, *overrides)), expected
+    )
     assert difference < FP32, name
 
 
 @pytest.mark.parametrize(
-    ("case", "overrides"), [(Case(), ()), (Case(model="mistral"), TRITON), (Case(model="hybrid"), ())]
+    ("case", "overrides"),
+    [
+        (Case(), (TORCH,)),
+        (Case(model="mistral"), (TORCH, *TRITON)),
+        (Case(model="hybrid"), (TORCH,)),
+        *(
+            pytest.param(case, (TE,), marks=ENGINE)
+            for case in (
+                Case(),
+                Case(packing=False),
+                Case(model="qwen3"),
+                Case(model="qwen3_moe"),
+                Case(model="hybrid"),
+            )
+        ),
+    ],
 )
 def test_bf16_is_near_it(case: Case, overrides: tuple[str, ...], data: Path, tmp_path: Path):
     expected = run(make_recipe(tmp_path / "cpu", data, case, Layout(), 2, "device=cpu"), 1)

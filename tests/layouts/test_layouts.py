@@ -36,7 +36,7 @@ def test_packed_rows_and_padded_rows_of_the_same_samples_give_the_same_numbers(d
     assert_same(results[True], results[False])
 
 
-SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (*CHOSEN_SLOW, *drawn(9))]
+SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (*CHOSEN_SLOW, *drawn(6))]
 
 
 @pytest.mark.parametrize(("case", "layout"), [*CHOSEN, *SLOW], ids=str)

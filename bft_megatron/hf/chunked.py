@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from bft_megatron.hf.samples import batch_geometry
-from bft_megatron.objective import records, tested_cards
+from bft_megatron.objective import records
+from bft_megatron.objective.kernels import kernels
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.loss import objective_sum
 from bft_megatron.objective.records import Objective
-from bft_megatron.objective.sums import TORCH, Kernels, Statistics
+from bft_megatron.objective.sums import Statistics
 from bft_megatron.objective.view import Geometry
 
 
@@ -54,14 +55,6 @@ def chunked_statistics(hidden: Tensor, weight: Tensor, geometry: Geometry, *, en
         weight,
         geometry.labels[:, None],
         entropy=entropy,
-        kernels=_kernels(hidden.device),
+        kernels=kernels("auto", hidden.device),
     )
     return Statistics(found.logp[:, 0], found.correct[:, 0], None if found.entropy is None else found.entropy[:, 0])
-
-
-def _kernels(device: torch.device) -> Kernels:
-    if device.type != "cuda" or not tested_cards.is_tested(torch.cuda.get_device_capability(device)):
-        return TORCH
-    from bft_megatron.objective.triton_tiles import TRITON
-
-    return TRITON

@@ -57,8 +57,7 @@ class BftTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor]:
         """Return the micro-batches of a step and the divisor over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        shapes = [batch_geometry(batch["labels"], batch.get("position_ids")) for batch in batches]
-        count = torch.tensor(sum(divisor(self.objective, shape) for shape in shapes), device=self.args.device)
+        count = torch.tensor(divisor(self.objective, batches), device=self.args.device)
         everyone: Tensor = self.accelerator.gather(count)
         return batches, everyone.sum()
 

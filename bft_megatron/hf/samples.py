@@ -5,6 +5,9 @@ A packed batch ("padding free", "flattened") holds several samples in a row; its
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,9 +40,10 @@ def batch_geometry(labels: Tensor, position_ids: Tensor | None = None) -> Geomet
     )
 
 
-def divisor(objective: Objective, geometry: Geometry) -> int:
-    """Return what the objective's mean over a batch divides by: its samples, or its supervised tokens."""
-    return int((geometry.counted if objective.reduce == "samples" else geometry.supervised).sum())
+def divisor(objective: Objective, batches: Iterable[Mapping[str, Any]]) -> int:
+    """Return what the objective's mean over several batches divides by: their samples, or their supervised tokens."""
+    shapes = [batch_geometry(batch["labels"], batch.get("position_ids")) for batch in batches]
+    return sum(int((g.counted if objective.reduce == "samples" else g.supervised).sum()) for g in shapes)
 
 
 def _starts(labels: Tensor, position_ids: Tensor | None) -> Tensor:

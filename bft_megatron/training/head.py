@@ -15,9 +15,10 @@ from torch import Tensor
 
 from bft_megatron.errors import FieldError
 from bft_megatron.objective import tested_cards
+from bft_megatron.objective.kernels import kernels, takes_triton
 from bft_megatron.objective.linear_logprobs import vocab_parallel_linear_statistics
 from bft_megatron.objective.logprobs import vocab_parallel_statistics
-from bft_megatron.objective.sums import TORCH, Kernels, Statistics
+from bft_megatron.objective.sums import Statistics
 from bft_megatron.recipe.schema import ObjectiveSettings
 from bft_megatron.upstream import model_chunk
 
@@ -64,18 +65,11 @@ class Head:
                 vocab_size=self.vocab_size,
                 overwrite=True,  # nothing else reads the logits
                 entropy=self.wants_entropy,
-                kernels=self._kernels(logits.device),
+                kernels=kernels(self.settings.kernels, logits.device),
             )
         self.correct = statistics.correct.transpose(0, 1)
         self.entropy = None if statistics.entropy is None else statistics.entropy.transpose(0, 1)
         return statistics.logp.transpose(0, 1).contiguous()
-
-    def _kernels(self, device: torch.device) -> Kernels:
-        if not takes_triton(self.settings, device):
-            return TORCH
-        from bft_megatron.objective.triton_tiles import TRITON
-
-        return TRITON
 
     def _without_logits(self, output_layer: Any, weight: Tensor) -> bool:
         if self.settings.head == "logits":
@@ -100,21 +94,14 @@ class Head:
             vocab_size=self.vocab_size,
             entropy=self.wants_entropy,
             fuse_main_grad=True,  # as Megatron's DDP expects, however the other layers compute theirs
-            kernels=self._kernels(hidden.device),
+            kernels=kernels(self.settings.kernels, hidden.device),
         )
-
-
-def takes_triton(settings: ObjectiveSettings, device: torch.device) -> bool:
-    """Return whether the head computes with the Triton kernels on a device: by the recipe, or on a tested card."""
-    if settings.kernels != "auto":
-        return settings.kernels == "triton"
-    return device.type == "cuda" and tested_cards.is_tested(torch.cuda.get_device_capability(device))
 
 
 def untested_card(settings: ObjectiveSettings) -> list[str]:
     """Return a sentence if `kernels: auto` takes torch's operators on this rank's GPU, else nothing."""
     device = torch.device("cuda")
-    if settings.kernels != "auto" or takes_triton(settings, device):
+    if settings.kernels != "auto" or takes_triton(settings.kernels, device):
         return []
     name = torch.cuda.get_device_name(device)
     return [tested_cards.torch_is_slower(name, torch.cuda.get_device_capability(device))]

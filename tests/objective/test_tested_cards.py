@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bft_megatron.objective import tested_cards
+from bft_megatron.objective.kernels import takes_triton
 from bft_megatron.recipe.schema import ObjectiveSettings
-from bft_megatron.training.head import takes_triton, untested_card
+from bft_megatron.training.head import untested_card
 
 CUDA = torch.device("cuda")
 
@@ -41,9 +42,9 @@ def test_a_head_takes_triton_on_tested_cards_or_where_asked(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    found = {kernels: takes_triton(ObjectiveSettings(kernels=kernels), CUDA) for kernels in ("auto", "torch", "triton")}
+    found = {kernels: takes_triton(kernels, CUDA) for kernels in ("auto", "torch", "triton")}
     assert found == {"auto": tested, "torch": False, "triton": True}
-    assert not takes_triton(ObjectiveSettings(), torch.device("cpu"))
+    assert not takes_triton("auto", torch.device("cpu"))
     said = untested_card(ObjectiveSettings())
     assert said == [] if tested else "a card (compute capability 8.0)" in said[0]
     assert untested_card(ObjectiveSettings(kernels="torch")) == []

@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 
 import torch
 
+from bft_megatron.installation import driver
 from bft_megatron.objective import tested_cards
 
 PARTS = ("head", "training", "one_card", "runs", "attention", "several_cards", "delta_rule", "gate")
@@ -86,25 +87,19 @@ def read(part: str, report: Path, seconds: float) -> Outcome:
     return Outcome(part, tests, skipped, failures + errors, True, seconds)
 
 
-def card_of(outcomes: list[Outcome], driver: str) -> tested_cards.Card:
+def card_of(outcomes: list[Outcome], release: str) -> tested_cards.Card:
     """Return what the package's file says about this card after these outcomes."""
     import triton
 
     return tested_cards.Card(
         card=torch.cuda.get_device_name(),
         capability="{}.{}".format(*torch.cuda.get_device_capability()),
-        driver=driver,
+        driver=release,
         torch=torch.__version__,
         triton=triton.__version__,
         date=date.today().isoformat(),
         passed=[file_of(outcome.part) for outcome in outcomes if outcome.whole],
     )
-
-
-def driver_version() -> str:
-    """Ask NVIDIA's tool for the driver's version."""
-    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
@@ -119,7 +114,7 @@ def main() -> int:
     outcomes = [run(part) for part in chosen]
     print("", *outcomes, sep="\n")
     if any(outcome.part == "head" and outcome.whole for outcome in outcomes):
-        tested_cards.add(card_of(outcomes, driver_version()))
+        tested_cards.add(card_of(outcomes, driver.release()))
         print(f"the card is in {tested_cards.FILE.relative_to(ROOT)}: commit it")
     return 0 if all(outcome.good for outcome in outcomes) else 1
 

@@ -19,6 +19,11 @@ from tests.gpu import staged
 from tests.helpers.runs import Result, do_nothing, gradients, read_metrics, train_rank
 
 
+def run_on_card(made: Recipe) -> Result:
+    """Run a recipe on this machine's first GPU, and read what it left."""
+    return run_on_cards(made, 1, shared=False)
+
+
 def run_on_cards(made: Recipe, world: int, *, shared: bool) -> Result:
     """Run a recipe on `world` ranks, which share the first card or have one each, and read what it left."""
     folder, model = RunFolder.of(made), find_model(made.model)

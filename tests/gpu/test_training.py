@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from bft_megatron.run.folder import RunFolder
+from tests.gpu.ranks import run_on_card
 from tests.helpers.cases import OWN
 from tests.helpers.comparing import differences
-from tests.helpers.runs import MODEL, Case, Layout, Result, make_recipe, run, run_on_card, write_data
+from tests.helpers.runs import MODEL, Case, Layout, Result, make_recipe, run, write_data
 
 FP32 = 5e-5
 """Relative: a GPU adds in another order than a CPU."""

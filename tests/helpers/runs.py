@@ -26,7 +26,7 @@ from bft_megatron.run.folder import RunFolder
 from bft_megatron.run.prepared import RunRows, prepare_rows
 from bft_megatron.run.resolved import Run
 from bft_megatron.training import loop
-from tests.helpers.world import run_on_gpu, run_world
+from tests.helpers.world import run_world
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 MODEL = RECIPE.parent / "tiny"
@@ -263,14 +263,6 @@ def run(made: Recipe, world: int, before: Callable[[], None] = lambda: None) -> 
     folder, model = RunFolder.of(made), find_model(made.model)
     prepared = prepare_rows(made, model, read_config(model).vocab_size)
     run_world(world, train_rank, made, prepared, before, megatron=True)
-    return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
-
-
-def run_on_card(made: Recipe) -> Result:
-    """Run a recipe on this machine's GPU, and read what it left."""
-    folder, model = RunFolder.of(made), find_model(made.model)
-    prepared = prepare_rows(made, model, read_config(model).vocab_size)
-    run_on_gpu(train_rank, made, prepared, do_nothing)
     return Result(*read_metrics(folder.metrics), gradients(folder.checkpoints / "iter_0000001", made))
 
 

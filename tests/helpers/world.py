@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -78,22 +75,3 @@ def _wait(pids: list[int], timeout: float) -> str:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
     return failed
-
-
-def run_on_gpu(fn: Callable[..., Any], *args: Any, timeout: float = 240) -> Any:
-    """Call `fn(*args)` in a new process, the only rank of a job on this machine's first GPU, and return its result.
-
-    The process is spawned: to import Megatron where there is a GPU claims it, and a fork cannot claim it again.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_only_rank, fn, args).result(timeout)
-
-
-def _only_rank(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    multiprocessing.set_start_method("fork", force=True)  # for the workers of data loaders, as outside of tests
-    return fn(*args)
